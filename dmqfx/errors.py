@@ -1,0 +1,72 @@
+"""The one tree of errors. Each carries data, names a place and says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class DmqfxError(Exception):
+    """Root of every error that dmqfx raises on purpose."""
+
+
+class CaptureError(DmqfxError):
+    """A module cannot become a Program: names the address, the operator and what to do."""
+
+    def __init__(self, reason: str, *, address: str = "", operator: str = "", mend: str = "") -> None:
+        self.reason, self.address, self.operator, self.mend = reason, address, operator, mend
+        where = f" at {address}" if address else ""
+        what = f" ({operator})" if operator else ""
+        super().__init__(f"cannot capture{where}{what}: {reason}" + (f"\n  mend: {mend}" if mend else ""))
+
+
+class RewriteError(DmqfxError):
+    """A pass left a broken program; names the pass and the address."""
+
+
+class PipelineError(DmqfxError):
+    """Passes in an order that cannot work, or a pass that broke its promise."""
+
+
+class PassNotFoundError(DmqfxError):
+    """A pass name or option that does not exist; names the nearest that does."""
+
+
+class CalibrationError(DmqfxError):
+    """Calibration data that is empty, does not fit the model or is not finite."""
+
+
+class VerifyError(DmqfxError):
+    """A rewrite changed what it promised to keep."""
+
+
+class StoreError(DmqfxError):
+    """A saved model that is truncated, altered, newer than this version or not ours."""
+
+
+class CallError(DmqfxError, TypeError):
+    """A compiled UNet was called with inputs that it does not take."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a policy file.
+
+    Units: line and column count from 1; 0 means that the policy did not come from a file.
+    """
+
+    message: str
+    file: str = "<policy>"
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: {self.message}"
+
+
+class PolicyError(DmqfxError):
+    """Every mistake of a policy at once, each with file:line:column."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
