@@ -1,1 +1,1 @@
-"""The built-in passes, one per file: found through the entry points `dmqfx.passes`, never imported by the core."""
+"""The built-in passes: one per file, named alike in the file, in YAML (kebab case) and as a class (camel case)."""

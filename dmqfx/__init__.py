@@ -1,0 +1,1 @@
+"""Post-training quantization compiler for diffusion UNets."""
