@@ -27,7 +27,7 @@ Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
 class Input:
     """One tensor input of a program; `name` is its placeholder.
 
-    Shapes: dims of ints and names: "B" batch, "H", "W" (also "H/4" = ceil(H / 4)), "T" context length.
+    Shapes: dims of ints and names: "B" batch, "H", "W" (also "H/4" = ceil(H / 4), "H*8"), "T" context length.
     """
 
     name: str
@@ -123,10 +123,14 @@ class Program:
 
         Raises: KeyError if there is no such operation or the argument is not a tensor.
         """
-        value = ops.args(self.node(site.at)).get(site.arg)
-        if not isinstance(value, fx.Node):
-            raise KeyError(f"{site} is not a tensor")
-        return value
+        return ops.tensor(self.node(site.at), site.arg)
+
+    def constant_at(self, site: Site) -> Tensor:
+        """The constant that arrives at a site.
+
+        Raises: KeyError if there is no such operation; TypeError if the value is computed.
+        """
+        return constant(self.gm, str(self.source(site).target))
 
     def weights(self) -> dict[str, Tensor]:
         """Every tensor constant by its name."""
@@ -271,6 +275,9 @@ def _cast_entry(entry: object, dtype: torch.dtype) -> object:
 def _size(dim: Dim, sizes: Mapping[str, int]) -> int:
     if isinstance(dim, int):
         return dim
+    if "*" in dim:
+        name, _, factor = dim.partition("*")
+        return sizes[name] * int(factor)
     name, _, divisor = dim.partition("/")
     return -(-sizes[name] // int(divisor or 1))
 
