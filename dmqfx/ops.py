@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-__all__ = ["args", "call_spelling", "is_call", "name", "overload", "parameters"]
+__all__ = ["args", "call_spelling", "is_call", "name", "overload", "parameters", "tensor"]
 
 _PYTHON: Mapping[Callable[..., object], tuple[str, ...]] = {
     operator.getitem: ("self", "index"),
@@ -88,6 +88,17 @@ def args(node: fx.Node) -> dict[str, fx.node.Argument]:
         else:
             found[argument.name] = node.kwargs.get(argument.name, default_of(argument))
     return found
+
+
+def tensor(node: fx.Node, arg: str) -> fx.Node:
+    """The node that a call reads as an argument.
+
+    Raises: KeyError if the argument is absent or not computed by a node.
+    """
+    value = args(node).get(arg)
+    if not isinstance(value, fx.Node):
+        raise KeyError(f"{node.meta.get('address', node.name)} has no tensor {arg!r}")
+    return value
 
 
 def default_of(argument: torch.Argument) -> fx.node.Argument:

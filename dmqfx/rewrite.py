@@ -61,6 +61,10 @@ class Rewriter:
             raise RewriteError(f"{self.step}: {label(node)} is computed, not a constant")
         return self._constants[str(node.target)]
 
+    def module(self, node: fx.Node) -> nn.Module:
+        """The module that a call_module node calls."""
+        return self._modules[str(node.target)]
+
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
         """New nodes are inserted before this one."""
@@ -88,6 +92,10 @@ class Rewriter:
         self._made[path, op] += 1
         address = Address(path, op, 0, f"{self.step}.{self._made[path, op]}")
         return self._create(target, named, address, f"{path}.{op}".lstrip("."))
+
+    def call_at(self, target: OpOverload, at: Address, /, **named: fx.node.Argument | Tensor) -> fx.Node:
+        """Another operator at the same address; `replace` the old operation by it."""
+        return self._create(target, named, at, f"{at.path}.{at.op}".lstrip("."))
 
     def like(self, node: fx.Node, **changed: fx.node.Argument | Tensor) -> fx.Node:
         """The same operation with some arguments changed; it takes over the address, so `replace` the old one by it."""

@@ -45,7 +45,8 @@ class SkipConcat:
     """A decoder concatenation of the upward path and a long skip.
 
     Units: `deep` and `skip` are channel counts, in the order of the concat when `skip_last`. `deep_variance` and
-    `skip_variance` are inter-channel variances of the per-channel absolute maximum, nan until calibration has been seen.
+    `skip_variance` are the variance over channels of the per-channel absolute maximum, divided by its squared mean;
+    nan until calibration has been seen. `uneven` arms are the ones that channel-wise scales are for.
     """
 
     deep: int
@@ -53,6 +54,7 @@ class SkipConcat:
     skip_last: bool = True
     deep_variance: float = float("nan")
     skip_variance: float = float("nan")
+    uneven: bool = False
 
 
 @dataclass(frozen=True)

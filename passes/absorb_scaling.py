@@ -1,0 +1,62 @@
+"""absorb-scaling: fold 1 / gamma into what makes x, where that is exact; elsewhere the quantize step takes it for free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from dmqfx import ops
+from dmqfx.channelwise import Absorber, absorber
+from dmqfx.facts import ROUNDED, SCALED, Fact
+from dmqfx.pattern import Outcome, RewritePass, Rule, p, rule
+from dmqfx.pipeline import Preserves
+from dmqfx.rewrite import Refuse, Rewriter
+
+
+@rule(p.div(self=p.any("x"), other=p.attr("gamma")))
+def absorb(rw: Rewriter, x: fx.Node, gamma: fx.Node) -> Outcome:
+    """layer(x, w, b) / gamma  ->  layer(x, w / gamma, b / gamma), through reshapes, heads, upsampling and products.
+
+    Group norm and layer norm take it in their gain and bias, linear layers and convolutions (to_v before to_out, the linear
+    half of GEGLU before the output projection) in their rows.
+    """
+    factor = rw.value(gamma)
+    axis = 1 if factor.dim() == 3 else -1
+    if factor.numel() != max(factor.shape) or max(factor.shape) != x.meta["val"].shape[axis]:
+        return None
+    if len(x.users) > 1:
+        return Refuse(f"{x.meta.get('address', x.target)} has other readers, which expect it unscaled", x)
+    found = absorber(x, axis)
+    if isinstance(found, Refuse):
+        return found
+    _fold(rw, found, 1 / factor.flatten())
+    return x if found.node is not x else rw.node(x.meta["address"])
+
+
+def _fold(rw: Rewriter, found: Absorber, factor: Tensor) -> None:
+    """The producer with its rows times the factor; what stands between reads on as before."""
+    node = found.node
+    rows = found.spread(factor)
+    named = ops.args(node)
+    changed: dict[str, Tensor] = {}
+    for arg in ("weight", "bias"):
+        value = named.get(arg)
+        if isinstance(value, fx.Node):
+            tensor = rw.value(value)
+            changed[arg] = tensor * rows.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype)
+    with rw.before(node):
+        rw.replace(node, rw.like(node, **changed))
+
+
+@dataclass(frozen=True)
+class AbsorbScaling(RewritePass):
+    """x / gamma  ->  x, with 1 / gamma in the rows of what makes x."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({SCALED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
+    preserves: ClassVar[Preserves] = Preserves.EXACT
+    rules: ClassVar[tuple[Rule, ...]] = (absorb,)
+
+

@@ -1,0 +1,73 @@
+"""apply-scaling: y = layer(x, W)  ->  y = layer(x / gamma, W * gamma)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dmqfx import ops
+from dmqfx.facts import LEARNED, ROUNDED, SCALED, Fact
+from dmqfx.pipeline import Pass, PassContext, Preserves
+from dmqfx.program import Program
+from dmqfx.rewrite import Rewriter
+from dmqfx.sites import channel_axis
+from dmqfx.table import ChannelScale, LayerPair, Range
+
+
+@dataclass(frozen=True)
+class ApplyScaling(Pass):
+    """Divide what a pair's readers read by gamma and multiply it into their weights; ranges follow."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({SCALED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
+    preserves: ClassVar[Preserves] = Preserves.EXACT
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """One division per pair, shared by its readers."""
+        rw = Rewriter(program, self.name(), ctx.journal)
+        table = program.table
+        for site, scale in program.table.of(ChannelScale).items():
+            pair = table.get(site, LayerPair)
+            if pair is None or not ctx.journal.apply(site, "scale", f"{len(pair.readers)} readers"):
+                continue
+            _divide(rw, pair, scale.gamma, channel_axis(program, site))
+            for reader in pair.readers:
+                node = rw.node(reader.at)
+                weight = rw.value(ops.tensor(node, "weight"))
+                with rw.before(node):
+                    rw.replace(node, rw.like(node, weight=times_gamma(weight, scale.gamma)))
+                seen = table.get(reader, Range)
+                table = table if seen is None else table.put(reader, _divided(seen, scale.gamma))
+        return rw.finish().with_table(table)
+
+
+def times_gamma(weight: Tensor, gamma: Tensor) -> Tensor:
+    """W * gamma along the input channels.
+
+    Shapes: weight [O, C / groups, ...], gamma [C].
+    """
+    per_group = weight.shape[1]
+    groups = gamma.numel() // per_group
+    rows = gamma.view(groups, 1, per_group).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[0], per_group)
+    return weight * rows.view(*rows.shape, *[1] * (weight.dim() - 2)).to(weight.dtype)
+
+
+def _divide(rw: Rewriter, pair: LayerPair, gamma: Tensor, axis: int) -> None:
+    readers = [rw.node(reader.at) for reader in pair.readers]
+    first = min(readers, key=list(rw.graph.nodes).index)
+    x = ops.tensor(first, "input")
+    shape = [-1, 1, 1] if axis == 1 else [-1]
+    with rw.before(first):
+        divided = rw.call(torch.ops.aten.div.Tensor, near=first, self=x, other=gamma.view(shape))
+    for reader in readers:
+        rw.redirect(reader, x, divided)
+
+
+def _divided(seen: Range, gamma: Tensor) -> Range:
+    g = gamma.to(seen.low)
+    return replace(seen, low=seen.low / g, high=seen.high / g, mean=seen.mean / g, variance=seen.variance / g.square())
+

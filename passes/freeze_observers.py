@@ -1,0 +1,80 @@
+"""freeze-observers: run the calibration through the observers, keep what they saw as Range entries, remove them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from tqdm import tqdm
+
+from dmqfx.address import Site
+from dmqfx.errors import CalibrationError
+from dmqfx.facts import CALIBRATED, OBSERVED, Fact
+from dmqfx.observers import Observer
+from dmqfx.pipeline import Pass, PassContext, Preserves
+from dmqfx.program import Program
+from dmqfx.rewrite import Rewriter
+from dmqfx.sites import readers
+from dmqfx.table import Range
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FreezeObservers(Pass):
+    """observe(x)  ->  x, with the Range of x in the table for every site that read the observer.
+
+    Units: batch is the number of calibration rows per call of the UNet.
+    """
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
+    preserves: ClassVar[Preserves] = Preserves.BITWISE
+    batch: int = 8
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """Stream the calibration once; statistics are kept, activations are not.
+
+        Raises: CalibrationError without calibration, for rows that do not fit, or for values that are not finite.
+        """
+        if ctx.calibration is None:
+            raise CalibrationError("freeze-observers needs calibration data; pass calibration= or let compile make one")
+        ctx.calibration.check(program.inputs)
+        rw = Rewriter(program, self.name(), ctx.journal)
+        self._observe(rw.finish(), ctx)
+        table = program.table
+        for node in [n for n in rw.graph.nodes if n.op == "call_module"]:
+            observer = rw.module(node)
+            if not isinstance(observer, Observer) or not ctx.journal.apply(node.meta["address"], "freeze"):
+                continue
+            sites = [Site(user.meta["address"], arg) for user, arg in readers(node)]
+            seen = observer.result()
+            table = table.put_all(dict.fromkeys(sites, seen))
+            rw.replace(node, node.all_input_nodes[0])
+        _warn_of_gaps(table.of(Range))
+        return rw.finish().with_table(table)
+
+    def _observe(self, program: Program, ctx: PassContext) -> None:
+        assert ctx.calibration is not None  # run looked
+        quiet = not ctx.progress
+        with torch.no_grad(), tqdm(total=len(ctx.calibration), desc="observe", unit="row", disable=quiet) as bar:
+            for batch in ctx.calibration.batches(self.batch):
+                inputs = {name: value.to(program.device) for name, value in batch.items()}
+                program(**{i.name: inputs[i.name].to(i.dtype) for i in program.inputs.inputs})
+                bar.update(len(inputs["sample"]))
+
+
+def _warn_of_gaps(ranges: dict[Site, Range]) -> None:
+    """Say once which timestep groups no calibration row fell into."""
+    for boundaries in {seen.boundaries for seen in ranges.values()}:
+        counts = next(seen.count for seen in ranges.values() if seen.boundaries == boundaries)
+        empty = [g for g, count in enumerate(counts.tolist()) if count == 0]
+        if empty:
+            logger.warning(
+                "%d of %d timestep groups have no calibration row (%s); they take the nearest group's ranges",
+                len(empty), len(counts), ", ".join(map(str, empty)),
+            )  # fmt: skip
+

@@ -1,0 +1,142 @@
+"""insert-qdq: quantize and dequantize every planned site. The only pass that loses information."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from dmqfx import ops
+from dmqfx.address import Site
+from dmqfx.errors import RewriteError
+from dmqfx.facts import CALIBRATED, PLANNED, QDQ, ROUNDED, Fact
+from dmqfx.pipeline import Pass, PassContext, Preserves
+from dmqfx.program import Program
+from dmqfx.quant import QParams, QuantSpec, params_from_range
+from dmqfx.rewrite import Rewriter
+from dmqfx.sites import is_weight
+from dmqfx.table import Codes, Planned, Range, Table
+from dmqfx.timesteps import GroupIndex
+
+OPS = torch.ops.dmqfx
+
+
+@dataclass(frozen=True)
+class InsertQdq(Pass):
+    """w  ->  dequantize(unpack(codes));  x  ->  dequantize(quantize(x)).
+
+    A division by an equivalent scale gamma in front of a quantize joins its step: quantize(x / gamma, s) is
+    quantize(x, gamma * s), and the integer product never sees gamma. Sites that read one tensor with one set of
+    parameters share the quantize. Activations become QParams entries of the table.
+    """
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED, ROUNDED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({QDQ})
+    preserves: ClassVar[Preserves] = Preserves.LOSSY
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """Weights from their Codes, activations from their Range.
+
+        Raises: RewriteError for a planned site without codes or range.
+        """
+        rw = Rewriter(program, self.name(), ctx.journal)
+        table = program.table
+        self._check(table)
+        activations = _Activations(rw)
+        for site, planned in table.of(Planned).items():
+            if planned.spec is None or not ctx.journal.apply(site, "qdq", str(planned.spec)):
+                continue
+            codes, seen = table.get(site, Codes), table.get(site, Range)
+            if codes is not None:
+                _weight(rw, site, codes, planned.spec)
+            elif seen is not None:
+                params = params_from_range(seen.low, seen.high, planned.spec, seen.axis)
+                activations.quantize(site, params)
+                table = table.put(site, params)
+        return rw.finish().with_table(table)
+
+    def _check(self, table: Table) -> None:
+        for site, planned in table.of(Planned).items():
+            if planned.spec is None:
+                continue
+            kind, helper = (Codes, "round-weights") if is_weight(site) else (Range, "insert-observers, freeze-observers")
+            if table.get(site, kind) is None:
+                raise RewriteError(f"insert-qdq: {site} is planned but has no {kind.__name__}; run {helper} before")
+
+
+def _weight(rw: Rewriter, site: Site, codes: Codes, spec: QuantSpec) -> None:
+    node = rw.node(site.at)
+    weight = ops.tensor(node, "weight")
+    name = str(weight.target)
+    params = codes.qparams
+    with rw.before(node):
+        packed = rw.constant(f"{name}_packed", codes.packed)
+        unpacked = rw.call(
+            OPS.unpack.default, near=node, packed=packed, bits=spec.bits, signed=params.qmin < 0, shape=list(codes.shape)
+        )
+        real = rw.call(
+            OPS.dequantize.default,
+            near=node,
+            codes=unpacked,
+            scale=rw.constant(f"{name}_scale", params.scale),
+            zero_point=rw.constant(f"{name}_zero_point", params.zero_point),
+            axis=0,
+        )
+        rw.replace(node, rw.like(node, weight=real))
+
+
+class _Activations:
+    """Quantize nodes made so far: sites that read one value with equal parameters share one."""
+
+    def __init__(self, rw: Rewriter) -> None:
+        self.rw, self.groups = rw, GroupIndex(rw)
+        self.made: dict[fx.Node, list[tuple[QParams, fx.Node]]] = {}
+
+    def quantize(self, site: Site, params: QParams) -> None:
+        """Put quantize and dequantize in front of one site."""
+        reader = self.rw.node(site.at)
+        x = ops.tensor(reader, site.arg)
+        real = next((node for known, node in self.made.get(x, []) if _equal(known, params)), None)
+        if real is None:
+            real = self._insert(site, x, reader, params)
+            self.made.setdefault(x, []).append((params, real))
+        self.rw.redirect(reader, x, real)
+
+    def _insert(self, site: Site, x: fx.Node, reader: fx.Node, params: QParams) -> fx.Node:
+        rw, axis = self.rw, params.axis if params.axis is not None else 1
+        group = self.groups.node(params.boundaries, reader)
+        first = min((user for user in x.users), key=list(rw.graph.nodes).index)
+        stem = f"{site.at.path}.{site.arg}".lstrip(".")
+        scale, zero_point = (rw.constant(f"{stem}_{k}", getattr(params, k)) for k in ("scale", "zero_point"))
+        source, step, point, step_axis = x, scale, zero_point, axis
+        if (divided := _division(rw, x)) is not None:
+            source, gamma = divided
+            step_axis = 1 if gamma.dim() == 3 else -1
+            step = rw.constant(f"{stem}_step", params.scale * gamma.flatten().to(params.scale))
+            point = rw.constant(f"{stem}_step_zero_point", params.zero_point.expand(-1, gamma.numel()).contiguous())
+        with rw.before(first):
+            codes = rw.call(
+                OPS.quantize.default, near=reader, x=source, scale=step, zero_point=point, group=group,
+                axis=step_axis, qmin=params.qmin, qmax=params.qmax,
+            )  # fmt: skip
+            return rw.call(
+                OPS.dequantize.default, near=reader, codes=codes, scale=scale, zero_point=zero_point, group=group, axis=axis
+            )
+
+
+def _division(rw: Rewriter, x: fx.Node) -> tuple[fx.Node, Tensor] | None:
+    """(x, gamma) of a per-channel division by a constant."""
+    if not ops.is_call(x, "div"):
+        return None
+    source, gamma = ops.args(x)["self"], ops.args(x)["other"]
+    if not isinstance(source, fx.Node) or not isinstance(gamma, fx.Node) or gamma.op != "get_attr":
+        return None
+    value = rw.value(gamma)
+    return (source, value) if value.dim() in (1, 3) and value.numel() == max(value.shape) else None
+
+
+def _equal(a: QParams, b: QParams) -> bool:
+    same = (a.qmin, a.qmax, a.axis, a.boundaries) == (b.qmin, b.qmax, b.axis, b.boundaries)
+    return same and torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)

@@ -1,0 +1,72 @@
+"""lower-reference: quantized layers to exact integer arithmetic in plain torch; runs everywhere, the measure of all kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from dmqfx import ops
+from dmqfx.facts import INTEGER, QDQ, Fact
+from dmqfx.pattern import Outcome, RewritePass, Rule, p, rule
+from dmqfx.pipeline import Preserves
+from dmqfx.rewrite import Refuse, Rewriter
+
+OPS = torch.ops.dmqfx
+WEIGHT = p.dequantize(codes=p.unpack().as_("unpacked")).as_("weight")
+CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
+
+
+@rule(p.conv2d(input=p.any("x"), weight=WEIGHT))
+def integer_conv2d(rw: Rewriter, root: fx.Node, x: fx.Node, weight: fx.Node, unpacked: fx.Node) -> Outcome:
+    """conv2d(dequantize(x), dequantize(w))  ->  qconv2d(x, w): integer products, one float epilogue."""
+    shared = _operands(rw, x, weight, unpacked, root)
+    if isinstance(shared, Refuse):
+        return shared
+    named = ops.args(root)
+    return rw.call_at(OPS.qconv2d.default, root.meta["address"], **shared, **{arg: named[arg] for arg in CONV_ARGUMENTS})
+
+
+@rule(p.linear(input=p.any("x"), weight=WEIGHT))
+def integer_linear(rw: Rewriter, root: fx.Node, x: fx.Node, weight: fx.Node, unpacked: fx.Node) -> Outcome:
+    """linear(dequantize(x), dequantize(w))  ->  qlinear(x, w): integer products, one float epilogue."""
+    shared = _operands(rw, x, weight, unpacked, root)
+    return shared if isinstance(shared, Refuse) else rw.call_at(OPS.qlinear.default, root.meta["address"], **shared)
+
+
+@dataclass(frozen=True)
+class LowerReference(RewritePass):
+    """dequantize -> layer  ->  integer layer on the codes, with weights packed in memory."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
+    provides: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
+    preserves: ClassVar[Preserves] = Preserves.EXACT
+    rules: ClassVar[tuple[Rule, ...]] = (integer_conv2d, integer_linear)
+
+
+def _operands(
+    rw: Rewriter, x: fx.Node, weight: fx.Node, unpacked: fx.Node, root: fx.Node
+) -> dict[str, fx.node.Argument] | Refuse:
+    """The arguments that both integer layers take."""
+    if not ops.is_call(x, "dequantize"):
+        return Refuse("the input is float: weight-only layers are dequantized at every call", x)
+    activation, codes, real = ops.args(x), ops.args(unpacked), ops.args(weight)
+    scale = activation["scale"]
+    if isinstance(scale, fx.Node) and scale.meta["val"].shape[1] != 1:
+        return Refuse("the input has a scale per channel, which an integer product cannot take out of the sum", x)
+    return {
+        "x_codes": activation["codes"],
+        "x_scale": scale,
+        "x_zero_point": activation["zero_point"],
+        "group": activation["group"],
+        "packed_weight": codes["packed"],
+        "bits": codes["bits"],
+        "signed": codes["signed"],
+        "weight_shape": codes["shape"],
+        "w_scale": real["scale"],
+        "w_zero_point": real["zero_point"],
+        "bias": ops.args(root)["bias"],
+    }
+

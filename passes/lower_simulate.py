@@ -1,0 +1,34 @@
+"""lower-simulate: the QDQ program in float, with weights dequantized once instead of at every call. Any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from dmqfx import ops
+from dmqfx.facts import INTEGER, QDQ, Fact
+from dmqfx.pattern import Outcome, RewritePass, Rule, p, rule
+from dmqfx.pipeline import Preserves
+from dmqfx.rewrite import Rewriter
+
+
+@rule(p.dequantize(codes=p.unpack(packed=p.attr("packed")).as_("unpacked"), scale=p.attr("scale"), zero_point=p.attr("zero_point")))
+def fold_weight(rw: Rewriter, root: fx.Node, unpacked: fx.Node, packed: fx.Node, scale: fx.Node, zero_point: fx.Node) -> Outcome:
+    """dequantize(unpack(packed))  ->  the float weight that it computes."""
+    named, axis = ops.args(unpacked), ops.args(root)["axis"]
+    codes = torch.ops.dmqfx.unpack(rw.value(packed), named["bits"], named["signed"], named["shape"])
+    real = torch.ops.dmqfx.dequantize(codes, rw.value(scale), rw.value(zero_point), None, axis)
+    return rw.constant(str(packed.target).removesuffix("_packed") + "_simulated", real)
+
+
+@dataclass(frozen=True)
+class LowerSimulate(RewritePass):
+    """dequantize(unpack(packed))  ->  float weight; activations stay quantize-dequantize pairs."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
+    provides: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
+    preserves: ClassVar[Preserves] = Preserves.BITWISE
+    rules: ClassVar[tuple[Rule, ...]] = (fold_weight,)

@@ -1,0 +1,58 @@
+"""plan-sites: write what the policy asks of every site into the table, so that all later passes read one plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from dmqfx import ops
+from dmqfx.address import Site
+from dmqfx.errors import PipelineError
+from dmqfx.facts import CANONICAL, PLANNED, Fact
+from dmqfx.pipeline import Pass, PassContext, Preserves
+from dmqfx.policy import resolve
+from dmqfx.program import Program
+from dmqfx.sites import is_weight, operations
+from dmqfx.table import Planned
+
+
+@dataclass(frozen=True)
+class PlanSites(Pass):
+    """Resolve the policy against the program: one Planned entry per site, refusals for what cannot be quantized."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({CANONICAL})
+    provides: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
+    preserves: ClassVar[Preserves] = Preserves.BITWISE
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """Write the plan.
+
+        Raises: PipelineError without a policy; PolicyError for rules that match nothing.
+        """
+        if ctx.policy is None:
+            raise PipelineError("plan-sites needs a policy in its context; compile passes one along")
+        planned = resolve(ctx.policy, operations(program), ctx.train_timesteps)
+        entries: dict[Site, Planned] = {}
+        for site, plan in ctx.journal.fuelled(planned.items()):
+            reason = _unquantizable(program, site) if plan.spec is not None else None
+            if reason is not None:
+                ctx.journal.refuse(site, f"plan {site.arg}", reason)
+                plan = Planned(None, plan.rule)
+            elif not ctx.journal.apply(site, f"plan {site.arg}", f"{plan.spec or 'float'} by {plan.rule}"):
+                break
+            entries[site] = plan
+        return program.with_table(program.table.put_all(entries))
+
+
+def _unquantizable(program: Program, site: Site) -> str | None:
+    named = ops.args(program.node(site.at))
+    source = named.get(site.arg)
+    if not isinstance(source, fx.Node):
+        return f"{site.arg} is not a tensor"
+    if is_weight(site) and source.op != "get_attr":
+        return "the weight is computed in the graph, so it has no fixed codes"
+    if not source.meta["val"].dtype.is_floating_point:
+        return f"{site.arg} is {source.meta['val'].dtype}, not a floating tensor"
+    return None
