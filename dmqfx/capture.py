@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram, export
 from dmqfx import exported, program
 from dmqfx.errors import CaptureError
 from dmqfx.program import Input, InputSpec, Program
-from dmqfx.signature import SUPPORTED, UNet, signature, type_of
+from dmqfx.signature import SUPPORTED, UNet, signature
 
 __all__ = ["capture"]
 
@@ -131,7 +131,7 @@ def _export(unet: UNet, spec: InputSpec) -> ExportedProgram:
     wrapper = _Canonical(unet, tuple(i.name for i in spec.inputs)).eval()
     try:
         return export(wrapper, examples, dynamic_shapes=(dims,), strict=False)
-    except Exception as error:  # noqa: BLE001  # whatever export meets, the user gets one kind of error with a place
+    except Exception as error:  # whatever export meets, the user gets one kind of error with a place
         address, operator = _place(error, unet)
         raise CaptureError(
             f"torch.export: {_gist(error)}",
@@ -145,7 +145,7 @@ def _examples(unet: UNet, spec: InputSpec) -> tuple[tuple[Tensor, ...], tuple[di
     """Tensors of sizes that are all different and never 1, so that export ties none to another or to a constant."""
     step = 2 ** (len(unet.config.block_out_channels) - 1)
     height, width = (4 * step, 6 * step) if spec.multiple_of > 1 else (9 * step // 2, 11 * step // 2)
-    sizes = {**spec.sizes, "B": 3, "T": 7, "H": max(height, 9), "W": max(width, 11)}
+    sizes = {**spec.sizes, "B": 3, "T": 7, "H": height, "W": width}
     examples = tuple(torch.ones(i.shape(sizes), dtype=i.dtype, device=unet.device) for i in spec.inputs)
     dims = tuple(
         {k: Dim.DYNAMIC for k, dim in enumerate(i.dims) if isinstance(dim, str)} for i in spec.inputs
