@@ -207,16 +207,25 @@ def build(graph: fx.Graph, constants: Mapping[str, Tensor], modules: Mapping[str
     return gm
 
 
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """A graph of its own with the same nodes and meta, owned by no module."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(source, {}))
+    graph.output_node().meta = dict(source.output_node().meta)
+    return graph
+
+
 def clone(gm: fx.GraphModule, constants: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
     """A copy of the graph over the same tensors (or over those given), with observers copied."""
-    graph = fx.Graph()
-    result = graph.graph_copy(gm.graph, {})
-    graph.output(result)
-    last, old = next(iter(reversed(graph.nodes))), next(iter(reversed(gm.graph.nodes)))
-    last.meta = dict(old.meta)
+    graph = copy_graph(gm.graph)
     targets = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
-    modules = {str(n.target): copy.deepcopy(gm.get_submodule(str(n.target))) for n in graph.nodes if n.op == "call_module"}
-    return build(graph, constants or {t: constant(gm, t) for t in targets}, modules)
+    return build(graph, constants or {t: constant(gm, t) for t in targets}, copy_modules(gm))
+
+
+def copy_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """Copies of the modules that the graph calls (observers: the only state that changes)."""
+    called = [str(n.target) for n in gm.graph.nodes if n.op == "call_module"]
+    return {target: copy.deepcopy(gm.get_submodule(target)) for target in called}
 
 
 def propagate(gm: fx.GraphModule, inputs: InputSpec) -> None:

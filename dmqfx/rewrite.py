@@ -16,7 +16,7 @@ from dmqfx import ops
 from dmqfx.address import Address
 from dmqfx.errors import RewriteError
 from dmqfx.journal import Journal
-from dmqfx.program import Program, build, clone, label
+from dmqfx.program import Program, build, copy_graph, copy_modules, label
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,9 @@ class Rewriter:
 
     def __init__(self, program: Program, step: str, journal: Journal) -> None:
         self.step, self.journal, self._source = step, journal, program
-        self._gm = clone(program.gm)
-        self.graph = self._gm.graph
-        self._constants = {**program.weights()}
-        self._modules: dict[str, nn.Module] = {
-            str(n.target): self._gm.get_submodule(str(n.target)) for n in self.graph.nodes if n.op == "call_module"
-        }
+        self.graph = copy_graph(program.graph)
+        self._constants = program.weights()
+        self._modules = copy_modules(program.gm)
         self._mode = _fake_mode(self.graph)
         self._made: Counter[tuple[str, str]] = Counter()
         self._nodes = {node.meta["address"]: node for node in self.graph.nodes if "address" in node.meta}
