@@ -1,0 +1,29 @@
+"""What every test may count on: no network, one thread per worker, the same random numbers on every run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub at import
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("dmqfx", deadline=None, max_examples=20, print_blob=True)
+settings.load_profile("dmqfx")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of pytest-xdist share the cores, so each of them has one."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> Iterator[None]:
+    """The global generator starts alike in every test, whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
