@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import typing
 from collections.abc import Mapping
 from functools import cache
@@ -13,20 +14,23 @@ from dmqfx.errors import PassNotFoundError
 from dmqfx.pipeline import Pass, Pipeline
 
 GROUP = "dmqfx.passes"
+logger = logging.getLogger(__name__)
 
 
 @cache
 def passes() -> Mapping[str, type[Pass]]:
-    """Every installed pass by its YAML name.
-
-    Raises: PassNotFoundError if an entry point does not lead to a Pass.
-    """
+    """Every installed pass by its YAML name; an entry point that does not lead to a Pass is left out with a warning."""
     found: dict[str, type[Pass]] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        cls = point.load()
-        if not (isinstance(cls, type) and issubclass(cls, Pass)):
-            raise PassNotFoundError(f"entry point {point.name} = {point.value} is not a subclass of dmqfx.Pass")
-        found[point.name] = cls
+        try:
+            cls = point.load()
+        except (ImportError, AttributeError) as error:
+            logger.warning("pass %s (%s) cannot be loaded: %s", point.name, point.value, error)
+            continue
+        if isinstance(cls, type) and issubclass(cls, Pass):
+            found[point.name] = cls
+        else:
+            logger.warning("entry point %s = %s is not a subclass of dmqfx.Pass", point.name, point.value)
     return found
 
 
