@@ -93,7 +93,7 @@ class Codes:
 
 
 Entry = Planned | Range | SkipConcat | LayerPair | ChannelScale | Codes
-_Kind = TypeVar("E_", Planned, Range, SkipConcat, LayerPair, ChannelScale, Codes, QParams)
+_Kind = TypeVar("_Kind", Planned, Range, SkipConcat, LayerPair, ChannelScale, Codes, QParams)
 
 
 @dataclass(frozen=True, eq=False)
