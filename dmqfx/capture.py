@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
@@ -26,9 +28,9 @@ _ADDED = ("text_embeds", "time_ids", "image_embeds", "hint")
 
 
 def capture(unet: UNet, *, residuals: bool = False) -> Program:
-    """The program of a UNet in evaluation mode, over the UNet's own weight tensors; the UNet is left as it was.
+    """The program of a UNet in evaluation mode, over its own weight tensors; the UNet is left as it was.
 
-    With `residuals` the program also takes ControlNet's residuals. Batch, height, width and context length are free.
+    With `residuals` the program also takes ControlNet's. Batch, latent size and context length are free.
 
     Raises: CaptureError for a module that is not a supported UNet or that holds what cannot be exported.
     """
@@ -36,7 +38,7 @@ def capture(unet: UNet, *, residuals: bool = False) -> Program:
     started = time.perf_counter()
     spec = signature(unet, residuals=residuals)
     with _evaluating(unet), torch.no_grad():
-        if isinstance(unet, SUPPORTED[1]):
+        if isinstance(unet, UNet2DConditionModel):
             spec, found = _export_any_size(unet, spec)
         else:
             found = _export(unet, spec)
@@ -67,7 +69,7 @@ def _program(graph: fx.Graph, weights: Mapping[str, Tensor], spec: InputSpec) ->
 
 
 def _seen(residual: Input, gm: fx.GraphModule, spec: InputSpec) -> Input:
-    """A residual with the sizes of what it is added to: channels, and the latent's size over a power of two."""
+    """A residual with the sizes of what it is added to: the latent's, over a power of two."""
     placeholder = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.target == residual.name)
     _, channels, height, width = next(iter(placeholder.users)).meta["val"].shape
     fits = (
@@ -100,7 +102,7 @@ class _Canonical(nn.Module):
         arguments: dict[str, object] = {
             k: given[k] for k in ("sample", "timestep", "class_labels") if k in given
         }
-        if not isinstance(self.unet, SUPPORTED[0]):
+        if not isinstance(self.unet, UNet2DModel):
             arguments["encoder_hidden_states"] = given.get("encoder_hidden_states")
             arguments["added_cond_kwargs"] = {k: given[k] for k in _ADDED if k in given}
             optional = ("timestep_cond", "controlnet_cond", "conditioning_scale")
@@ -114,16 +116,16 @@ class _Canonical(nn.Module):
         return (*first, *rest) if isinstance(first, (list, tuple)) else (first,)
 
 
-def _export_any_size(unet: UNet, spec: InputSpec) -> tuple[InputSpec, ExportedProgram]:
+def _export_any_size(unet: UNet2DConditionModel, spec: InputSpec) -> tuple[InputSpec, ExportedProgram]:
     """Odd sizes first: that branch of diffusers names every upsampled size, so its graph serves all sizes."""
-    try:
-        return spec, _export(unet, spec)
-    except CaptureError as odd:
-        multiple = 2 ** (len(unet.config.block_out_channels) - 1)
-        spec = replace(spec, multiple_of=multiple)
-        result = _export(unet, spec)
-        _log.info("only sizes that are multiples of %d: %s", multiple, odd)
-        return spec, result
+    upsamplers = (u for block in unet.up_blocks for u in getattr(block, "upsamplers", None) or ())
+    if all(isinstance(upsampler, Upsample2D) for upsampler in upsamplers):
+        try:
+            return spec, _export(unet, spec)
+        except CaptureError as odd:
+            _log.info("trying sizes that halve evenly, because %s", odd)
+    spec = replace(spec, multiple_of=2 ** (len(unet.config.block_out_channels) - 1))
+    return spec, _export(unet, spec)
 
 
 def _export(unet: UNet, spec: InputSpec) -> ExportedProgram:
@@ -142,7 +144,7 @@ def _export(unet: UNet, spec: InputSpec) -> ExportedProgram:
 
 
 def _examples(unet: UNet, spec: InputSpec) -> tuple[tuple[Tensor, ...], tuple[dict[int, object], ...]]:
-    """Tensors of sizes that are all different and never 1, so that export ties none to another or to a constant."""
+    """Tensors of sizes that are never 1 and all different, so that export ties them to nothing."""
     step = 2 ** (len(unet.config.block_out_channels) - 1)
     height, width = (4 * step, 6 * step) if spec.multiple_of > 1 else (9 * step // 2, 11 * step // 2)
     sizes = {**spec.sizes, "B": 3, "T": 7, "H": height, "W": width}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from dmqfx import ops
 from dmqfx.address import Address
 from dmqfx.errors import CaptureError
+from dmqfx.inplace import remove_inplace
 
 __all__ = ["read"]
 
@@ -34,6 +35,7 @@ def read(
     """
     _refuse_side_effects(exported, prefix)
     _drop_promises(exported.graph)
+    remove_inplace(exported.graph, lambda node: path_of(node, prefix))
     held = {**exported.state_dict, **exported.constants}
     graph, copies, weights = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, Tensor]()
     placeholders = list(
@@ -52,8 +54,8 @@ def read(
     for node in _of(exported.graph, "call_function"):
         copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = {"address": _address(node, prefix, counts)}
-    outputs = [copies[node] for node in next(_of(exported.graph, "output")).args[0]]
-    graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
+    result = fx.node.map_arg(next(_of(exported.graph, "output")).args[0], copies.__getitem__)
+    graph.output(result[0] if isinstance(result, tuple) and len(result) == 1 else result)
     return graph, weights
 
 

@@ -16,7 +16,7 @@ SUPPORTED = (UNet2DModel, UNet2DConditionModel, ControlNetModel)
 
 
 def signature(unet: UNet, *, residuals: bool = False) -> InputSpec:
-    """The inputs that this configuration can read, at its example sizes: batch 2 and the latent size it was trained at.
+    """The inputs that this configuration can read, at batch 2 and the latent size it was trained at.
 
     Residuals are listed with dims of 1; their real sizes are seen once there is a graph.
     """
@@ -26,16 +26,12 @@ def signature(unet: UNet, *, residuals: bool = False) -> InputSpec:
     if residuals and isinstance(unet, UNet2DConditionModel):
         names = [f"down_residual_{k}" for k in range(_skips(unet))] + ["mid_residual"]
         inputs += [Input(name, (1, 1, 1, 1), "residual", unet.dtype) for name in names]
-    return InputSpec(type_of(unet).__name__, tuple(inputs), _sizes(unet), multiple_of(unet))
-
-
-def type_of(unet: UNet) -> type[UNet]:
-    """The one of the three supported classes that a UNet is (or derives from)."""
-    return next(supported for supported in SUPPORTED if isinstance(unet, supported))
+    root = next(supported.__name__ for supported in SUPPORTED if isinstance(unet, supported))
+    return InputSpec(root, tuple(inputs), _sizes(unet), multiple_of(unet))
 
 
 def multiple_of(unet: UNet) -> int:
-    """What height and width must be multiples of: an unconditional UNet halves them and cannot take back odd ones."""
+    """What height and width must be multiples of: an unconditional UNet cannot double back to an odd size."""
     return 2 ** (len(unet.config.block_out_channels) - 1) if isinstance(unet, UNet2DModel) else 1
 
 
@@ -122,7 +118,7 @@ def _sizes(unet: UNet) -> Mapping[str, int]:
 
 
 def _pooled(total: int, each: int) -> Mapping[str, int]:
-    """Width of the pooled text and number of size ids: six, but five beside the 1280 channels of SDXL's refiner."""
+    """Width of the pooled text, and number of size ids: six, but five beside the refiner's 1280 channels."""
     ids = 5 if total - 5 * each == 1280 else 6
     while ids > 1 and total - ids * each <= 0:
         ids -= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from dmqfx.capture import capture
 from dmqfx.program import Program
 
+ADDED = ("text_embeds", "time_ids", "image_embeds", "hint")
 Model = UNet2DModel | UNet2DConditionModel | ControlNetModel
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Give every parameter, gains and biases of norms included, a random value that keeps outputs of order one.
+    """Give every parameter, gains and biases of norms too, a random value that keeps outputs of order one.
 
     A fresh model has unit gains and zero biases, and would not notice a rewrite that forgets one.
     """
@@ -95,6 +96,120 @@ MODELS: Mapping[str, Callable[[], Model]] = {
     "unconditional": unconditional,
     "conditional": conditional,
     "control": control,
+    "stable-diffusion-1": partial(
+        conditional,
+        block_out_channels=(8, 16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+    ),
+    "stable-diffusion-2": partial(
+        conditional,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        upcast_attention=True,
+    ),
+    "stable-diffusion-xl": partial(
+        conditional,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    ),
+    "inpainting": partial(one_level, in_channels=9),
+    "consistency": partial(
+        one_level, time_cond_proj_dim=12, timestep_post_act="silu", time_embedding_act_fn="gelu"
+    ),
+    "classes": partial(
+        unconditional,
+        block_out_channels=(16,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        num_class_embeds=5,
+        center_input_sample=True,
+    ),
+    "class-timestep": partial(one_level, class_embed_type="timestep"),
+    "class-projection": partial(
+        one_level, class_embed_type="projection", projection_class_embeddings_input_dim=12
+    ),
+    "class-simple-projection": partial(
+        one_level, class_embed_type="simple_projection", projection_class_embeddings_input_dim=12
+    ),
+    "class-identity": partial(one_level, class_embed_type="identity", class_embeddings_concat=True),
+    "scale-shift": partial(
+        unconditional, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4, add_attention=True
+    ),
+    "resnet-sampling": partial(unconditional, downsample_type="resnet", upsample_type="resnet"),
+    "fir-sampling": partial(
+        unconditional,
+        block_out_channels=(32, 64),
+        down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+        up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+        time_embedding_type="fourier",
+    ),
+    "deep-floyd": partial(
+        conditional,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="text_proj",
+        cross_attention_dim=32,
+        cross_attention_norm="group_norm",
+        resnet_time_scale_shift="scale_shift",
+        resnet_skip_time_act=True,
+        resnet_out_scale_factor=1.4,
+        time_embedding_act_fn="gelu",
+        act_fn="gelu",
+    ),
+    "kandinsky-2.1": partial(
+        one_level,
+        addition_embed_type="text_image",
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="text_image_proj",
+    ),
+    "kandinsky-2.2": partial(
+        one_level, addition_embed_type="image", encoder_hid_dim=24, encoder_hid_dim_type="image_proj"
+    ),
+    "kandinsky-2.2-hint": partial(
+        one_level,
+        in_channels=8,
+        addition_embed_type="image_hint",
+        encoder_hid_dim=24,
+        encoder_hid_dim_type="image_proj",
+    ),
+    "k-diffusion": partial(
+        conditional,
+        block_out_channels=(32, 64, 64),
+        attention_head_dim=16,
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D", "KCrossAttnDownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("KCrossAttnUpBlock2D", "KCrossAttnUpBlock2D", "KUpBlock2D"),
+        act_fn="gelu",
+        time_embedding_type="fourier",
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+        norm_num_groups=None,
+    ),
+    "learned-time": partial(unconditional, time_embedding_type="learned", num_train_timesteps=1000),
+    "gligen": partial(one_level, attention_type="gated"),
+    "only-cross": partial(conditional, only_cross_attention=True),
+    "control-xl": partial(
+        control,
+        controlnet_conditioning_channel_order="bgr",
+        global_pool_conditions=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    ),
 }
 
 
@@ -125,3 +240,23 @@ def tiny_conditional() -> tuple[Model, Program]:
 def relative(a: Tensor, b: Tensor) -> float:
     """Relative L2 distance of a from b."""
     return float((a - b).norm() / b.norm())
+
+
+def eager(model: Model, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """What diffusers itself makes of a program's inputs, called in its own way."""
+    given = dict(inputs)
+    arguments: dict[str, object] = {}
+    residuals = [given.pop(name) for name in list(given) if name.startswith("down_residual_")]
+    if residuals:
+        arguments["down_block_additional_residuals"] = residuals
+        arguments["mid_block_additional_residual"] = given.pop("mid_residual")
+    added = {name: given.pop(name) for name in ADDED if name in given}
+    if added:
+        arguments["added_cond_kwargs"] = added
+    if not isinstance(model, UNet2DModel):
+        arguments["encoder_hidden_states"] = given.pop("encoder_hidden_states", None)
+    if isinstance(model, UNet2DModel) and model.config.time_embedding_type == "learned":
+        given["timestep"] = given["timestep"].long()
+    with torch.no_grad():
+        result = model(**given, **arguments, return_dict=False)
+    return (*result[0], result[1]) if isinstance(model, ControlNetModel) else (result[0],)
