@@ -157,5 +157,5 @@ def check(environment: Installed, *, home: Path) -> None:
     }
     assert found["policies"] == sorted(file.name for file in (ROOT / "policies").glob("*.yaml"))
     assert found["ghost"] == [1, 8, 128]
-    assert found["parameters"] == 5_601_804
+    assert found["parameters"] == 5_608_876
     assert found["stray"] == []
