@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPED := build/typed
+WORKERS ?= 2
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
@@ -21,8 +22,9 @@ $(STAMP): pyproject.toml constraints-dev.txt
 demo: $(STAMP)  ## quantize the bundled emoji model and draw float beside quantized (demo.png)
 	$(BIN)/dmqfx demo --out demo.png
 
+# A worker runs whole files: models are captured once per worker, and most tests of a file share them.
 test: $(STAMP)  ## the fast tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take more than a minute each
 	$(BIN)/pytest -m slow $(ARGS)

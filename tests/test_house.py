@@ -29,12 +29,9 @@ UNFINISHED = re.compile(
     r"NotImplementedError|\bTODO\b|\bFIXME\b|\bXXX\b|pragma: no cover|except Exception: *pass"
 )
 UNREASONED = re.compile(r"# type: ignore(?!\[[\w, -]+\]  # \S)")
-TOOTHLESS = re.compile(
-    r"assert Tr" + r"ue\b|pytest\.sk" + r"ip|mark\.sk" + r"ip|xf" + r"ail\b|importorsk" + r"ip"
-)
-WORKPLACE = re.compile(
-    r"/wo" + r"rk/|/fa" + r"rm/|/tmp/l" + r"ab|/tmp/v/|\.libr" + r"ary\b|\.\./sha" + r"red"
-)
+# A letter in brackets, here and in the examples below: the patterns must not find themselves.
+TOOTHLESS = re.compile(r"assert [T]rue\b|pytest\.[s]kip|mark\.[s]kip|\b[x]fail\b|import[o]rskip")
+WORKPLACE = re.compile(r"/[w]ork/|/[f]arm/|/tmp/[l]ab|/tmp/[v]/|\.[l]ibrary\b|\.\./[s]hared")
 VAGUE = re.compile(r"(Manager|Helper|Utils?|Base)$", re.IGNORECASE)
 
 
