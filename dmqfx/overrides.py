@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from dmqfx.marked import Entry, Leaf, Listing, Section, Tree, tree_of_yaml
 from dmqfx.policy import Mark
-from dmqfx.policyschema import KEYS, rule_name, step_name
+from dmqfx.policyschema import KEYS, rule_name
+from dmqfx.policysteps import step_name
 from dmqfx.reading import Reader
 from dmqfx.words import suggest
 

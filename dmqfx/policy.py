@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -12,7 +12,8 @@ from dmqfx.address import Address, Site
 from dmqfx.errors import PolicyError, Problem
 from dmqfx.globs import matcher
 from dmqfx.idle import problem_with_idle
-from dmqfx.quant import Grid, Per, QuantSpec, RangeMethod
+from dmqfx.quant import QuantSpec
+from dmqfx.setting import BUILT_IN, FLOAT, Default, PartialSpec, Setting
 from dmqfx.table import Planned
 
 __all__ = [
@@ -45,7 +46,6 @@ Option = Scalar | tuple[Scalar, ...]
 CheckStep = Callable[[str, Mapping[str, object]], "str | None"]
 """Says what is wrong with a step's name and options, or None."""
 
-FLOAT: Final = "float"
 KIND_OF_OPERATOR: Final[Mapping[str, Kind]] = MappingProxyType(
     {"conv2d": "conv2d", "linear": "linear", "scaled_dot_product_attention": "attention"}
 )
@@ -70,65 +70,6 @@ class Mark:
     def problem(self, message: str) -> Problem:
         """A mistake at this place."""
         return Problem(message, self.file, self.line, self.column)
-
-
-@dataclass(frozen=True)
-class PartialSpec:
-    """What a policy says about a tensor; None is unsaid.
-
-    Units: bits 2..8 for weights, 4..8 for inputs; groups is a number of equal parts of the training
-    timesteps, or the ascending boundaries between them.
-    """
-
-    bits: int | None = None
-    grid: Grid | None = None
-    per: Per | None = None
-    range: RangeMethod | None = None
-    groups: int | tuple[float, ...] | None = None
-
-    def over(self, other: PartialSpec) -> PartialSpec:
-        """This spec, with what it leaves unsaid taken from another."""
-        said = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return replace(other, **said)
-
-    def boundaries(self, train_timesteps: int) -> tuple[float, ...]:
-        """The timesteps at which the next group begins after; () is the static case.
-
-        Example:
-            >>> PartialSpec(groups=4).boundaries(1000)
-            (250.0, 500.0, 750.0)
-        """
-        if isinstance(self.groups, tuple):
-            return self.groups
-        parts = self.groups or 1
-        return tuple(train_timesteps * part / parts for part in range(1, parts))
-
-
-Setting = PartialSpec | Literal["float"]
-
-BUILT_IN: Final[Mapping[str, PartialSpec]] = MappingProxyType(
-    {
-        "weight": PartialSpec(grid="symmetric", per="channel", range="minmax", groups=1),
-        "input": PartialSpec(grid="affine", per="tensor", range="minmax", groups=1),
-    }
-)
-"""What holds where neither a rule nor the default says anything; bits have no such value."""
-
-
-@dataclass(frozen=True)
-class Default:
-    """What holds for convolutions and linear layers that no rule touches."""
-
-    weight: Setting
-    input: Setting
-
-    def complete(self, arg: str, setting: Setting) -> Setting:
-        """A rule's setting for `weight` or `input`, completed from the default and then from BUILT_IN."""
-        if setting == FLOAT:
-            return FLOAT
-        mine = self.weight if arg == "weight" else self.input
-        base = BUILT_IN[arg] if mine == FLOAT else mine.over(BUILT_IN[arg])
-        return setting.over(base)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from dmqfx.globs import problem_with_glob
-from dmqfx.marked import Entry, Leaf, Listing, Odd, Section, Tree
+from dmqfx.marked import Entry, Leaf, Listing, Section, Tree
 from dmqfx.policy import (
     FLOAT,
     CheckStep,
@@ -17,18 +17,16 @@ from dmqfx.policy import (
     FedBy,
     Kind,
     Mark,
-    Option,
     PartialSpec,
     Policy,
     Rule,
-    Scalar,
     Setting,
-    Step,
 )
+from dmqfx.policysteps import read_pipeline
 from dmqfx.quant import Grid, Per, RangeMethod
 from dmqfx.reading import Reader
 
-__all__ = ["KEYS", "SCHEMA", "read_policy", "rule_name", "step_name"]
+__all__ = ["KEYS", "SCHEMA", "read_policy", "rule_name"]
 
 SCHEMA: Final = "dmqfx.policy/1"
 KEYS: Final = ("schema", "name", "extends", "description", "default", "rules", "pipeline", "expect")
@@ -62,7 +60,7 @@ def read_policy(
     description = reader.text(keys["description"].value, "description") if "description" in keys else ""
     default = _Settings(reader).default(keys["default"].value, whole) if "default" in keys else None
     rules = _Rules(reader, default).read(keys["rules"].value) if "rules" in keys else ()
-    pipeline = _pipeline(keys["pipeline"].value, reader, check_step) if "pipeline" in keys else ()
+    pipeline = read_pipeline(keys["pipeline"].value, reader, check_step) if "pipeline" in keys else ()
     expect = _expect(keys["expect"].value, reader) if "expect" in keys else Expect()
     if reader.problems or own is None or default is None or description is None:
         return None
@@ -73,13 +71,6 @@ def rule_name(tree: Tree, position: int) -> str:
     """What a rule is called: its own name, or its place in the list, counted from 1."""
     name = tree.get("name") if isinstance(tree, Section) else None
     return name.value if isinstance(name, Leaf) and isinstance(name.value, str) else f"rule {position + 1}"
-
-
-def step_name(tree: Tree) -> str | None:
-    """The pass that a step of the pipeline names, or None if it is not a step."""
-    if isinstance(tree, Section) and len(tree.entries) == 1:
-        return next(iter(tree.entries))
-    return tree.value if isinstance(tree, Leaf) and isinstance(tree.value, str) else None
 
 
 @dataclass(frozen=True)
@@ -263,55 +254,6 @@ def _is_empty(tree: Tree) -> bool:
 
 def _says_bits(tree: Tree) -> bool:
     return isinstance(tree, Section) and "bits" in tree.entries
-
-
-def _pipeline(tree: Tree, reader: Reader, check_step: CheckStep | None) -> tuple[Step, ...]:
-    steps = [_step(item, reader) for item in reader.listing(tree, "pipeline") or ()]
-    for step in steps:
-        problem = check_step(step.name, step.keywords()) if step and check_step else None
-        if step and problem:
-            reader.note(step.mark, problem)
-    return tuple(step for step in steps if step is not None)
-
-
-def _step(tree: Tree, reader: Reader) -> Step | None:
-    name = step_name(tree)
-    if name is None:
-        reader.note(
-            tree.mark, "pipeline: a step is a name, or one name with its options as in {name: {option: 1}}"
-        )
-        return None
-    if not isinstance(tree, Section):
-        return Step(name, (), tree.mark)
-    entry = tree.entries[name]
-    if not isinstance(entry.value, Section):
-        reader.note(entry.value.mark, f"pipeline.{name}: options are a mapping such as {{option: 1}}")
-        return None
-    options = [
-        (key, _option(each.value, f"pipeline.{name}.{key}", reader))
-        for key, each in entry.value.entries.items()
-    ]
-    return Step(name, tuple(sorted(options)), tree.mark)
-
-
-def _option(tree: Tree, path: str, reader: Reader) -> Option:
-    if isinstance(tree, Listing):
-        return tuple(_scalar(item, path, reader) for item in tree.items)
-    return _scalar(tree, path, reader)
-
-
-def _scalar(tree: Tree, path: str, reader: Reader) -> Scalar:
-    if isinstance(tree, Leaf) and not isinstance(tree.value, Odd):
-        return tree.value
-    why = (
-        f"{tree.value.text}, {tree.value.why}"
-        if isinstance(tree, Leaf) and isinstance(tree.value, Odd)
-        else "nested"
-    )
-    reader.note(
-        tree.mark, f"{path}: an option is a number, a word, true, false or a flat list of these, not {why}"
-    )
-    return None
 
 
 def _expect(tree: Tree, reader: Reader) -> Expect:
