@@ -52,8 +52,9 @@ class FlagSkips(Pass):
     def _measured(self, program: Program, ctx: PassContext, found: dict[Site, SkipConcat]) -> dict[Site, SkipConcat]:
         peaks: dict[Site, list[Tensor]] = {site: [] for site in found}
         assert ctx.calibration is not None  # the caller looked
-        for batch in ctx.calibration.select(self.rows, ctx.generator()).batches(self.rows):
-            _Peaks(program, peaks).run(*(batch[i.name] for i in program.inputs.inputs))
+        chosen = ctx.calibration.select(self.rows, ctx.generator())
+        for batch in chosen.batches(self.rows, program.inputs, dtype=program.dtype):
+            _Peaks(program, peaks).run(*(batch[i.name].to(program.device) for i in program.inputs.inputs))
         return {site: self._with_variance(entry, torch.stack(peaks[site]).amax(0)) for site, entry in found.items()}
 
     def _with_variance(self, entry: SkipConcat, peak: Tensor) -> SkipConcat:

@@ -61,10 +61,9 @@ class FreezeObservers(Pass):
         assert ctx.calibration is not None  # run looked
         quiet = not ctx.progress
         with torch.no_grad(), tqdm(total=len(ctx.calibration), desc="observe", unit="row", disable=quiet) as bar:
-            for batch in ctx.calibration.batches(self.batch):
-                inputs = {name: value.to(program.device) for name, value in batch.items()}
-                program(**{i.name: inputs[i.name].to(i.dtype) for i in program.inputs.inputs})
-                bar.update(len(inputs["sample"]))
+            for batch in ctx.calibration.batches(self.batch, program.inputs, dtype=program.dtype):
+                program(**{name: value.to(program.device) for name, value in batch.items()})
+                bar.update(len(batch["sample"]))
 
 
 def _warn_of_gaps(ranges: dict[Site, Range]) -> None:
