@@ -4,12 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TYPED := build/typed
 WORKERS ?= 2
-export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow check check-format check-lint check-types check-house format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,14 +27,26 @@ test: $(STAMP)  ## the fast tests
 test-slow: $(STAMP)  ## the tests that take more than a minute each
 	$(BIN)/pytest -m slow $(ARGS)
 
-# mypy reads packages from folders, and dmqfx.passes lives in ./passes: give it the layout of the wheel, as links.
-check: $(STAMP)  ## format, lint, types, house rules
-	$(BIN)/ruff format --check .
+check: check-format check-lint check-types check-house  ## format, lint, types, house rules
+
+check-format: $(STAMP)
+	$(BIN)/ruff format --check --output-format concise .
+
+check-lint: $(STAMP)
 	$(BIN)/ruff check .
-	rm -rf $(TYPED)/dmqfx && mkdir -p $(TYPED)/dmqfx
-	ln -s $(CURDIR)/dmqfx/* $(CURDIR)/passes $(CURDIR)/policies $(TYPED)/dmqfx
-	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --package dmqfx
-	$(BIN)/pytest tests/test_house.py $(ARGS)
+
+# mypy reads packages from folders, and dmqfx.passes lives in ./passes: give it the layout of the wheel, made of links.
+check-types: $(STAMP)
+	rm -rf build/typed && mkdir -p build/typed/dmqfx
+	cd build/typed/dmqfx && ln -s ../../../dmqfx/* ../../../passes ../../../policies .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --package dmqfx
+
+check-house: $(STAMP)
+	$(BIN)/pytest -q tests/test_house.py
+
+format: $(STAMP)  ## put the sources into the format that check wants
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## the measurements of benchmarks/ (long)
 	for file in benchmarks/bench_*.py; do $(BIN)/python "$$file" || exit 1; done
