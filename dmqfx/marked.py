@@ -94,7 +94,7 @@ def tree_of_yaml(text: str, start: Mark, problems: list[Problem]) -> Tree | None
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
         where = _shift(start, at.line, at.column) if at else start
-        problems.append(where.problem(f"not YAML: {error.problem or error.context}"))
+        problems.append(where.problem(f"not YAML: {_words_of(error)}"))
         return None
     except yaml.reader.ReaderError as error:
         before = text[: error.position].split("\n")
@@ -128,6 +128,14 @@ def tree_of_python(value: object, mark: Mark, problems: list[Problem], depth: in
     elif value is None or isinstance(value, (bool, int, float, str)):
         return Leaf(value, mark)
     return Leaf(Odd(repr(value), f"a {type(value).__name__}"), mark)
+
+
+def _words_of(error: yaml.MarkedYAMLError) -> str:
+    """PyYAML's half sentences as one, with the mend for a glob that was taken for an alias."""
+    problem = error.problem or ""
+    whole = f"{error.context}, {problem}" if error.context and problem.startswith("but ") else problem
+    alias = "alias" in f"{error.context} {problem}"
+    return whole + (" (put a glob that begins with * in quotes)" if alias else "")
 
 
 def plain_scalar(text: str, tag: str) -> Scalar | Odd:

@@ -196,9 +196,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
-    """Text such as 1e3, which YAML 1.1 takes for text and plain_scalar for a number, needs quotes."""
+    """Text with the quotes it needs: bare, 1e3 would be read as a number; folded, U+0085 as a space."""
     tag = "tag:yaml.org,2002:str"
-    return dumper.represent_scalar(tag, text, None if plain_scalar(text, tag) == text else "'")
+    style = '"' if not text.isprintable() else None if plain_scalar(text, tag) == text else "'"
+    return dumper.represent_scalar(tag, text, style)
 
 
 _Dumper.add_representer(str, _represent_text)

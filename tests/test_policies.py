@@ -1,0 +1,165 @@
+"""The policies that ship: what they promise, a reason for each rule, and how they fit diffusers' models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from dmqfx import policies as shipped
+from dmqfx.address import Address
+from dmqfx.policy import FLOAT, Default, Operation, PartialSpec, Policy, explain
+
+
+def test_the_shipped_policies_are_these() -> None:
+    assert shipped.names() == ("w4a16", "w4a6", "w4a8", "w8a16", "w8a8")
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "input_"),
+    [
+        (
+            "w8a8",
+            PartialSpec(8, "symmetric", "channel", "minmax"),
+            PartialSpec(8, "affine", "tensor", "minmax", 20),
+        ),
+        (
+            "w4a8",
+            PartialSpec(4, "symmetric", "channel", "mse"),
+            PartialSpec(8, "affine", "tensor", "minmax", 20),
+        ),
+        (
+            "w4a6",
+            PartialSpec(4, "symmetric", "channel", "mse"),
+            PartialSpec(6, "affine", "tensor", "minmax", 20),
+        ),
+        ("w8a16", PartialSpec(8, "symmetric", "channel", "minmax"), FLOAT),
+        ("w4a16", PartialSpec(4, "symmetric", "channel", "mse"), FLOAT),
+    ],
+)
+def test_a_shipped_policy_does_what_its_name_says(name: str, weight: PartialSpec, input_: Any) -> None:
+    policy = Policy.load(name)
+    assert policy.default == Default(weight, input_)
+    assert policy.description
+
+
+def test_the_shipped_policies_keep_the_same_layers_float() -> None:
+    assert len({Policy.load(name).rules for name in shipped.names()}) == 1
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_every_rule_of_a_shipped_policy_has_its_reason_above_it(name: str) -> None:
+    lines = shipped.text(name).splitlines()
+    rules = [number for number, line in enumerate(lines) if line.startswith(("  - {name:", "  - name:"))]
+    assert len(rules) == (0 if "extends:" in shipped.text(name) else 5)
+    assert all(lines[number - 1].startswith("  # ") for number in rules)
+
+
+def operations_of(model: nn.Module) -> list[Operation]:
+    """What capture finds in a model, by its modules alone."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            found.append(Operation(Address(name, "conv2d"), "conv2d"))
+        elif isinstance(module, nn.Linear):
+            found.append(Operation(Address(name, "linear"), "linear"))
+        elif isinstance(module, Attention):
+            found.append(Operation(Address(name, "scaled_dot_product_attention"), "attention"))
+    return found
+
+
+SMALL: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+CROSS = {"cross_attention_dim": 16, "attention_head_dim": 4, **SMALL}
+DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+MODELS: dict[str, tuple[type[nn.Module], dict[str, Any], set[str]]] = {
+    "unconditional": (
+        UNet2DModel,
+        {
+            **SMALL,
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        },
+        {"conv_in", "conv_out", "time_embedding", "time_emb_proj"},
+    ),
+    "class labels": (
+        UNet2DModel,
+        {
+            **SMALL,
+            "down_block_types": DOWN[1:] * 2,
+            "up_block_types": ("UpBlock2D",) * 2,
+            "class_embed_type": "timestep",
+        },
+        {"conv_in", "conv_out", "time_embedding", "time_emb_proj", "class_embedding"},
+    ),
+    "projected classes and text": (
+        UNet2DConditionModel,
+        {
+            **CROSS,
+            "down_block_types": DOWN,
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "class_embed_type": "simple_projection",
+            "projection_class_embeddings_input_dim": 8,
+            "encoder_hid_dim": 12,
+        },
+        {"conv_in", "conv_out", "time_embedding", "time_emb_proj", "class_embedding", "encoder_hid_proj"},
+    ),
+    "SDXL": (
+        UNet2DConditionModel,
+        {
+            **CROSS,
+            "down_block_types": DOWN,
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 64,
+            "transformer_layers_per_block": (1, 2),
+        },
+        {"conv_in", "conv_out", "time_embedding", "time_emb_proj", "add_embedding"},
+    ),
+    "adaptive norms": (
+        UNet2DConditionModel,
+        {
+            **CROSS,
+            "down_block_types": ("KCrossAttnDownBlock2D", "KDownBlock2D"),
+            "up_block_types": ("KUpBlock2D", "KCrossAttnUpBlock2D"),
+            "mid_block_type": None,
+            "resnet_time_scale_shift": "ada_group",
+        },
+        {"conv_in", "conv_out", "time_embedding", "norm1", "norm2"},
+    ),
+    "ControlNet": (
+        ControlNetModel,
+        {**CROSS, "down_block_types": DOWN, "conditioning_embedding_out_channels": (8, 16)},
+        {
+            "conv_in",
+            "time_embedding",
+            "time_emb_proj",
+            "controlnet_down_blocks",
+            "controlnet_mid_block",
+            "controlnet_cond_embedding",
+        },
+    ),
+}
+
+
+def family(site_path: str, known: set[str]) -> str:
+    return next((part for part in site_path.split(".") if part in known), site_path)
+
+
+@pytest.mark.parametrize("which", MODELS)
+def test_a_shipped_policy_fits_a_diffusers_model_and_keeps_float_what_it_says(which: str) -> None:
+    make, config, kept = MODELS[which]
+    explained = explain(Policy.load("w4a8"), operations_of(make(**config)))
+    float_weights = {
+        each.site.at.path for each in explained if each.site.arg == "weight" and each.spec is None
+    }
+    assert {family(path, kept) for path in float_weights} == kept
+    quantized = [each for each in explained if each.spec is not None]
+    assert {each.site.arg for each in quantized} == {"input", "weight"}
+    assert len(quantized) > len(float_weights)
+    assert all(
+        each.spec == quantized[-1].spec for each in quantized if each.site.arg == quantized[-1].site.arg
+    )
