@@ -26,12 +26,12 @@ from dmqfx.policysteps import read_pipeline
 from dmqfx.quant import Grid, Per, RangeMethod
 from dmqfx.reading import Reader
 
-__all__ = ["KEYS", "SCHEMA", "read_policy", "rule_name"]
+__all__ = ["KEYS", "RULE_KEYS", "SCHEMA", "SPEC_KEYS", "read_policy", "rule_name"]
 
 SCHEMA: Final = "dmqfx.policy/1"
 KEYS: Final = ("schema", "name", "extends", "description", "default", "rules", "pipeline", "expect")
-_RULE_KEYS: Final = ("name", "at", "kind", "fed_by", "keep", "weight", "input", "optional")
-_SPEC_KEYS: Final = {
+RULE_KEYS: Final = ("name", "at", "kind", "fed_by", "keep", "weight", "input", "optional")
+SPEC_KEYS: Final = {
     "weight": ("bits", "grid", "per", "range"),
     "input": ("bits", "grid", "per", "range", "groups"),
 }
@@ -110,7 +110,7 @@ class _Settings:
                 entry.mark, f"{path}.groups: only inputs have timestep groups, a weight is the same always"
             )
             tree = Section({key: each for key, each in tree.entries.items() if key != "groups"}, tree.mark)
-        keys = self.reader.section(tree, path, _SPEC_KEYS[arg]) or {}
+        keys = self.reader.section(tree, path, SPEC_KEYS[arg]) or {}
         given = {key: entry.value for key, entry in keys.items()}
         read, word = self.reader, self.reader.word
         return PartialSpec(
@@ -124,7 +124,7 @@ class _Settings:
     def _float(self, tree: Tree, path: str, arg: _Arg) -> Setting | None:
         if isinstance(tree, Leaf) and isinstance(tree.value, str):
             return self.reader.word(tree, path, _FLOAT_ONLY)
-        self.reader.wrong(tree, path, f"float or a mapping with keys among {', '.join(_SPEC_KEYS[arg])}")
+        self.reader.wrong(tree, path, f"float or a mapping with keys among {', '.join(SPEC_KEYS[arg])}")
         return None
 
     def _groups(self, tree: Tree, path: str) -> int | tuple[float, ...] | None:
@@ -194,13 +194,13 @@ class _Rules:
     def _keys(self, tree: Tree, path: str) -> dict[str, Entry] | None:
         """The keys of a rule; words of a specification that stand one level too high get their own advice."""
         if not isinstance(tree, Section):
-            self.reader.section(tree, path, _RULE_KEYS)
+            self.reader.section(tree, path, RULE_KEYS)
             return None
-        astray = [key for key in tree.entries if key in _SPEC_KEYS["input"]]
+        astray = [key for key in tree.entries if key in SPEC_KEYS["input"]]
         for key in astray:
             self.reader.note(tree.entries[key].mark, f"{path}: {key!r} belongs inside weight or input")
         rest = {key: entry for key, entry in tree.entries.items() if key not in astray}
-        return self.reader.section(Section(rest, tree.mark), path, _RULE_KEYS)
+        return self.reader.section(Section(rest, tree.mark), path, RULE_KEYS)
 
     def _check_name(self, tree: Tree | None) -> None:
         name = self.reader.text(tree, "name of a rule") if tree is not None else None

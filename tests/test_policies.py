@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,10 @@ from torch import nn
 
 from dmqfx import policies as shipped
 from dmqfx.address import Address
-from dmqfx.policy import FLOAT, Default, Operation, PartialSpec, Policy, explain
+from dmqfx.errors import PolicyError
+from dmqfx.policy import FLOAT, Default, Expect, Operation, PartialSpec, Policy, explain
+from dmqfx.policyfile import parse_policy
+from dmqfx.policyschema import KEYS, RULE_KEYS, SPEC_KEYS
 
 
 def test_the_shipped_policies_are_these() -> None:
@@ -163,3 +169,35 @@ def test_a_shipped_policy_fits_a_diffusers_model_and_keeps_float_what_it_says(wh
     assert all(
         each.spec == quantized[-1].spec for each in quantized if each.site.arg == quantized[-1].site.arg
     )
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "policies.md").read_text(encoding="utf-8")
+
+
+def test_the_first_example_of_the_reference_is_a_policy() -> None:
+    example = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]
+    policy = parse_policy(example)
+    assert [rule.name for rule in policy.rules][-2:] == ["skips", "mid"]
+
+
+@pytest.mark.parametrize("key", [*KEYS, *RULE_KEYS, *SPEC_KEYS["input"], *(f.name for f in fields(Expect))])
+def test_every_key_has_a_row_in_the_reference(key: str) -> None:
+    assert f"\n| `{key}` | " in PAGE
+
+
+@pytest.mark.parametrize("name", [*shipped.names(), *(rule.name for rule in Policy.load("w4a8").rules)])
+def test_every_shipped_policy_and_every_rule_of_theirs_has_a_row_in_the_reference(name: str) -> None:
+    assert f"\n| `{name}` | " in PAGE
+
+
+def test_the_mistakes_in_the_reference_are_those_that_dmqfx_reports() -> None:
+    text = (
+        "schema: dmqfx.policy/1\nextends: w4a8\ndefault:\n  weight: {bit: 4}\n"
+        "rules:\n  - {name: mid, kind: conv, keep: float}\n"
+    )
+    with pytest.raises(PolicyError) as caught:
+        parse_policy(text, "mine.yaml")
+    told = str(caught.value).splitlines()
+    with pytest.raises(PolicyError) as caught:
+        Policy.load("w4a8", ["default.weight.bits=16"])
+    assert "\n".join([*told, str(caught.value)]) in PAGE
