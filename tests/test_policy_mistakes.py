@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dmqfx.errors import PolicyError
-from dmqfx.policy import Policy
+from dmqfx import policies as shipped
+from dmqfx.errors import PolicyError, Problem
+from dmqfx.policy import Mark, Policy, Rule
 from dmqfx.policyfile import parse_policy
 
 HEAD = "schema: dmqfx.policy/1\n"
@@ -341,3 +344,24 @@ def test_a_step_that_an_override_changed_is_reported_there() -> None:
             check_step=only_canonicalize,
         )
     assert str(caught.value) == "--set:1:1: canonicalize has no option 'fast'"
+
+
+def place_of(found: Rule | Problem) -> Mark | Problem:
+    return found.mark if isinstance(found, Rule) else found
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_a_damaged_file_is_a_policy_or_a_policy_error(data: st.DataObject) -> None:
+    text = shipped.text(data.draw(st.sampled_from(["w4a6", "w8a16"])))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at, gone = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 3))
+        piece = data.draw(
+            st.sampled_from([*"{}[]:,-*&!|>'\"#%@`\n\t? 0~", "on", "<<", "- ", "!!", "\x85", "\x00"])
+        )
+        text = text[:at] + piece + text[at + gone :]
+    try:
+        found: Sequence[Rule | Problem] = parse_policy(text).rules
+    except PolicyError as error:
+        found = error.problems
+    assert all(place.line > 0 and place.column > 0 for place in map(place_of, found))

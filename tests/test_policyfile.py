@@ -345,7 +345,7 @@ def test_mistakes_of_the_file_and_of_the_overrides_are_reported_together() -> No
 # --- printing
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(policies())
 def test_printing_and_parsing_is_the_identity(policy: Policy) -> None:
     assert parse_policy(print_policy(policy)) == policy
