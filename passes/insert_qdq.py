@@ -61,9 +61,13 @@ class InsertQdq(Pass):
         for site, planned in table.of(Planned).items():
             if planned.spec is None:
                 continue
-            kind, helper = (Codes, "round-weights") if is_weight(site) else (Range, "insert-observers, freeze-observers")
+            kind, helper = (
+                (Codes, "round-weights") if is_weight(site) else (Range, "insert-observers, freeze-observers")
+            )
             if table.get(site, kind) is None:
-                raise RewriteError(f"insert-qdq: {site} is planned but has no {kind.__name__}; run {helper} before")
+                raise RewriteError(
+                    f"insert-qdq: {site} is planned but has no {kind.__name__}; run {helper} before"
+                )
 
 
 def _weight(rw: Rewriter, site: Site, codes: Codes, spec: QuantSpec) -> None:
@@ -74,7 +78,12 @@ def _weight(rw: Rewriter, site: Site, codes: Codes, spec: QuantSpec) -> None:
     with rw.before(node):
         packed = rw.constant(f"{name}_packed", codes.packed)
         unpacked = rw.call(
-            OPS.unpack.default, near=node, packed=packed, bits=spec.bits, signed=params.qmin < 0, shape=list(codes.shape)
+            OPS.unpack.default,
+            near=node,
+            packed=packed,
+            bits=spec.bits,
+            signed=params.qmin < 0,
+            shape=list(codes.shape),
         )
         real = rw.call(
             OPS.dequantize.default,
@@ -109,20 +118,30 @@ class _Activations:
         group = self.groups.node(params.boundaries, reader)
         first = min((user for user in x.users), key=list(rw.graph.nodes).index)
         stem = f"{site.at.path}.{site.arg}".lstrip(".")
-        scale, zero_point = (rw.constant(f"{stem}_{k}", getattr(params, k)) for k in ("scale", "zero_point"))
-        source, step, point, step_axis = x, scale, zero_point, axis
-        if (divided := _division(rw, x)) is not None:
-            source, gamma = divided
-            step_axis = 1 if gamma.dim() == 3 else -1
-            step = rw.constant(f"{stem}_step", params.scale * gamma.flatten().to(params.scale))
-            point = rw.constant(f"{stem}_step_zero_point", params.zero_point.expand(-1, gamma.numel()).contiguous())
         with rw.before(first):
+            scale, zero_point = (
+                rw.constant(f"{stem}_{k}", getattr(params, k)) for k in ("scale", "zero_point")
+            )
+            source, step, point, step_axis = x, scale, zero_point, axis
+            if (divided := _division(rw, x)) is not None:
+                source, gamma = divided
+                step_axis = 1 if gamma.dim() == 3 else -1
+                step = rw.constant(f"{stem}_step", params.scale * gamma.flatten().to(params.scale))
+                point = rw.constant(
+                    f"{stem}_step_zero_point", params.zero_point.expand(-1, gamma.numel()).contiguous()
+                )
             codes = rw.call(
                 OPS.quantize.default, near=reader, x=source, scale=step, zero_point=point, group=group,
                 axis=step_axis, qmin=params.qmin, qmax=params.qmax,
             )  # fmt: skip
             return rw.call(
-                OPS.dequantize.default, near=reader, codes=codes, scale=scale, zero_point=zero_point, group=group, axis=axis
+                OPS.dequantize.default,
+                near=reader,
+                codes=codes,
+                scale=scale,
+                zero_point=zero_point,
+                group=group,
+                axis=axis,
             )
 
 

@@ -42,6 +42,7 @@ class LowerReference(RewritePass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     provides: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
+    clears: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.EXACT
     rules: ClassVar[tuple[Rule, ...]] = (integer_conv2d, integer_linear)
 

@@ -30,5 +30,6 @@ class LowerSimulate(RewritePass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     provides: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
+    clears: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
     rules: ClassVar[tuple[Rule, ...]] = (fold_weight,)
