@@ -147,7 +147,7 @@ def check_structure(program: Program, step: str, before: Program | None = None, 
     try:
         program.graph.lint()
     except RuntimeError as error:
-        raise RewriteError(f"{step} left a broken graph: {error}") from error
+        raise RewriteError(f"{step} left a broken graph: {str(error).splitlines()[0]}") from error
     seen: set[object] = set()
     for node in program.graph.nodes:
         if node.op not in ("call_function", "call_module"):

@@ -135,15 +135,19 @@ class Rewriter:
 
         Raises: RewriteError if the graph is broken or two operations share an address.
         """
-        self.graph.eliminate_dead_code()
-        self._restore_names()
-        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
-        modules = {str(n.target): self._modules[str(n.target)] for n in self.graph.nodes if n.op == "call_module"}
         try:
-            self.graph.lint()
-            gm = build(self.graph, {t: self._constants[t] for t in self._constants if t in used}, modules)
+            self.graph.eliminate_dead_code()
+            self._restore_names()
+            used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+            called = {str(n.target) for n in self.graph.nodes if n.op == "call_module"}
+            gm = build(
+                self.graph,
+                {name: value for name, value in self._constants.items() if name in used},
+                {name: module for name, module in self._modules.items() if name in called},
+            )
+            gm.graph.lint()
         except RuntimeError as error:
-            raise RewriteError(f"{self.step} left a broken graph: {error}") from error
+            raise RewriteError(f"{self.step} left a broken graph: {str(error).splitlines()[0]}") from error
         return replace(self._source, gm=gm)
 
     def _create(
