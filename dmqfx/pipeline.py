@@ -72,7 +72,7 @@ class Pass(ABC):
     @classmethod
     def name(cls) -> str:
         """The pass's name in policies: the class name in kebab case."""
-        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower().replace("q-dq", "qdq")
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
 
 
 Observe = Callable[[Pass, Program, Program, PassContext], float | None]
