@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from dmqfx import ops
+from dmqfx.address import Site
 from dmqfx.program import label
 from dmqfx.rewrite import Refuse
+from dmqfx.table import Planned, Table
 
 LAYOUT = ("reshape", "view", "_unsafe_view", "permute", "transpose", "contiguous", "clone", "flatten", "unflatten")
 CHANNEL_OF_ROW = {"group_norm": 1, "layer_norm": -1, "linear": -1, "conv2d": 1}
@@ -35,11 +37,13 @@ class Absorber:
         return torch.ones(count, dtype=factor.dtype, device=factor.device).index_put((self.rows.to(factor.device),), factor)
 
 
-def absorber(source: fx.Node, axis: int) -> Absorber | Refuse:
+def absorber(source: fx.Node, axis: int, table: Table) -> Absorber | Refuse:
     """Who can absorb a per-channel factor of `source` (channels on `axis`), or why nobody can."""
     way = _way_back(source)
     if isinstance(way, Refuse):
         return way
+    if (quantized := _quantized_between(way, table)) is not None:
+        return Refuse(f"{quantized} is quantized, in the range of the unscaled tensor", way[-1])
     arrived = _send_rows(way)
     rows = arrived.movedim(axis, 0).flatten(1)
     if rows.shape[1] == 0 or not bool((rows == rows[:, :1]).all()):
@@ -48,6 +52,16 @@ def absorber(source: fx.Node, axis: int) -> Absorber | Refuse:
     if order.unique().numel() != order.numel():
         return Refuse(f"one row of {label(way[0])} makes several channels", way[0])
     return Absorber(way[0], order)
+
+
+def _quantized_between(way: list[fx.Node], table: Table) -> Site | None:
+    """The first site on the way (attention's value) that is planned to be quantized."""
+    for before, node in zip(way, way[1:], strict=False):
+        for arg, value in ops.args(node).items():
+            planned = table.get(Site(node.meta["address"], arg), Planned) if value is before else None
+            if planned is not None and planned.spec is not None:
+                return Site(node.meta["address"], arg)
+    return None
 
 
 def _way_back(source: fx.Node) -> list[fx.Node] | Refuse:

@@ -17,6 +17,7 @@ from dmqfx.address import Address
 from dmqfx.errors import RewriteError
 from dmqfx.journal import Journal
 from dmqfx.program import Program, build, copy_graph, copy_modules, label
+from dmqfx.table import Table
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Rewriter:
         self._mode = _fake_mode(self.graph)
         self._made: Counter[tuple[str, str]] = Counter()
         self._nodes = {node.meta["address"]: node for node in self.graph.nodes if "address" in node.meta}
+
+    @property
+    def table(self) -> Table:
+        """The table of the program that is rewritten."""
+        return self._source.table
 
     def node(self, at: Address) -> fx.Node:
         """The operation at an address in the fork."""
@@ -136,7 +142,7 @@ class Rewriter:
         Raises: RewriteError if the graph is broken or two operations share an address.
         """
         try:
-            self.graph.eliminate_dead_code()
+            self.graph.eliminate_dead_code(is_impure_node=_is_needed)
             self._restore_names()
             used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
             called = {str(n.target) for n in self.graph.nodes if n.op == "call_module"}
@@ -189,6 +195,11 @@ class Rewriter:
                 self._constants[stem] = self._constants[str(node.target)]
                 used = (used - {str(node.target)}) | {stem}
                 node.target = stem
+
+
+def _is_needed(node: fx.Node) -> bool:
+    """Whether an operation stays though nothing reads it; an observer that nothing reads sees nothing of use."""
+    return node.op in ("placeholder", "output") or (node.op == "call_function" and node.is_impure())
 
 
 def _fake_mode(graph: fx.Graph) -> FakeTensorMode:

@@ -28,7 +28,7 @@ def absorb(rw: Rewriter, x: fx.Node, gamma: fx.Node) -> Outcome:
         return None
     if len(x.users) > 1:
         return Refuse(f"{x.meta.get('address', x.target)} has other readers, which expect it unscaled", x)
-    found = absorber(x, axis)
+    found = absorber(x, axis, rw.table)
     if isinstance(found, Refuse):
         return found
     _fold(rw, found, 1 / factor.flatten())

@@ -35,7 +35,7 @@ class PairLayers(Pass):
                 continue
             if not ctx.journal.apply(sites[0], "pair", f"{len(sites)} readers"):
                 break
-            found = absorber(source, channel_axis(program, sites[0]))
+            found = absorber(source, channel_axis(program, sites[0]), table)
             others = [user for user, _ in readers(source) if Site(user.meta["address"], "input") not in sites]
             if others and not isinstance(found, Refuse):
                 found = Refuse(f"{others[0].meta['address']} reads the same tensor unscaled", others[0])
