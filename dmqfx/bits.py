@@ -11,13 +11,15 @@ from torch import fx
 
 from dmqfx import ops
 from dmqfx.address import Address, Site
+from dmqfx.facts import INTEGER, QDQ
+from dmqfx.packing import unpack
 from dmqfx.policy import KIND_OF_OPERATOR, OPERANDS
 from dmqfx.program import Program, constant, label
-from dmqfx.quant import QuantSpec
+from dmqfx.quant import QuantSpec, dequantize
 from dmqfx.table import Codes, Planned
 from dmqfx.wording import bit_count
 
-__all__ = ["SiteBits", "layers", "site_bits", "sites"]
+__all__ = ["SiteBits", "is_quantized", "layers", "site_bits", "sites"]
 
 _ARGUMENTS = frozenset(arg for operands in OPERANDS.values() for arg in operands)
 # Operators between a dequantize and its reader that only move numbers.
@@ -55,6 +57,11 @@ def sites(at: Address) -> tuple[Site, ...]:
     """The sites of a layer: input and weight, or query, key and value; none for what is no layer."""
     kind = KIND_OF_OPERATOR.get(at.op)
     return tuple(Site(at, arg) for arg in OPERANDS[kind]) if kind is not None else ()
+
+
+def is_quantized(program: Program) -> bool:
+    """Whether the graph quantizes: before that, bits are a plan."""
+    return not program.facts.isdisjoint({QDQ, INTEGER})
 
 
 def site_bits(program: Program, site: Site) -> SiteBits:
@@ -122,8 +129,8 @@ def _on_grid(program: Program, site: Site, node: fx.Node) -> bool:
     row, bits = (1, *codes.shape[1:]), _bits(program, site)
     packed = codes.packed[: math.ceil(math.prod(row) * (4 if bits <= 4 else 8) / 8)]
     params = codes.qparams
-    numbers = torch.ops.dmqfx.unpack(packed, bits, params.qmin < 0, row)
-    real = torch.ops.dmqfx.dequantize(numbers, params.scale[:, :1], params.zero_point[:, :1], None, 0)
+    numbers = unpack(packed, bits, params.qmin < 0, row)
+    real = dequantize(numbers, params.scale[:, :1], params.zero_point[:, :1])
     return torch.equal(real.to(value), value[:1])
 
 

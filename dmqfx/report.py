@@ -60,16 +60,9 @@ class LayerReport:
         """The site of an argument, or None if the layer has no such one."""
         return next((site for site in self.sites if site.argument == argument), None)
 
-    @property
-    def weight_bits(self) -> int | None:
-        """The bits of the weight; None for float or no weight."""
-        site = self.site("weight")
-        return site.got_bits if site is not None else None
-
-    @property
-    def input_bits(self) -> int | None:
-        """The bits of the input; None for float or attention."""
-        site = self.site("input")
+    def got(self, argument: str) -> int | None:
+        """The bits that an argument has; None for float, or no such argument."""
+        site = self.site(argument)
         return site.got_bits if site is not None else None
 
 
@@ -205,10 +198,14 @@ class Report:
 
         return table(self, worst_first=worst_first, limit=limit)
 
-    def to_json(self) -> str:
-        """JSON with its version; inf and nan are written as words."""
+    def to_data(self) -> dict[str, object]:
+        """What to_json writes, as dicts and lists; inf and nan are words."""
         plain = {**asdict(self), "output_db": list(self.output_db.items())}
-        return json.dumps({"schema": SCHEMA, **_spelled(plain)}, allow_nan=False, indent=1)
+        return {"schema": SCHEMA} | {key: _spelled(value) for key, value in plain.items()}
+
+    def to_json(self) -> str:
+        """JSON with its version."""
+        return json.dumps(self.to_data(), allow_nan=False, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -252,7 +249,7 @@ def _number(value: float | str | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _spelled(value: Any) -> Any:
+def _spelled(value: object) -> object:
     """The same with inf and nan as words, which JSON has no numbers for."""
     if isinstance(value, dict):
         return {key: _spelled(each) for key, each in value.items()}

@@ -38,9 +38,10 @@ def table(report: Report, *, worst_first: bool = False, limit: int | None = None
 
 
 def _summary(report: Report) -> Iterator[str]:
-    factor = wording.number(report.bytes_before / max(report.bytes_after, 1))
-    sizes = f"{wording.size(report.bytes_before)} -> {wording.size(report.bytes_after)}"
-    yield f"{report.root}: {sizes}" + (f", {factor}x smaller" if factor != "1" else "")
+    before, after = max(report.bytes_before, 1), max(report.bytes_after, 1)
+    factor, word = (before / after, "smaller") if before >= after else (after / before, "larger")
+    changed = f", {wording.number(factor)}x {word}" if wording.number(factor) != "1" else ""
+    yield f"{report.root}: {wording.size(report.bytes_before)} -> {wording.size(report.bytes_after)}{changed}"
     refused = report.asked - report.got
     yield f"bits    {report.got} of {report.asked} sites as asked" + (f", {refused} not" if refused else "")
     if report.memory_only:

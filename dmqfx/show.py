@@ -21,6 +21,19 @@ def show(program: Program, at: str = "**") -> str:
     expression.
 
     Raises: AddressError if no operation fits.
+    Example:
+        >>> import torch
+        >>> from torch import fx
+        >>> from dmqfx.program import Input, InputSpec, build, propagate
+        >>> graph = fx.Graph()
+        >>> silu = graph.call_function(torch.ops.aten.silu.default, (graph.placeholder("sample"),))
+        >>> silu.meta["address"] = Address("act", "silu")
+        >>> _ = graph.output(silu)
+        >>> gm, spec = build(graph, {}), InputSpec("Toy", (Input("sample", ("B", 3)),), {"B": 2})
+        >>> propagate(gm, spec)
+        >>> program = Program(gm, spec)
+        >>> show(program)
+        'act/silu  silu(self=sample) -> [2, 3]'
     """
     found = lines(program)
     wanted = select(found, at)
@@ -33,6 +46,19 @@ def diff(before: Program, after: Program, at: str = "**", *, context: int = 0) -
     Unchanged operations are left out, but for `context` of them around each change; the last line counts.
 
     Raises: AddressError if no operation of either program fits.
+    Example:
+        >>> import torch
+        >>> from torch import fx
+        >>> from dmqfx.program import Input, InputSpec, build, propagate
+        >>> graph = fx.Graph()
+        >>> silu = graph.call_function(torch.ops.aten.silu.default, (graph.placeholder("sample"),))
+        >>> silu.meta["address"] = Address("act", "silu")
+        >>> _ = graph.output(silu)
+        >>> gm, spec = build(graph, {}), InputSpec("Toy", (Input("sample", ("B", 3)),), {"B": 2})
+        >>> propagate(gm, spec)
+        >>> program = Program(gm, spec)
+        >>> diff(program, program.fork())
+        'equal: 1 operation, 0 table entries'
     """
     old, new = lines(before), lines(after, before.dtype)
     wanted = select({**old, **new}, at)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmqfx import wording
 from dmqfx.address import Address, Site
-from dmqfx.bits import SiteBits, site_bits
+from dmqfx.bits import SiteBits, is_quantized, site_bits
 from dmqfx.journal import PassRecord
 from dmqfx.lines import lines
 from dmqfx.program import Program
@@ -27,6 +27,22 @@ def why(program: Program, address: str) -> str:
     every rewrite made or refused there.
 
     Raises: AddressError with the three nearest, for an address that neither the program nor its log knows.
+    Example:
+        >>> import torch
+        >>> from torch import fx
+        >>> from dmqfx.program import Input, InputSpec, build, propagate
+        >>> graph = fx.Graph()
+        >>> silu = graph.call_function(torch.ops.aten.silu.default, (graph.placeholder("sample"),))
+        >>> silu.meta["address"] = Address("act", "silu")
+        >>> _ = graph.output(silu)
+        >>> gm, spec = build(graph, {}), InputSpec("Toy", (Input("sample", ("B", 3)),), {"B": 2})
+        >>> propagate(gm, spec)
+        >>> program = Program(gm, spec)
+        >>> print(why(program, "act/silu"))
+        act/silu
+          silu(self=sample) -> [2, 3]
+          passes
+            none rewrote or refused anything here
     """
     known = lines(program)
     logged = [each.at for done in program.log for each in done.applied]
@@ -58,16 +74,16 @@ def _paired(program: Program, at: Address) -> Iterator[Site]:
 def _site(program: Program, site: Site) -> Iterator[str]:
     yield site.arg
     if program.table.get(site, Planned) is not None:
-        yield from (f"  {line}" for line in _bits(site_bits(program, site)))
+        yield from (f"  {line}" for line in _bits(program, site_bits(program, site)))
     yield from (f"  {line}" for line in _numbers(program, site))
     told = {type(each): each for each in program.table.at(site) if not isinstance(each, _TOLD)}
     yield from (f"  {wording.entry(each)}" for each in told.values())
 
 
-def _bits(bits: SiteBits) -> Iterator[str]:
+def _bits(program: Program, bits: SiteBits) -> Iterator[str]:
     yield f"asked  {bits.asked or 'float'}, by rule {bits.rule!r}"
     yield f"got    {f'{bits.got} bit, ' if bits.got else ''}{bits.how}"
-    if not bits.as_asked:
+    if is_quantized(program) and not bits.as_asked:
         yield from (f"       refused by {reason}" for reason in bits.refused)
         if not bits.refused:
             yield "       not what was asked, and no pass says why"
