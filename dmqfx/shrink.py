@@ -68,9 +68,9 @@ def _narrow(unet: UNet, config: Mapping[str, object], width: int) -> dict[str, o
     widths = [int(each) for each in unet.config.block_out_channels]
     narrow = tuple(width * min(4, math.ceil(each / min(widths))) for each in widths)
     changed: dict[str, object] = {"block_out_channels": narrow}
-    for key, size in _NARROWED.items():
+    for key, few in _NARROWED.items():
         if config.get(key) is not None:
-            changed[key] = _same_form(config[key], size)
+            changed[key] = _same_form(config[key], few)
     for key in ("norm_num_groups", "attn_norm_num_groups"):
         if config.get(key) is not None:
             changed[key] = _GROUPS
