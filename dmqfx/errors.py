@@ -37,7 +37,28 @@ class CalibrationError(DmqfxError):
 
 
 class VerifyError(DmqfxError):
-    """A rewrite changed what it promised to keep."""
+    """A rewrite changed what it promised to keep: says which one, where, by how much, and how to see it again.
+
+    Units: error and limit are relative L2 distances, unless `what` says otherwise; nan where there is no number.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        step: str,
+        rule: str = "",
+        address: str = "",
+        error: float = float("nan"),
+        limit: float = float("nan"),
+        fuel: int | None = None,
+        mend: str = "",
+    ) -> None:
+        self.what, self.step, self.rule, self.address = what, step, rule, address
+        self.error, self.limit, self.fuel = error, limit, fuel
+        where = f", rule {rule!r}" if rule else ""
+        place = f" at {address}" if address else ""
+        super().__init__(f"{step}{where}{place}: {what}" + (f"\n  {mend}" if mend else ""))
 
 
 class StoreError(DmqfxError):
@@ -46,6 +67,13 @@ class StoreError(DmqfxError):
 
 class CallError(DmqfxError, TypeError):
     """A compiled UNet was called with inputs that it does not take."""
+
+
+class FixedGraphError(DmqfxError, AttributeError):
+    """A compiled UNet was asked for something that would change its layers."""
+
+    def __init__(self, name: str, root: str) -> None:
+        super().__init__(f"{name} of {root} would change its layers, and a compiled graph is fixed\n  mend: do it to the float model, then compile")
 
 
 @dataclass(frozen=True)
