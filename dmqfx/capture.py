@@ -16,9 +16,11 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 
 from dmqfx import exported, program
+from dmqfx.address import Address
 from dmqfx.errors import CaptureError
+from dmqfx.exclusions import is_foreign, refuse
 from dmqfx.program import Input, InputSpec, Program
-from dmqfx.signature import SUPPORTED, UNet, signature
+from dmqfx.signature import UNet, signature
 
 __all__ = ["capture"]
 
@@ -34,7 +36,7 @@ def capture(unet: UNet, *, residuals: bool = False) -> Program:
 
     Raises: CaptureError for a module that is not a supported UNet or that holds what cannot be exported.
     """
-    _refuse(unet)
+    refuse(unet)
     started = time.perf_counter()
     spec = signature(unet, residuals=residuals)
     with _evaluating(unet), torch.no_grad():
@@ -42,7 +44,9 @@ def capture(unet: UNet, *, residuals: bool = False) -> Program:
             spec, found = _export_any_size(unet, spec)
         else:
             found = _export(unet, spec)
-    graph, weights = exported.read(found, tuple(i.name for i in spec.inputs), _PREFIX)
+        graph, weights = _read(found, spec)
+        if is_foreign(unet):
+            _refuse_if_sizes_matter(graph, _read(_export(unet, spec, larger=7), spec)[0])
     result = _program(graph, weights, spec)
     _log.info(
         "captured %s  %d operations  %.1f s",
@@ -51,6 +55,10 @@ def capture(unet: UNet, *, residuals: bool = False) -> Program:
         time.perf_counter() - started,
     )
     return result
+
+
+def _read(found: ExportedProgram, spec: InputSpec) -> tuple[fx.Graph, dict[str, Tensor]]:
+    return exported.read(found, tuple(i.name for i in spec.inputs), _PREFIX)
 
 
 def _program(graph: fx.Graph, weights: Mapping[str, Tensor], spec: InputSpec) -> Program:
@@ -128,8 +136,8 @@ def _export_any_size(unet: UNet2DConditionModel, spec: InputSpec) -> tuple[Input
     return spec, _export(unet, spec)
 
 
-def _export(unet: UNet, spec: InputSpec) -> ExportedProgram:
-    examples, dims = _examples(unet, spec)
+def _export(unet: UNet, spec: InputSpec, *, larger: int = 1) -> ExportedProgram:
+    examples, dims = _examples(unet, spec, larger)
     wrapper = _Canonical(unet, tuple(i.name for i in spec.inputs)).eval()
     try:
         return export(wrapper, examples, dynamic_shapes=(dims,), strict=False)
@@ -143,11 +151,13 @@ def _export(unet: UNet, spec: InputSpec) -> ExportedProgram:
         ) from error
 
 
-def _examples(unet: UNet, spec: InputSpec) -> tuple[tuple[Tensor, ...], tuple[dict[int, object], ...]]:
+def _examples(
+    unet: UNet, spec: InputSpec, larger: int
+) -> tuple[tuple[Tensor, ...], tuple[dict[int, object], ...]]:
     """Tensors of sizes that are never 1 and all different, so that export ties them to nothing."""
     step = 2 ** (len(unet.config.block_out_channels) - 1)
     height, width = (4 * step, 6 * step) if spec.multiple_of > 1 else (9 * step // 2, 11 * step // 2)
-    sizes = {**spec.sizes, "B": 3, "T": 7, "H": height, "W": width}
+    sizes = {**spec.sizes, "B": 2 + larger, "T": 7 * larger, "H": height * larger, "W": width * larger}
     examples = tuple(torch.ones(i.shape(sizes), dtype=i.dtype, device=unet.device) for i in spec.inputs)
     dims = tuple(
         {k: Dim.DYNAMIC for k, dim in enumerate(i.dims) if isinstance(dim, str)} for i in spec.inputs
@@ -192,28 +202,26 @@ def _gist(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
 
 
-def _refuse(unet: nn.Module) -> None:
-    """Raise for what is known not to work, before any time is spent."""
-    if not isinstance(unet, SUPPORTED):
-        inner = getattr(unet, "_orig_mod", None)
+def _refuse_if_sizes_matter(small: fx.Graph, large: fx.Graph) -> None:
+    """Two captures of foreign code must be one graph: a branch on sizes would be decided once and for all."""
+    one, other = (
+        {_written(n): n for n in graph.nodes if n.op == "call_function"} for graph in (small, large)
+    )
+    differing = [
+        node
+        for node in (*other.values(), *one.values())
+        if (_written(node) in one) != (_written(node) in other)
+    ]
+    if differing:
+        at: Address = differing[0].meta["address"]
         raise CaptureError(
-            f"{type(unet).__name__} is not a supported UNet",
-            mend="pass the module inside torch.compile: unet._orig_mod"
-            if inner is not None
-            else f"supported are {', '.join(t.__name__ for t in SUPPORTED)} of diffusers",
+            "computes something else at larger sizes",
+            address=at.path,
+            operator=at.op,
+            mend="make the module do the same at every batch, height, width and context length",
         )
-    for name, module in unet.named_modules():
-        if type(module).__module__.startswith("peft."):
-            raise CaptureError(
-                "a LoRA adapter is loaded beside the weights",
-                address=name,
-                operator=type(module).__name__,
-                mend="call pipe.fuse_lora() and then pipe.unload_lora_weights() first",
-            )
-    for name, processor in getattr(unet, "attn_processors", {}).items():
-        if any(word in type(processor).__name__ for word in ("XFormers", "Sage", "Flash", "NPU", "Sliced")):
-            raise CaptureError(
-                f"{type(processor).__name__} is not made of operators that can be rewritten",
-                address=name.removesuffix(".processor"),
-                mend="call unet.set_attn_processor(AttnProcessor2_0()) first",
-            )
+
+
+def _written(node: fx.Node) -> str:
+    """A call with its values named by where they come from."""
+    return f"{program.label(node)} {node.target} {fx.node.map_arg((node.args, node.kwargs), program.label)}"

@@ -142,10 +142,13 @@ MODELS: Mapping[str, Callable[[], Model]] = {
         one_level, class_embed_type="simple_projection", projection_class_embeddings_input_dim=12
     ),
     "class-identity": partial(one_level, class_embed_type="identity", class_embeddings_concat=True),
-    "scale-shift": partial(
-        unconditional, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=4, add_attention=True
+    "resnet-sampling": partial(
+        unconditional,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=4,
     ),
-    "resnet-sampling": partial(unconditional, downsample_type="resnet", upsample_type="resnet"),
     "fir-sampling": partial(
         unconditional,
         block_out_channels=(32, 64),
@@ -198,6 +201,13 @@ MODELS: Mapping[str, Callable[[], Model]] = {
         conv_in_kernel=1,
         conv_out_kernel=1,
         norm_num_groups=None,
+    ),
+    "self-attention": partial(
+        conditional,
+        down_block_types=("AttnDownBlock2D", "DownBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("UpBlock2D", "AttnUpBlock2D"),
+        num_class_embeds=7,
     ),
     "learned-time": partial(unconditional, time_embedding_type="learned", num_train_timesteps=1000),
     "gligen": partial(one_level, attention_type="gated"),

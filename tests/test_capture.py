@@ -1,0 +1,388 @@
+"""A captured program computes what diffusers computes, at every size, and leaves the model alone."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import pytest
+import torch
+from diffusers import UNet3DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.unets import unet_2d_blocks
+from models import (
+    MODELS,
+    captured,
+    eager,
+    model,
+    one_level,
+    randomize,
+    relative,
+    tiny_conditional,
+    tiny_unconditional,
+)
+from torch import Tensor, nn
+
+from dmqfx.capture import capture
+from dmqfx.errors import CaptureError
+from dmqfx.program import Program
+
+RARE = ("k-diffusion", "self-attention", "learned-time", "gligen", "only-cross", "control-xl")
+COMMON = tuple(name for name in MODELS if name not in RARE)
+
+# Units of the program's multiple_of; none of them is a size that was exported.
+SIZES = (
+    {"B": 1, "H": 4, "W": 7, "T": 3},
+    {"B": 4, "H": 5, "W": 3, "T": 11},
+    {"B": 2, "H": 8, "W": 8, "T": 1},
+)
+
+NOT_COVERED: Mapping[str, str] = {
+    "DownEncoderBlock2D": "a block of the autoencoder: it takes no time embedding, and no UNet can call it",
+    "AttnDownEncoderBlock2D": "a block of the autoencoder",
+    "UpDecoderBlock2D": "a block of the autoencoder",
+    "AttnUpDecoderBlock2D": "a block of the autoencoder",
+}
+
+
+def assert_equals_eager(unet: nn.Module, program: Program, sizes: Mapping[str, int]) -> None:
+    unit = program.inputs.multiple_of
+    scaled = {name: size * unit if name in "HW" else size for name, size in sizes.items()}
+    inputs = program.inputs.draw(torch.Generator().manual_seed(1), **scaled)
+    got = program(**inputs)
+    expected = eager(unet, inputs)
+    for ours, theirs in zip(got if isinstance(got, tuple) else (got,), expected, strict=True):
+        assert ours.isfinite().all()
+        assert relative(ours, theirs) <= 1e-6, scaled
+
+
+def assert_equals_eager_at_all_sizes(name: str) -> None:
+    unet, program = captured(name)
+    for sizes in SIZES:
+        assert_equals_eager(unet, program, sizes)
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_a_captured_model_equals_eager_at_sizes_it_was_not_captured_at(name: str) -> None:
+    assert_equals_eager_at_all_sizes(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RARE)
+def test_a_rare_captured_model_equals_eager_too(name: str) -> None:
+    assert_equals_eager_at_all_sizes(name)
+
+
+def test_the_comparison_with_eager_notices_one_bias_that_is_off_by_a_thousandth() -> None:
+    unet, program = tiny_unconditional()
+    other = MODELS["unconditional"]()
+    other.load_state_dict(unet.state_dict())
+    with torch.no_grad():
+        other.mid_block.resnets[0].norm1.bias[0] += 1e-3
+    with pytest.raises(AssertionError):
+        assert_equals_eager(other.eval(), program, SIZES[0])
+
+
+def test_a_conditional_program_takes_odd_and_tiny_latents() -> None:
+    unet, program = tiny_conditional()
+    assert program.inputs.multiple_of == 1
+    for height, width in ((1, 1), (2, 1), (7, 9), (15, 4), (33, 2)):
+        assert_equals_eager(unet, program, {"B": 1, "H": height, "W": width, "T": 2})
+
+
+def test_a_program_takes_more_than_64_samples() -> None:
+    unet, program = tiny_conditional()
+    assert_equals_eager(unet, program, {"B": 65, "H": 3, "W": 2, "T": 2})
+
+
+def test_blocks_that_cannot_double_to_an_odd_size_say_so_in_multiple_of() -> None:
+    assert captured("deep-floyd")[1].inputs.multiple_of == 2
+    assert tiny_unconditional()[1].inputs.multiple_of == 2
+
+
+def test_a_timestep_may_differ_for_every_sample_of_a_batch() -> None:
+    _, program = tiny_conditional()
+    inputs = program.inputs.draw(torch.Generator().manual_seed(2), B=3)
+    whole = program(**inputs)
+    alone = [program(**{name: tensor[k : k + 1] for name, tensor in inputs.items()}) for k in range(3)]
+    assert len(set(inputs["timestep"].tolist())) == 3
+    assert relative(torch.cat(alone), whole) <= 1e-6  # type: ignore[arg-type]  # one output
+
+
+# What a graph looks like
+
+
+def test_every_operation_has_its_own_address() -> None:
+    _, program = tiny_conditional()
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    assert len({n.meta["address"] for n in calls}) == len(calls)
+    assert {
+        "conv_in/conv2d",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2/scaled_dot_product_attention",
+    } <= {str(n.meta["address"]) for n in calls}
+
+
+def test_a_module_that_runs_twice_counts_on() -> None:
+    _, program = captured("class-timestep")
+    assert {str(n.meta["address"]) for n in program.calls("sin")} == {"time_proj/sin", "time_proj/sin#1"}
+
+
+def test_nodes_know_an_address_and_a_value_and_nothing_else() -> None:
+    _, program = captured("conditional", residuals=True)
+    for node in program.graph.nodes:
+        assert set(node.meta) <= {"address", "val"}
+        assert ("address" in node.meta) == (node.op == "call_function")
+
+
+def test_weights_have_their_names_in_the_model_and_share_its_memory() -> None:
+    unet, program = tiny_conditional()
+    state = unet.state_dict()
+    assert set(program.weights()) == set(state)
+    for name, tensor in program.weights().items():
+        assert tensor.data_ptr() == state[name].data_ptr()
+        assert not tensor.requires_grad
+
+
+def test_placeholders_are_the_inputs_in_order() -> None:
+    for name in ("unconditional", "conditional", "control", "stable-diffusion-xl"):
+        _, program = captured(name)
+        placeholders = [str(n.target) for n in program.graph.nodes if n.op == "placeholder"]
+        assert placeholders == [i.name for i in program.inputs.inputs]
+
+
+def test_a_graph_never_changes_a_tensor() -> None:
+    _, program = captured("fir-sampling")
+    assert not [n for n in program.calls() if hasattr(n.target, "_schema") and n.target._schema.is_mutable]
+
+
+def test_an_input_that_nothing_reads_is_not_an_input() -> None:
+    assert "encoder_hidden_states" not in {i.name for i in captured("kandinsky-2.2")[1].inputs.inputs}
+
+
+def test_example_values_have_the_sizes_of_the_input_specification() -> None:
+    _, program = captured("stable-diffusion-xl")
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            wanted = next(i for i in program.inputs.inputs if i.name == node.target)
+            assert tuple(node.meta["val"].shape) == wanted.shape(program.inputs.sizes)
+
+
+def test_a_control_net_names_its_outputs_after_the_inputs_they_become() -> None:
+    _, control = captured("control")
+    _, unet = captured("conditional", residuals=True)
+    assert control.inputs.outputs == tuple(i.name for i in unet.inputs.inputs if i.optional)
+
+
+# Residuals
+
+
+def test_residuals_of_a_control_net_reach_the_skips() -> None:
+    unet, program = captured("conditional", residuals=True)
+    for sizes in SIZES:
+        assert_equals_eager(unet, program, sizes)
+
+
+def test_a_missing_residual_is_a_zero_that_changes_nothing() -> None:
+    _, without = tiny_conditional()
+    _, program = captured("conditional", residuals=True)
+    inputs = without.inputs.draw(torch.Generator().manual_seed(3), B=3, H=7, W=5)
+    zeros = {i.name: torch.zeros(1, 1, 1, 1) for i in program.inputs.inputs if i.optional}
+    assert torch.equal(program(**inputs, **zeros), without(**inputs))  # type: ignore[arg-type]  # one output
+
+
+def test_residuals_have_the_sizes_of_the_skips() -> None:
+    _, program = captured("conditional", residuals=True)
+    assert [i.dims for i in program.inputs.inputs if i.optional] == [
+        ("B", 16, "H", "W"),
+        ("B", 16, "H", "W"),
+        ("B", 16, "H/2", "W/2"),
+        ("B", 32, "H/2", "W/2"),
+        ("B", 32, "H/2", "W/2"),
+    ]
+
+
+# The model stays as it was
+
+
+def fresh(**changes: object) -> nn.Module:
+    unet = one_level(**changes)
+    randomize(unet)
+    return unet.eval()
+
+
+def test_capture_changes_neither_parameters_nor_modes() -> None:
+    unet = fresh().train()
+    unet.conv_in.eval()
+    before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    modes = {name: module.training for name, module in unet.named_modules()}
+    program = capture(unet)
+    assert {name: module.training for name, module in unet.named_modules()} == modes
+    assert all(torch.equal(before[name], tensor) for name, tensor in unet.state_dict().items())
+    assert all(p.requires_grad for p in unet.parameters())
+    assert all(node.args[2] is False for node in program.calls("dropout"))
+
+
+def test_a_failed_capture_restores_modes_too() -> None:
+    unet = fresh().train()
+    unet.mid_block = Broken()
+    with pytest.raises(CaptureError):
+        capture(unet)
+    assert unet.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_is_captured_in_its_own_dtype(dtype: torch.dtype) -> None:
+    unet = fresh().to(dtype)
+    program = capture(unet)
+    inputs = program.inputs.draw(torch.Generator().manual_seed(4), H=6, W=5)
+    inputs = {i.name: inputs[i.name].to(i.dtype) for i in program.inputs.inputs}
+    assert program.dtype == dtype
+    assert torch.equal(program(**inputs), eager(unet, inputs)[0])  # type: ignore[arg-type]  # one output
+
+
+def test_other_attention_processors_are_captured_as_they_are() -> None:
+    unet = fresh()
+    unet.set_attn_processor(AttnProcessor())
+    program = capture(unet)
+    assert not list(program.calls("scaled_dot_product_attention"))
+    assert_equals_eager(unet, program, SIZES[1])
+
+
+# Errors
+
+
+class Broken(nn.Module):
+    def forward(self, sample: Tensor, *_: object, **__: object) -> Tensor:
+        return sample * 2 if sample.sum() > 0 else sample
+
+
+class Doubling(AttnProcessor2_0):
+    """Does something else when there are more than 200 tokens."""
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        result: Tensor = super().__call__(attn, hidden_states, *args, **kwargs)
+        return result * 2 if hidden_states.shape[1] > 200 else result
+
+
+class Looping(AttnProcessor2_0):
+    """Takes the batch apart in Python."""
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return torch.stack(list(super().__call__(attn, hidden_states, *args, **kwargs)))
+
+
+class SageAttnProcessor(AttnProcessor2_0):
+    pass
+
+
+def with_processor(processor: object) -> nn.Module:
+    unet = fresh()
+    unet.set_attn_processor(processor)
+    return unet
+
+
+def with_adapter() -> nn.Module:
+    unet = fresh()
+    adapter = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    unet.mid_block.attentions[0].proj_out = adapter(2, 2)
+    return unet
+
+
+def with_chunks() -> nn.Module:
+    unet = fresh()
+    unet.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(2, 1)
+    return unet
+
+
+def with_free_u() -> nn.Module:
+    unet = fresh()
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    return unet
+
+
+def without_weights() -> nn.Module:
+    with torch.device("meta"):
+        return one_level()
+
+
+def with_hook() -> nn.Module:
+    unet = fresh()
+    unet.conv_in._hf_hook = object()
+    return unet
+
+
+def with_broken_block() -> nn.Module:
+    unet = fresh()
+    unet.mid_block = Broken()
+    return unet
+
+
+ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+
+@pytest.mark.parametrize(
+    ("make", "address", "says"),
+    [
+        (partial(nn.Linear, 2, 2), "", "UNet2DModel, UNet2DConditionModel, ControlNetModel"),
+        (partial(torch.compile, one_level()), "", "unet._orig_mod"),
+        (without_weights, "", "not loaded"),
+        (with_adapter, "mid_block.attentions.0.proj_out", "fuse_lora()"),
+        (with_chunks, "mid_block.attentions.0.transformer_blocks.0", "chunking"),
+        (with_free_u, "up_blocks.0", "disable_freeu()"),
+        (with_hook, "conv_in", "offload"),
+        (partial(with_processor, SlicedAttnProcessor(1)), ATTENTION, "AttnProcessor2_0()"),
+        (partial(with_processor, SageAttnProcessor()), ATTENTION, "AttnProcessor2_0()"),
+        (with_broken_block, "mid_block", "torch.export"),
+        (partial(with_processor, Doubling()), ATTENTION, "larger sizes"),
+        (partial(with_processor, Looping()), "", "specialized"),
+    ],
+)
+def test_what_cannot_be_captured_is_named_with_a_way_out(
+    make: Callable[[], nn.Module], address: str, says: str
+) -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(make())  # type: ignore[arg-type]  # the wrong type is the point
+    assert caught.value.address == address
+    assert caught.value.mend
+    assert says in str(caught.value)
+
+
+def test_a_three_dimensional_unet_is_refused_by_name() -> None:
+    unet = UNet3DConditionModel(
+        block_out_channels=(8,),
+        down_block_types=("DownBlock3D",),
+        up_block_types=("UpBlock3D",),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        layers_per_block=1,
+    )
+    with pytest.raises(CaptureError, match="UNet3DConditionModel is not a supported UNet"):
+        capture(unet)  # type: ignore[arg-type]  # the wrong type is the point
+
+
+# What diffusers ships
+
+
+def shipped_block_types() -> set[str]:
+    """Every block name that diffusers' own factories compare with."""
+    factories = (unet_2d_blocks.get_down_block, unet_2d_blocks.get_mid_block, unet_2d_blocks.get_up_block)
+    trees = [ast.parse(inspect.getsource(factory)) for factory in factories]
+    compared = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Compare)]
+    constants = [c for n in compared for c in n.comparators if isinstance(c, ast.Constant)]
+    return {c.value for c in constants if isinstance(c.value, str) and "Block" in c.value}
+
+
+def captured_block_types() -> set[str]:
+    configs = [model(name).config for name in MODELS]
+    lists = [(*c.down_block_types, *c.get("up_block_types", ()), c.get("mid_block_type")) for c in configs]
+    return {name for names in lists for name in names if name is not None}
+
+
+def test_every_block_type_of_diffusers_is_captured_or_excluded_with_a_reason() -> None:
+    shipped = shipped_block_types()
+    assert len(shipped) > 20
+    assert shipped == captured_block_types() | set(NOT_COVERED)
+    assert not captured_block_types() & set(NOT_COVERED)
