@@ -69,10 +69,29 @@ def _tally(
 
 
 def _rescaled(before: Program, after: Program) -> set[Address]:
-    """Layers that may have absorbed an equivalent scale on the way from one program to the other."""
+    """Layers whose numbers an absorbed equivalent scale may have changed on the way: the producers
+    that took it in, and what lies between them and the readers.
+    """
     if SCALED in before.facts or SCALED not in after.facts:
         return set()
-    return {pair.producer for pair in after.table.of(LayerPair).values() if pair.producer is not None}
+    found: set[fx.Node] = set()
+    for pair in after.table.of(LayerPair).values():
+        if pair.producer is not None and pair.producer in after:
+            producer, readers = after.node(pair.producer), {after.node(each.at) for each in pair.readers}
+            found |= _between(after.graph, producer, readers)
+    return {at for at, node in layers(after).items() if node in found}
+
+
+def _between(graph: fx.Graph, producer: fx.Node, readers: set[fx.Node]) -> set[fx.Node]:
+    """The producer, and what is made from it and read by the readers at any distance."""
+    made, read = {producer}, set(readers)
+    for node in graph.nodes:
+        if not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
+    for node in reversed(graph.nodes):
+        if node in read:
+            read.update(node.all_input_nodes)
+    return (made & read) - readers
 
 
 def _layer(

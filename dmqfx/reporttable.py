@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["summary", "table"]
 
-_WIDEST = 56
-
 
 def summary(report: Report) -> str:
     """Size, bits and loss, in a few lines."""
@@ -71,12 +69,11 @@ def _row(layer: LayerReport) -> list[str]:
     read, weight = layer.site("input"), layer.site("weight")
     inputs = "/".join(dict.fromkeys(map(_cell, others))) if others else _cell(read) if read else ""
     return [
-        _short(layer.address),
+        layer.address,
         inputs,
         _cell(weight) if weight is not None else "",
         "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
-        wording.size(layer.bytes_before),
-        wording.size(layer.bytes_after),
+        *(wording.size(count) if count else "" for count in (layer.bytes_before, layer.bytes_after)),
         f"{layer.macs_share:.1%}",
     ]
 
@@ -90,7 +87,3 @@ def _differences(layer: LayerReport) -> Iterator[str]:
         if not site.as_asked:
             why = "; ".join(site.reasons) or "no pass says why"
             yield f"{site.argument}: asked {site.asked}, got {site.got_bits or 'float'}: {why}"
-
-
-def _short(address: str) -> str:
-    return address if len(address) <= _WIDEST else "..." + address[3 - _WIDEST :]
