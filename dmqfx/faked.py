@@ -23,12 +23,12 @@ Sites = Mapping[Site, Tensor]
 
 
 def group_of(timestep: Tensor, boundaries: tuple[float, ...]) -> Tensor:
-    """How many boundaries lie below each timestep.
+    """How many boundaries lie at or below each timestep.
 
     Shapes: timestep [B], result int64 [B].
     """
     edges = torch.tensor(boundaries, dtype=torch.float64, device=timestep.device)
-    return (timestep.double()[:, None] > edges[None, :]).sum(1)
+    return (timestep.double()[:, None] >= edges[None, :]).sum(1)
 
 
 def expand(values: Tensor, group: Tensor | None, axis: int | None, dims: int) -> Tensor:

@@ -20,6 +20,9 @@ from dmqfx.program import Program, build, copy_graph, copy_modules, label
 from dmqfx.table import Table
 
 
+_MODULE = nn.Module()
+
+
 @dataclass(frozen=True)
 class Refuse:
     """A rule's answer when it matched but must not fire."""
@@ -75,9 +78,9 @@ class Rewriter:
             yield
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
-        """A new constant; `name` gets a suffix where it is taken."""
+        """A new constant; `name` gets a suffix where it is taken, by another constant or by a method of modules."""
         unique, k = name, 1
-        while unique in self._constants:
+        while unique in self._constants or hasattr(_MODULE, unique.rpartition(".")[2]):
             k += 1
             unique = f"{name}_{k}"
         self._constants[unique] = value.detach()

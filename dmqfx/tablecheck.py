@@ -10,10 +10,11 @@ from torch import Tensor, fx
 
 from dmqfx import ops
 from dmqfx.address import Site
-from dmqfx.facts import CALIBRATED, INTEGER, PLANNED, QDQ, ROUNDED
+from dmqfx.facts import CALIBRATED, INTEGER, OBSERVED, PLANNED, QDQ, ROUNDED
 from dmqfx.faked import steps, unpacked
+from dmqfx.observers import Observer
 from dmqfx.policy import KIND_OF_OPERATOR, OPERANDS
-from dmqfx.program import Program, label
+from dmqfx.program import Program, constant, label
 from dmqfx.quant import QParams, QuantSpec
 from dmqfx.sites import CHANNEL_AXIS, is_weight, readers
 from dmqfx.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
@@ -35,6 +36,8 @@ class Broken:
 def broken_claims(program: Program) -> Iterator[Broken]:
     """Every claim of the table that does not hold."""
     yield from _missing(program)
+    if OBSERVED in program.facts:
+        yield from _unobserved(program)
     for site, entry in program.table:
         for reason in _against(program, site, entry):
             yield Broken(site, type(entry).__name__, reason)
@@ -54,6 +57,36 @@ def _missing(program: Program) -> Iterator[Broken]:
         if planned.spec is not None and fact in program.facts and entry is None:
             kind = "Codes" if is_weight(site) else "Range"
             yield Broken(site, kind, f"the site is planned, but there is no {kind}")
+
+
+def _unobserved(program: Program) -> Iterator[Broken]:
+    """Planned activation sites that no observer, or one for other groups or channels, looks at."""
+    for site, planned in program.table.of(Planned).items():
+        if planned.spec is None or is_weight(site):
+            continue
+        node = program.source(site)
+        observer = program.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(observer, Observer):
+            yield Broken(site, "Observer", f"the site reads {label(node)}, not an observer")
+            continue
+        edges = planned.spec.boundaries
+        if observer.boundaries != edges or observer.axis != CHANNEL_AXIS[ops.name(program.node(site.at))]:
+            seen = f"boundaries {observer.boundaries} on axis {observer.axis}"
+            yield Broken(site, "Observer", f"it has {seen}, the plan has {edges}")
+        elif edges and _edges(program, node.args[-1]) != edges:
+            yield Broken(
+                site, "Observer", "its group index is not made from the timestep and the plan's boundaries"
+            )
+
+
+def _edges(program: Program, group: fx.node.Argument) -> tuple[float, ...] | None:
+    """The boundaries from which a group index is made, or None if it is not one."""
+    if not isinstance(group, fx.Node) or not ops.is_call(group, "timestep_group"):
+        return None
+    timestep, edges = (ops.tensor(group, arg) for arg in ("timestep", "boundaries"))
+    if timestep.target != "timestep" or edges.op != "get_attr":
+        return None
+    return tuple(constant(program.gm, str(edges.target)).tolist())
 
 
 def _against(program: Program, site: Site, entry: object) -> Iterator[str]:

@@ -29,8 +29,8 @@ _SIGNAL_ROWS = 4
 class Verdict:
     """What was measured of a pass that kept its promise.
 
-    Units: error and limit are relative L2 distances of the outputs, in float64 where there was a twin; a lossy
-    pass's error is noise over signal.
+    Units: error and limit are relative L2 distances of the outputs, in float64 where there was a twin. For a
+    lossy pass they are noise over signal.
     """
 
     step: str
@@ -98,10 +98,15 @@ class _Trial:
         self, fuel: int | None = None, after: Program | None = None
     ) -> tuple[Finding, tuple[Application, ...]]:
         """The judge's finding after so many applications, and what was applied."""
-        if after is not None:
-            return self.judge.judge(after), tuple(self.ctx.journal.applied)
-        after, journal = _run(self.step, self.program, self.ctx, fuel)
-        return self.judge.judge(after), tuple(journal.applied)
+        applied = self.ctx.journal.applied
+        if after is None:
+            after, journal = _run(self.step, self.program, self.ctx, fuel)
+            applied = journal.applied
+        try:
+            return self.judge.judge(after), tuple(applied)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            gist = str(error).strip().splitlines()[0][:200]
+            return Finding(math.inf, 0.0, f"the program does not run any more ({gist})"), tuple(applied)
 
     def refute(self, finding: Finding, applied: Sequence[Application]) -> VerifyError:
         """The error for a wrong finding, with the application at fault."""

@@ -29,15 +29,16 @@ class TimeEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         half = WIDTH // 2
         frequency = torch.exp(-math.log(1000) * torch.arange(half, dtype=torch.float32) / half)
-        angle = timestep[:, None].float() * frequency[None, :]
+        angle = (timestep[:, None].float().double() * frequency[None, :].double()).float()
         return self.linear_2(F.silu(self.linear_1(torch.cat([angle.sin(), angle.cos()], dim=-1))))
 
 
 class Resnet(nn.Module):
     """Two normed convolutions, the second grouped and dilated, around the timestep's projection."""
 
-    def __init__(self, channels: int, out: int) -> None:
+    def __init__(self, channels: int, out: int, factor: float = 1.0) -> None:
         super().__init__()
+        self.factor = factor
         self.norm1, self.conv1 = nn.GroupNorm(2, channels, eps=1e-2), nn.Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(12, out)
         self.norm2 = nn.GroupNorm(4, out)
@@ -48,7 +49,7 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(F.silu(embedding))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return (self.conv_shortcut(x) + h) / 1.0
+        return (self.conv_shortcut(x) + h) / self.factor
 
 
 class Transformer(nn.Module):
@@ -87,7 +88,7 @@ class Toy(nn.Module):
         self.downsample = nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1)
         self.mid = Transformer(WIDTH)
         self.upsample = nn.Conv2d(WIDTH, 12, 3, padding=1)
-        self.up = nn.ModuleList([Resnet(12 + WIDTH, 12), Resnet(12 + WIDTH, WIDTH)])
+        self.up = nn.ModuleList([Resnet(12 + WIDTH, 12), Resnet(12 + WIDTH, WIDTH, factor=2.0)])
         self.norm_out, self.conv_out = nn.GroupNorm(2, WIDTH), nn.Conv2d(WIDTH, 3, 3, padding=1)
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
