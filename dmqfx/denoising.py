@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import ControlNetModel, SchedulerMixin
+from diffusers import ControlNetModel, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
 from dmqfx.errors import CalibrationError
@@ -63,17 +63,29 @@ class Denoising:
 
     def sized(self, seconds: float, steps: int | None, trajectories: int | None) -> Denoising:
         """As much of it as one timed call says will fit, but at least eight steps of one trajectory."""
-        with torch.no_grad(), _evaluating(self.unet):
-            _, latent = self._noise(range(1))
-            for _ in range(2):  # the first call warms up
-                begun = time.perf_counter()
-                self._predict(latent, torch.tensor(1), self._conditions(range(1)))
+        begun = time.perf_counter()
+        self._first()
         rows = int(seconds / (time.perf_counter() - begun))
         chosen = trajectories or min(max(rows // (steps or _MOST_STEPS), 1), MOST_TRAJECTORIES)
         length = steps or min(max(rows // chosen, _FEWEST_STEPS), _MOST_STEPS)
         return replace(
             self, trajectories=chosen, steps=min(length, self.scheduler.config.num_train_timesteps)
         )
+
+    def predicts_noise(self) -> bool:
+        """Whether the prediction for pure noise is that noise; of x0 or v it would be unlike it."""
+        latent, predicted = self._first()
+        likeness = (
+            torch.cosine_similarity(latent.flatten(), predicted.flatten(), 0) if predicted is not None else 1
+        )
+        return float(likeness) > 0.5
+
+    def _first(self) -> tuple[Tensor, Tensor | None]:
+        """The noise that the first trajectory starts from, and the prediction for it."""
+        with torch.no_grad(), _evaluating(self.unet):
+            _, latent = self._noise(range(1))
+            t = torch.tensor(self.scheduler.config.num_train_timesteps - 1)
+            return latent, self._predict(latent, t, self._conditions(range(1)))
 
     def _denoise(self, numbers: range) -> int:
         scheduler = copy.deepcopy(self.scheduler)
@@ -127,7 +139,7 @@ class Denoising:
         rest = dict(conditions)
         if CONCAT in rest:
             sample = torch.cat([sample, rest.pop(CONCAT)], dim=1)
-        result = self.unet(sample, t, **_arguments(rest), return_dict=False)[0]
+        result = self.unet(sample, t, **_arguments(self.unet, rest), return_dict=False)[0]
         if isinstance(self.unet, ControlNetModel):
             return None
         if not torch.isfinite(result).all():
@@ -151,11 +163,13 @@ def _spread(latent: Tensor) -> Tensor:
     return latent.flatten(1).std(1).reshape(-1, *[1] * (latent.dim() - 1))
 
 
-def _arguments(named: Mapping[str, Tensor]) -> dict[str, object]:
+def _arguments(unet: UNet, named: Mapping[str, Tensor]) -> dict[str, object]:
     """Placeholder names as keywords of a diffusers call."""
     added = {name: tensor for name, tensor in named.items() if name in _ADDED}
     rest: dict[str, object] = {name: tensor for name, tensor in named.items() if name not in _ADDED}
-    return {**rest, "added_cond_kwargs": added} if added else rest
+    if not isinstance(unet, UNet2DModel):
+        rest = {"encoder_hidden_states": None, **rest, "added_cond_kwargs": added or None}
+    return rest
 
 
 @contextmanager

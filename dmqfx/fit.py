@@ -12,8 +12,6 @@ from dmqfx.rows import Rows
 
 __all__ = ["check", "listing"]
 
-_DEMANDED = ("encoder_hidden_states",)  # diffusers demands it even of a model that does not read it
-
 
 def check(groups: Sequence[Rows], inputs: InputSpec, models: Sequence[str]) -> None:
     """Refuse rows, recorded from these models, that a program with these inputs cannot take.
@@ -46,7 +44,10 @@ def _another_model(models: Sequence[str], inputs: InputSpec) -> str | None:
 def _misfit(group: Rows, inputs: InputSpec) -> str | None:
     known, recorded = {i.name: i for i in inputs.inputs}, _shapes(group)
     missing = [i.name for i in inputs.inputs if not i.optional and i.name not in recorded]
-    extra = [name for name in recorded if name not in known and name not in _DEMANDED]
+    demanded = (
+        set() if inputs.root == "UNet2DModel" else {"encoder_hidden_states"}
+    )  # read by the graph or not
+    extra = [name for name in recorded if name not in known and name not in demanded]
     if missing or extra:
         named = [(missing, "not recorded"), (extra, "not taken by the model")]
         return "; ".join(f"{', '.join(names)} {what}" for names, what in named if names)

@@ -6,9 +6,10 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, DiffusionPipeline, SchedulerMixin
+from diffusers import ControlNetModel, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -96,16 +97,19 @@ def synthetic(
 
     Raises: CalibrationError if the UNet gives values that are not finite.
     """
-    chosen = scheduler or DDIMScheduler(clip_sample=False, timestep_spacing="linspace")
     drawn = _drawn(unet, trajectories or MOST_TRAJECTORIES, seed)
+    chosen, notes = scheduler or _usual_scheduler(unet), list[str]()
     plan = Denoising(
         unet, chosen, _size(unet), trajectories or 1, steps or 1, (drawn,), seed=seed, steady=True
     )
+    if scheduler is None:
+        kind = "epsilon" if plan.predicts_noise() else "v_prediction"
+        plan = replace(plan, scheduler=DDIMScheduler.from_config(chosen.config, prediction_type=kind))
+        notes.append(f"the scheduler is a guess: DDIM, {kind}, {chosen.config.beta_schedule} betas")
     if steps is None or trajectories is None:
         plan = plan.sized(seconds, steps, trajectories)
     with _watched(unet, progress, plan.calls) as tape:
         rescaled = plan.run(tape)
-    notes = [] if scheduler else ["the scheduler is a guess: DDIM, as if the UNet predicts the noise"]
     if drawn:
         notes.append(f"random {', '.join(drawn)}")
         warnings.warn(_warning(unet, list(drawn)), CalibrationWarning, stacklevel=3)
@@ -114,7 +118,18 @@ def synthetic(
             f"latents that grew were scaled back {rescaled} times in {plan.steps * plan.trajectories} rows"
         )
     settings = {"seed": seed, "steps": plan.steps, "trajectories": plan.trajectories}
-    return tape.calibration("synthetic", scheduler=chosen, settings=settings, notes=tuple(notes))
+    return tape.calibration("synthetic", scheduler=plan.scheduler, settings=settings, notes=tuple(notes))
+
+
+def _usual_scheduler(unet: UNet) -> DDIMScheduler:
+    """What a UNet of this class is mostly trained with."""
+    spacing = "linspace"
+    if unet.config.get("time_embedding_type") == "fourier":
+        spacing = "trailing"  # these divide by the time, and linspace ends at 0
+    if isinstance(unet, UNet2DModel):
+        return DDIMScheduler(clip_sample=False, timestep_spacing=spacing)
+    stable_diffusion = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return DDIMScheduler(clip_sample=False, timestep_spacing=spacing, **stable_diffusion)
 
 
 def _drawn(unet: UNet, trajectories: int, seed: int) -> dict[str, Tensor]:
@@ -165,6 +180,7 @@ def _refuse_options(
 ) -> None:
     taken = inspect.signature(type(pipe).__call__).parameters
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    free = free and not type(pipe).__module__.startswith("diffusers.")  # there **kwargs swallows misspellings
     asked = {**given, **({} if prompts is None else {"prompt": prompts})}
     unknown = [name for name in asked if name not in taken and not free]
     if unknown:
