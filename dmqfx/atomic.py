@@ -1,0 +1,68 @@
+"""Directories that are the old one or the new one, complete, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing", "survivor"]
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """An empty directory to fill; after the block it takes the place of `target`. An error changes nothing.
+
+    The old directory is renamed away, the new one renamed in, the old one deleted. If the process is killed
+    between the two renames, both stand complete in a hidden directory beside the target: see `survivor`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+    new, old = scratch / "new", scratch / "old"
+    try:
+        new.mkdir()
+        yield new
+        _flush(new)
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except BaseException:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        _flush_directory(target.parent)
+    finally:
+        if target.exists() or not old.exists():  # never the only copy
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def survivor(target: Path) -> Path | None:
+    """What a killed `replacing` left of a directory that is gone, or None."""
+    found = sorted(target.parent.glob(f"{_prefix(target)}*/old")) if target.parent.is_dir() else []
+    return found[-1] if found and not target.exists() else None
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.dmqfx-"
+
+
+def _flush(directory: Path) -> None:
+    """Everything in a directory is on the disk."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _flush_directory(directory)
+
+
+def _flush_directory(directory: Path) -> None:
+    if os.name == "nt":
+        return  # Windows opens no directories; its renames are journalled
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
