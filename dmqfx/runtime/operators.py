@@ -1,0 +1,173 @@
+"""The operators of quantized graphs, `torch.ops.dmqfx.*`: opaque to torch.export and torch.compile.
+
+Each has one plain kernel for every device, registered without `torch.library.custom_op`, whose calls cost
+more; a device with something faster registers its own kernel beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dmqfx import packing, quant
+from dmqfx.runtime import integer
+
+_GRID = "Tensor scale, Tensor zero_point"
+_INPUT = "Tensor x_codes, Tensor x_scale, Tensor x_zero_point, Tensor? group"
+_WEIGHT = (
+    "Tensor packed_weight, int bits, bool signed, SymInt[] weight_shape, Tensor w_scale, Tensor w_zero_point"
+)
+_CONV = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
+
+
+def timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
+    """The timestep group of every sample: how many boundaries are at or below its timestep.
+
+    A boundary belongs to the group that it opens: the DDIM steps 0, 50, ..., 950 fall into 20 groups of 1000.
+
+    Shapes: timestep [B]; boundaries [G - 1], ascending; returns int64 [B].
+    """
+    common = torch.promote_types(timestep.dtype, boundaries.dtype)
+    return torch.bucketize(timestep.to(common), boundaries.to(common), right=True)
+
+
+def qconv2d(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    signed: bool,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolution of codes with packed codes; see runtime.integer.conv2d."""
+    w_codes = packing.unpack(packed_weight, bits, signed, weight_shape)
+    return integer.conv2d(
+        x_codes,
+        x_scale,
+        x_zero_point,
+        group,
+        w_codes,
+        w_scale,
+        w_zero_point,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+
+
+def qlinear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    signed: bool,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Linear layer of codes with packed codes; see runtime.integer.linear."""
+    w_codes = packing.unpack(packed_weight, bits, signed, weight_shape)
+    return integer.linear(x_codes, x_scale, x_zero_point, group, w_codes, w_scale, w_zero_point, bias)
+
+
+def _fake_timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
+    return torch.empty_like(timestep, dtype=torch.int64)
+
+
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None, axis: int, qmin: int, qmax: int
+) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8 if qmin >= 0 else torch.int8)
+
+
+def _fake_dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None = None, axis: int = 0
+) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+def _fake_unpack(packed: Tensor, bits: int, signed: bool, shape: Sequence[int]) -> Tensor:
+    return packed.new_empty(tuple(shape), dtype=torch.int8 if signed else torch.uint8)
+
+
+def _fake_qconv2d(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    signed: bool,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    spatial = [
+        (size + 2 * pad - spacing * (tap - 1) - 1) // step + 1
+        for size, tap, step, pad, spacing in zip(
+            x_codes.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    return x_scale.new_empty([x_codes.shape[0], weight_shape[0], *spatial])
+
+
+def _fake_qlinear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    signed: bool,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
+
+
+Kernel = Callable[..., Tensor]
+
+_OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
+    "timestep_group": ("Tensor timestep, Tensor boundaries", timestep_group, _fake_timestep_group),
+    "quantize": (
+        f"Tensor x, {_GRID}, Tensor? group, int axis, int qmin, int qmax",
+        quant.quantize,
+        _fake_quantize,
+    ),
+    "dequantize": (
+        f"Tensor codes, {_GRID}, Tensor? group=None, int axis=0",
+        quant.dequantize,
+        _fake_dequantize,
+    ),
+    "unpack": ("Tensor packed, int bits, bool signed, SymInt[] shape", packing.unpack, _fake_unpack),
+    "qconv2d": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_CONV}", qconv2d, _fake_qconv2d),
+    "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None", qlinear, _fake_qlinear),
+}
+
+for _name, (_arguments, _kernel, _fake) in _OPERATORS.items():
+    torch.library.define(f"dmqfx::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"dmqfx::{_name}", "default", _kernel)
+    torch.library.register_fake(f"dmqfx::{_name}", _fake)
