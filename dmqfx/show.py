@@ -94,19 +94,25 @@ def _aligned(old: dict[Address, Line], new: dict[Address, Line]) -> Iterator[tup
 def _changes(old: Line, new: Line) -> Iterator[str]:
     if old.op != new.op:
         yield f"{old.op} => {new.op}"
-    yield from _differences(old.arguments, new.arguments)
+    yield from (f"{arg}: {words}" for arg, words in _differences(old.arguments, new.arguments))
     if old.shape != new.shape:
         yield f"-> {old.shape} => {new.shape}"
-    yield from _differences(old.notes, new.notes, "! ")
+    said: dict[str, list[str]] = {}
+    for key, words in _differences(old.notes, new.notes):
+        said.setdefault(key.partition(" ")[0], []).append(words)
+    yield from (f"! {arg}: {' | '.join(words)}" for arg, words in said.items())
 
 
-def _differences(old: Mapping[str, Part], new: Mapping[str, Part], sign: str = "") -> Iterator[str]:
+def _differences(old: Mapping[str, Part], new: Mapping[str, Part]) -> Iterator[tuple[str, str]]:
+    """(key, what became of it), for each key whose part is not the same."""
     for key in dict.fromkeys([*old, *new]):
-        was, now, what = old.get(key), new.get(key), sign + key.partition(" ")[0]
-        if was is None or now is None:
-            yield f"{what}: + {now.words}" if now is not None else f"{what}: - {was.words if was else ''}"
+        was, now = old.get(key), new.get(key)
+        if was is None:
+            yield key, f"+ {new[key].words}"
+        elif now is None:
+            yield key, f"- {was.words}"
         elif not was.same(now):
-            yield f"{what}: {was.words} => {now.words if now.words != was.words else 'other values'}"
+            yield key, f"{was.words} => {now.words if now.words != was.words else 'other values'}"
 
 
 def _outputs(before: Program, after: Program) -> Iterator[tuple[str, str]]:

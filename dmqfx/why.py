@@ -102,7 +102,8 @@ def _numbers(program: Program, site: Site) -> Iterator[str]:
             yield f"pair   {wording.entry(pair)}" + (f", kept at {owner}" if owner != site else "")
             scale = program.table.get(owner, ChannelScale)
             if scale is not None:
-                yield f"gamma  {scale.gamma.numel()} channels, {wording.entry(scale).removeprefix('gamma ')}"
+                channels = f"{scale.gamma.numel()} channel{'s' * (scale.gamma.numel() > 1)}"
+                yield f"gamma  {wording.entry(scale).removeprefix('gamma ')} over {channels}"
 
 
 def _groups(seen: Range, params: QParams | None) -> Iterator[str]:
