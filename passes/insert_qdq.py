@@ -122,16 +122,13 @@ class _Activations:
             scale, zero_point = (
                 rw.constant(f"{stem}_{k}", getattr(params, k)) for k in ("scale", "zero_point")
             )
-            source, step, point, step_axis = x, scale, zero_point, axis
+            source, step, step_axis = x, scale, axis
             if (divided := _division(rw, x)) is not None:
                 source, gamma = divided
                 step_axis = 1 if gamma.dim() == 3 else -1
                 step = rw.constant(f"{stem}_step", params.scale * gamma.flatten().to(params.scale))
-                point = rw.constant(
-                    f"{stem}_step_zero_point", params.zero_point.expand(-1, gamma.numel()).contiguous()
-                )
             codes = rw.call(
-                OPS.quantize.default, near=reader, x=source, scale=step, zero_point=point, group=group,
+                OPS.quantize.default, near=reader, x=source, scale=step, zero_point=zero_point, group=group,
                 axis=step_axis, qmin=params.qmin, qmax=params.qmax,
             )  # fmt: skip
             return rw.call(
