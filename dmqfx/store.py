@@ -30,7 +30,7 @@ from dmqfx.tablefile import read_table, write_table
 if TYPE_CHECKING:
     from dmqfx.runtime.unet import CompiledUNet
 
-__all__ = ["load", "save"]
+__all__ = ["load", "refuse_foreign", "save"]
 
 CONFIG: Final = "config.json"
 GRAPH: Final = "graph.json"
@@ -49,7 +49,7 @@ def save(unet: CompiledUNet, directory: str | PathLike[str]) -> None:
     Raises: StoreError for a directory that holds anything else, or a program that cannot be stored.
     """
     path = Path(directory).expanduser().resolve()
-    _refuse_foreign(path)
+    refuse_foreign(path)
     with replacing(path) as new:
         tensors = {name: tensor.detach().cpu() for name, tensor in unet.program.weights().items()}
         table = write_table(unet.program, tensors)
@@ -181,7 +181,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _refuse_foreign(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
     """Raise if saving would delete what is not a saved model."""
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file; save into a directory")
