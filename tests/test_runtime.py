@@ -391,6 +391,10 @@ def test_a_pipeline_is_saved_and_loaded_with_its_compiled_unet(tmp_path: Path) -
     again = DDIMPipeline.from_pretrained(tmp_path / "pipe")
     assert isinstance(again.unet, CompiledUNet)
     assert torch.equal(unconditional_images(again), unconditional_images(pipe))
+    half = DDIMPipeline.from_pretrained(tmp_path / "pipe", torch_dtype=torch.float16)
+    assert half.unet.dtype == torch.float16
+    alone = CompiledUNet.from_pretrained(tmp_path / "pipe", subfolder="unet")
+    assert torch.equal(alone(latents(3, 16), 7).sample, pipe.unet(latents(3, 16), 7).sample)
 
 
 # --- targets

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TypeAlias
 
@@ -162,14 +163,23 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
         store.save(self, save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **_: object) -> CompiledUNet:
-        """`dmqfx.load` of a directory; the options that pipelines load their models with change nothing here.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str],
+        *,
+        subfolder: str = "",
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **_: object,
+    ) -> CompiledUNet:
+        """`dmqfx.load` of a directory, as pipelines call it; options that are not listed change nothing here.
 
         Raises: StoreError as `dmqfx.load`.
         """
         from dmqfx import store
 
-        return store.load(pretrained_model_name_or_path)
+        loaded, asked = store.load(Path(pretrained_model_name_or_path) / subfolder), dtype or torch_dtype
+        return loaded if asked is None else loaded.to(asked)
 
     def to(self, *args: object, **kwargs: object) -> CompiledUNet:
         """Move the lowered program; a dtype changes only what callers exchange with it, which is logged."""
