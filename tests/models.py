@@ -96,6 +96,12 @@ MODELS: Mapping[str, Callable[[], Model]] = {
     "unconditional": unconditional,
     "conditional": conditional,
     "control": control,
+    "plain": partial(
+        conditional,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ),
     "stable-diffusion-1": partial(
         conditional,
         block_out_channels=(8, 16, 32),
