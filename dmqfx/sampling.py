@@ -168,9 +168,12 @@ def _unet_of(pipe: DiffusionPipeline) -> UNet:
         names = (
             ", ".join(name for name, part in pipe.components.items() if isinstance(part, SUPPORTED)) or "none"
         )
+        compiled = " (record before torch.compile, or with module=pipe.unet._orig_mod)"
         raise CalibrationError(
             f"{type(pipe).__name__}.unet is {type(unet).__name__}, which cannot be recorded\n"
             f"  mend: say which module with module=; its parts that can be recorded: {names}"
+            + compiled
+            * hasattr(unet, "_orig_mod")
         )
     return unet
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -36,7 +37,7 @@ from dmqfx.recording import recording
 from dmqfx.signature import signature
 
 SCHEDULERS: dict[str, Callable[[], SchedulerMixin]] = {
-    "DDIM": partial(DDIMScheduler, steps_offset=1),
+    "DDIM": partial(DDIMScheduler, steps_offset=1, clip_sample=False),
     "Euler with Karras sigmas": partial(EulerDiscreteScheduler, use_karras_sigmas=True, steps_offset=1),
     "DPM++": DPMSolverMultistepScheduler,
     "LCM": partial(LCMScheduler, steps_offset=1),
@@ -253,6 +254,9 @@ def test_a_pipeline_without_a_unet_that_can_be_recorded_is_refused(folder: Path)
     pipe.unet = torch.nn.Linear(1, 1)
     with pytest.raises(CalibrationError, match="unet is Linear, which cannot be recorded"):
         Calibration.record(pipe, prompts=["cat"])
+    pipe.unet._orig_mod = model("conditional")
+    with pytest.raises(CalibrationError, match=r"record before torch\.compile"):
+        Calibration.record(pipe, prompts=["cat"])
 
 
 # --- tapes
@@ -325,12 +329,20 @@ def test_a_call_that_raises_is_not_a_row() -> None:
     assert tape.calibration().timesteps().tolist() == [900, 900, 700, 700]
 
 
-def test_a_tape_keeps_copies() -> None:
-    unet, sample = model("unconditional"), torch.zeros(1, 3, 16, 16)
-    with recording(unet) as tape, torch.no_grad():
+class Spoiler(UNet2DModel):
+    """Overwrites its input."""
+
+    def forward(self, sample: Tensor, timestep: object, **_: object) -> tuple[Tensor]:
+        return (sample.fill_(5),)
+
+
+def test_a_tape_keeps_inputs_as_they_came() -> None:
+    unet, sample = Spoiler(**unconditional().config), torch.zeros(1, 3, 16, 16)
+    with recording(unet) as tape:
         unet(sample, 10)
-    sample.fill_(7)
-    assert next(tape.calibration().batches(1))["sample"].abs().max() == 0
+        unet(sample.fill_(7), 9)
+    sample.fill_(9)
+    assert [batch["sample"].unique().item() for batch in tape.calibration().batches(1)] == [0, 7]
 
 
 def test_a_context_that_stays_the_same_is_kept_once() -> None:
@@ -362,6 +374,27 @@ def test_a_tape_of_nothing_says_what_to_do() -> None:
 
 
 # --- a UNet with a scheduler
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_sampler_sees_what_a_pipeline_sees(name: str, folder: Path) -> None:
+    given, without = torch.randn(2, 1, 5, 16).unbind()
+    pipe = stable_diffusion(folder, SCHEDULERS[name]())
+    expected = Calibration.record(
+        pipe, prompt_embeds=given, negative_prompt_embeds=without, steps=4, guidance_scale=5.0, seed=7
+    )
+    found = Calibration.record(
+        pipe.unet,
+        scheduler=SCHEDULERS[name](),
+        conditioning={"encoder_hidden_states": given},
+        unconditional={"encoder_hidden_states": without},
+        steps=4,
+        guidance_scale=5.0,
+        seed=7,
+    )
+    assert torch.equal(found.timesteps(), expected.timesteps())
+    for a, b in zip(found.batches(2), expected.batches(2), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_sampler_takes_the_scheduler_s_steps() -> None:
@@ -434,6 +467,18 @@ def test_conditioning_that_does_not_fit_is_refused() -> None:
         record(conditioning={"encoder_hidden_states": context}, guidance_scale=3.0)
     with pytest.raises(CalibrationError, match=r"module=pipe\.controlnet"):
         Calibration.record(model("control"), scheduler=DDIMScheduler())
+
+
+def test_half_precision_is_recorded_as_it_was_and_read_in_float() -> None:
+    unet = copy.deepcopy(model("unconditional")).to(torch.bfloat16)
+    calibration = Calibration.record(unet, scheduler=DDIMScheduler(), trajectories=2, steps=2)
+    values = calibration.groups[0].columns["sample"].values
+    assert values.dtype == torch.bfloat16
+    assert torch.equal(next(calibration.batches(2))["sample"], values[:2].float())
+    same_weights = Calibration.record(
+        model("unconditional"), scheduler=DDIMScheduler(), trajectories=1, steps=1
+    )
+    assert calibration.origins[0].config == same_weights.origins[0].config
 
 
 # --- a UNet alone
@@ -524,3 +569,17 @@ def test_a_model_that_gives_no_numbers_is_refused() -> None:
         CalibrationError, match="UNet2DModel gives values that are not finite at timestep 999"
     ):
         Calibration.synthesize(broken, steps=1, trajectories=1)
+
+
+# --- the documentation
+
+PAGE = (Path(__file__).parent.parent / "docs" / "calibration.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_an_example_of_the_documentation_makes_a_calibration(example: str) -> None:
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert isinstance(names["calibration"], Calibration)
+    assert len(EXAMPLES) == 3
