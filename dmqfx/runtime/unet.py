@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,8 +124,8 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
     @property
     def device(self) -> torch.device:
         """Where the lowered program is."""
-        held = (*self.runner.parameters(), *self.runner.buffers())
-        return held[0].device if held else torch.device("cpu")
+        held = next(chain(self.runner.parameters(), self.runner.buffers()), None)
+        return torch.device("cpu") if held is None else held.device
 
     @property
     def add_embedding(self) -> SimpleNamespace:
