@@ -31,7 +31,7 @@ UNFINISHED = re.compile(
 UNREASONED = re.compile(r"# type: ignore(?!\[[\w, -]+\]  # \S)")
 # A letter in brackets, here and in the examples below: the patterns must not find themselves.
 TOOTHLESS = re.compile(r"assert [T]rue\b|pytest\.[s]kip|mark\.[s]kip|\b[x]fail\b|import[o]rskip")
-WORKPLACE = re.compile(r"/[w]ork/|/[f]arm/|/tmp/[l]ab|/tmp/[v]/|\.[l]ibrary\b|\.\./[s]hared")
+WORKPLACE = re.compile(r"/[w]ork/|/[f]arm/|/tmp/[l]ab|/tmp/[v]/|(?<!torch)\.[l]ibrary\b|\.\./[s]hared")
 VAGUE = re.compile(r"(Manager|Helper|Utils?|Base)$", re.IGNORECASE)
 
 
