@@ -67,7 +67,9 @@ def compile(
     for miss in report.misses(chosen.expect) if report_rows else ():
         warnings.warn(miss, QualityWarning, stacklevel=2)
     provenance = {"seed": seed, "calibration": data.describe() if data is not None else None}
-    return CompiledUNet(after, config=unet.config, target=target, policy=chosen, report=report, provenance=provenance)
+    return CompiledUNet(
+        after, config=unet.config, target=target, policy=chosen, report=report, provenance=provenance
+    )
 
 
 def quantize(program: Program, ctx: PassContext, *, verify: bool = False) -> Program:

@@ -33,7 +33,9 @@ class GroupIndex:
         if timestep is None:
             raise RewriteError("timestep groups need a program with an input named timestep")
         with self._rw.graph.inserting_after(inputs[-1]):
-            edges = self._rw.constant("timestep_boundaries", torch.tensor(boundaries, dtype=timestep.meta["val"].dtype))
+            edges = self._rw.constant(
+                "timestep_boundaries", torch.tensor(boundaries, dtype=timestep.meta["val"].dtype)
+            )
         with self._rw.graph.inserting_after(edges):
             return self._rw.call(
                 torch.ops.dmqfx.timestep_group.default, near=near, timestep=timestep, boundaries=edges

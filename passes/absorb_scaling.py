@@ -58,5 +58,3 @@ class AbsorbScaling(RewritePass):
     clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
     preserves: ClassVar[Preserves] = Preserves.EXACT
     rules: ClassVar[tuple[Rule, ...]] = (absorb,)
-
-

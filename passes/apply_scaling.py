@@ -52,7 +52,11 @@ def times_gamma(weight: Tensor, gamma: Tensor) -> Tensor:
     """
     per_group = weight.shape[1]
     groups = gamma.numel() // per_group
-    rows = gamma.view(groups, 1, per_group).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[0], per_group)
+    rows = (
+        gamma.view(groups, 1, per_group)
+        .expand(-1, weight.shape[0] // groups, -1)
+        .reshape(weight.shape[0], per_group)
+    )
     return weight * rows.view(*rows.shape, *[1] * (weight.dim() - 2)).to(weight.dtype)
 
 
@@ -69,5 +73,6 @@ def _divide(rw: Rewriter, pair: LayerPair, gamma: Tensor, axis: int) -> None:
 
 def _divided(seen: Range, gamma: Tensor) -> Range:
     g = gamma.to(seen.low)
-    return replace(seen, low=seen.low / g, high=seen.high / g, mean=seen.mean / g, variance=seen.variance / g.square())
-
+    return replace(
+        seen, low=seen.low / g, high=seen.high / g, mean=seen.mean / g, variance=seen.variance / g.square()
+    )

@@ -16,7 +16,13 @@ from dmqfx.pipeline import Pass, PassContext, Preserves
 from dmqfx.program import InputSpec, Program, clone, propagate
 from dmqfx.rewrite import Rewriter
 
-CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size")
+CHECKS = (
+    "_assert_tensor_metadata",
+    "_assert_scalar",
+    "_assert_async",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+)
 FOLDED_SIZE = 65536
 
 
@@ -41,7 +47,11 @@ def drop_unit_factor(rw: Rewriter, root: fx.Node) -> Outcome:
 def drop_copy(rw: Rewriter, root: fx.Node) -> Outcome:
     """to, contiguous, clone that change neither dtype, device nor strides  ->  x."""
     x = root.all_input_nodes[0] if len(root.all_input_nodes) == 1 else None
-    if x is None or not isinstance(old := x.meta["val"], Tensor) or not isinstance(new := root.meta["val"], Tensor):
+    if (
+        x is None
+        or not isinstance(old := x.meta["val"], Tensor)
+        or not isinstance(new := root.meta["val"], Tensor)
+    ):
         return None
     same = (old.dtype, old.device, old.stride()) == (new.dtype, new.device, new.stride())
     return x if same else None
@@ -74,7 +84,11 @@ class Canonicalize(Pass):
         """Sweep until nothing changes; then the spelling of arguments, which changes no meaning."""
         rw = Rewriter(program, self.name(), ctx.journal)
         for node in list(rw.graph.nodes):
-            if ops.is_call(node, *CHECKS) and not node.users and rw.journal.apply(node.meta["address"], "drop_check"):
+            if (
+                ops.is_call(node, *CHECKS)
+                and not node.users
+                and rw.journal.apply(node.meta["address"], "drop_check")
+            ):
                 rw.graph.erase_node(node)
         idle = _idle_views(program)
         for node in list(rw.graph.nodes):
@@ -113,10 +127,16 @@ def _resized(inputs: InputSpec, sizes: dict[str, int]) -> InputSpec:
 
 
 def _foldable(node: fx.Node, target: OpOverload) -> bool:
-    if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable or target.namespace != "aten":
+    if (
+        torch.Tag.nondeterministic_seeded in target.tags
+        or target._schema.is_mutable
+        or target.namespace != "aten"
+    ):
         return False
     read = node.all_input_nodes
-    return all(n.op == "get_attr" and n.meta["val"].numel() <= FOLDED_SIZE for n in read) and isinstance(node.meta["val"], Tensor)
+    return all(n.op == "get_attr" and n.meta["val"].numel() <= FOLDED_SIZE for n in read) and isinstance(
+        node.meta["val"], Tensor
+    )
 
 
 def _device(rw: Rewriter) -> torch.device:

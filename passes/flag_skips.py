@@ -43,26 +43,36 @@ class FlagSkips(Pass):
             outcome = _split(graph, node)
             if isinstance(outcome, Refuse):
                 ctx.journal.refuse(node.meta["address"], "flag", outcome.reason)
-            elif ctx.journal.apply(node.meta["address"], "flag", f"deep {outcome.deep} + skip {outcome.skip}"):
+            elif ctx.journal.apply(
+                node.meta["address"], "flag", f"deep {outcome.deep} + skip {outcome.skip}"
+            ):
                 found[Site(node.meta["address"], "tensors")] = outcome
         if ctx.calibration is not None and found:
             found = self._measured(program, ctx, found)
         return program.with_table(program.table.put_all(found))
 
-    def _measured(self, program: Program, ctx: PassContext, found: dict[Site, SkipConcat]) -> dict[Site, SkipConcat]:
+    def _measured(
+        self, program: Program, ctx: PassContext, found: dict[Site, SkipConcat]
+    ) -> dict[Site, SkipConcat]:
         peaks: dict[Site, list[Tensor]] = {site: [] for site in found}
         assert ctx.calibration is not None  # the caller looked
         chosen = ctx.calibration.select(self.rows, ctx.generator())
         for batch in chosen.batches(self.rows, program.inputs, dtype=program.dtype):
             _Peaks(program, peaks).run(*(batch[i.name].to(program.device) for i in program.inputs.inputs))
-        return {site: self._with_variance(entry, torch.stack(peaks[site]).amax(0)) for site, entry in found.items()}
+        return {
+            site: self._with_variance(entry, torch.stack(peaks[site]).amax(0))
+            for site, entry in found.items()
+        }
 
     def _with_variance(self, entry: SkipConcat, peak: Tensor) -> SkipConcat:
         first, second = peak[: _first(entry)], peak[_first(entry) :]
         deep, skip = (first, second) if entry.skip_last else (second, first)
         variances = _relative_variance(deep), _relative_variance(skip)
         return replace(
-            entry, deep_variance=variances[0], skip_variance=variances[1], uneven=max(variances) >= self.threshold
+            entry,
+            deep_variance=variances[0],
+            skip_variance=variances[1],
+            uneven=max(variances) >= self.threshold,
         )
 
 
@@ -85,7 +95,9 @@ def _split(graph: nx.DiGraph[str], node: fx.Node) -> SkipConcat | Refuse:
     named = ops.args(node)
     arms = named["tensors"]
     if not isinstance(arms, (list, tuple)) or len(arms) != 2 or not all(isinstance(a, fx.Node) for a in arms):
-        return Refuse(f"concatenates {len(arms) if isinstance(arms, (list, tuple)) else 1} tensors, a skip has two arms")
+        return Refuse(
+            f"concatenates {len(arms) if isinstance(arms, (list, tuple)) else 1} tensors, a skip has two arms"
+        )
     first, second = (a for a in arms if isinstance(a, fx.Node))
     shapes = [a.meta["val"].shape for a in (first, second)]
     if len(shapes[0]) != 4 or named["dim"] not in (1, -3):

@@ -41,7 +41,9 @@ class FreezeObservers(Pass):
         Raises: CalibrationError without calibration, for rows that do not fit, or for values that are not finite.
         """
         if ctx.calibration is None:
-            raise CalibrationError("freeze-observers needs calibration data; pass calibration= or let compile make one")
+            raise CalibrationError(
+                "freeze-observers needs calibration data; pass calibration= or let compile make one"
+            )
         ctx.calibration.check(program.inputs)
         rw = Rewriter(program, self.name(), ctx.journal)
         self._observe(rw.finish(), ctx)
@@ -60,7 +62,10 @@ class FreezeObservers(Pass):
     def _observe(self, program: Program, ctx: PassContext) -> None:
         assert ctx.calibration is not None  # run looked
         quiet = not ctx.progress
-        with torch.no_grad(), tqdm(total=len(ctx.calibration), desc="observe", unit="row", disable=quiet) as bar:
+        with (
+            torch.no_grad(),
+            tqdm(total=len(ctx.calibration), desc="observe", unit="row", disable=quiet) as bar,
+        ):
             for batch in ctx.calibration.batches(self.batch, program.inputs, dtype=program.dtype):
                 program(**{name: value.to(program.device) for name, value in batch.items()})
                 bar.update(len(batch["sample"]))
@@ -76,4 +81,3 @@ def _warn_of_gaps(ranges: dict[Site, Range]) -> None:
                 "%d of %d timestep groups have no calibration row (%s); they take the nearest group's ranges",
                 len(empty), len(counts), ", ".join(map(str, empty)),
             )  # fmt: skip
-

@@ -55,4 +55,3 @@ def _watched(program: Program) -> Watched:
             key = (program.source(site), channel_axis(program, site), planned.spec.boundaries)
             found.setdefault(key, []).append(site)
     return found
-

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from dmqfx import ops
 from dmqfx.address import Site
 from dmqfx.errors import RewriteError
-from dmqfx.facts import CALIBRATED, PLANNED, QDQ, ROUNDED, Fact
+from dmqfx.facts import PLANNED, QDQ, ROUNDED, Fact
 from dmqfx.pipeline import Pass, PassContext, Preserves
 from dmqfx.program import Program
 from dmqfx.quant import QParams, QuantSpec, params_from_range

@@ -60,7 +60,7 @@ def closed_form(x: Tensor, w: Tensor, exponent: float) -> Tensor:
     Source: SmoothQuant (arXiv 2211.10438), eq. 4.
     """
     live = (x > 0) & (w > 0) & torch.isfinite(x) & torch.isfinite(w)
-    if exponent == 0 and not bool((w != w[0]).any()) or not bool(live.any()):
+    if (exponent == 0 and not bool((w != w[0]).any())) or not bool(live.any()):
         return torch.ones_like(x)
     tiny = torch.finfo(x.dtype).tiny
     logarithm = exponent * x.clamp_min(tiny).log() - (1 - exponent) * w.clamp_min(tiny).log()

@@ -26,14 +26,20 @@ def integer_conv2d(rw: Rewriter, root: fx.Node, x: fx.Node, weight: fx.Node, unp
     if isinstance(shared, Refuse):
         return shared
     named = ops.args(root)
-    return rw.call_at(OPS.qconv2d.default, root.meta["address"], **shared, **{arg: named[arg] for arg in CONV_ARGUMENTS})
+    return rw.call_at(
+        OPS.qconv2d.default, root.meta["address"], **shared, **{arg: named[arg] for arg in CONV_ARGUMENTS}
+    )
 
 
 @rule(p.linear(input=p.any("x"), weight=WEIGHT))
 def integer_linear(rw: Rewriter, root: fx.Node, x: fx.Node, weight: fx.Node, unpacked: fx.Node) -> Outcome:
     """linear(dequantize(x), dequantize(w))  ->  qlinear(x, w): integer products, one float epilogue."""
     shared = _operands(rw, x, weight, unpacked, root)
-    return shared if isinstance(shared, Refuse) else rw.call_at(OPS.qlinear.default, root.meta["address"], **shared)
+    return (
+        shared
+        if isinstance(shared, Refuse)
+        else rw.call_at(OPS.qlinear.default, root.meta["address"], **shared)
+    )
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ def _operands(
     activation, codes, real = ops.args(x), ops.args(unpacked), ops.args(weight)
     scale = activation["scale"]
     if isinstance(scale, fx.Node) and scale.meta["val"].shape[1] != 1:
-        return Refuse("the input has a scale per channel, which an integer product cannot take out of the sum", x)
+        return Refuse(
+            "the input has a scale per channel, which an integer product cannot take out of the sum", x
+        )
     return {
         "x_codes": activation["codes"],
         "x_scale": scale,
@@ -70,4 +78,3 @@ def _operands(
         "w_zero_point": real["zero_point"],
         "bias": ops.args(root)["bias"],
     }
-

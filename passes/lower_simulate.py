@@ -15,8 +15,16 @@ from dmqfx.pipeline import Preserves
 from dmqfx.rewrite import Rewriter
 
 
-@rule(p.dequantize(codes=p.unpack(packed=p.attr("packed")).as_("unpacked"), scale=p.attr("scale"), zero_point=p.attr("zero_point")))
-def fold_weight(rw: Rewriter, root: fx.Node, unpacked: fx.Node, packed: fx.Node, scale: fx.Node, zero_point: fx.Node) -> Outcome:
+@rule(
+    p.dequantize(
+        codes=p.unpack(packed=p.attr("packed")).as_("unpacked"),
+        scale=p.attr("scale"),
+        zero_point=p.attr("zero_point"),
+    )
+)
+def fold_weight(
+    rw: Rewriter, root: fx.Node, unpacked: fx.Node, packed: fx.Node, scale: fx.Node, zero_point: fx.Node
+) -> Outcome:
     """dequantize(unpack(packed))  ->  the float weight that it computes."""
     named, axis = ops.args(unpacked), ops.args(root)["axis"]
     codes = torch.ops.dmqfx.unpack(rw.value(packed), named["bits"], named["signed"], named["shape"])

@@ -51,7 +51,12 @@ def _by_source(program: Program) -> dict[fx.Node, list[Site]]:
     plan = program.table.of(Planned)
     for site, planned in plan.items():
         weight = plan.get(Site(site.at, "weight"))
-        if site.arg == "input" and planned.spec is not None and weight is not None and weight.spec is not None:
+        if (
+            site.arg == "input"
+            and planned.spec is not None
+            and weight is not None
+            and weight.spec is not None
+        ):
             found.setdefault(program.source(site), []).append(site)
     return found
 

@@ -34,7 +34,9 @@ class RoundWeights(Pass):
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Search the range, round, pack."""
         found: dict[Site, Codes] = {}
-        planned = {s: p.spec for s, p in program.table.of(Planned).items() if is_weight(s) and p.spec is not None}
+        planned = {
+            s: p.spec for s, p in program.table.of(Planned).items() if is_weight(s) and p.spec is not None
+        }
         for site, spec in tqdm(planned.items(), desc="round weights", unit="layer", disable=not ctx.progress):
             if not ctx.journal.apply(site, self.method, str(spec)):
                 break
@@ -48,5 +50,7 @@ def nearest(weight: Tensor, spec: QuantSpec) -> Codes:
     Shapes: weight [O, ...], one scale per output channel or one in all.
     """
     params = search_range(weight, spec)
-    codes = quantize(weight, params.scale, params.zero_point, None, params.axis or 0, params.qmin, params.qmax)
+    codes = quantize(
+        weight, params.scale, params.zero_point, None, params.axis or 0, params.qmin, params.qmax
+    )
     return Codes(pack(codes, spec.bits), tuple(weight.shape), params)
