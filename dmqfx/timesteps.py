@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx
 from dmqfx.errors import RewriteError
 from dmqfx.rewrite import Rewriter
+from dmqfx.runtime.operators import OPS
 
 
 class GroupIndex:
@@ -37,6 +39,4 @@ class GroupIndex:
                 "timestep_boundaries", torch.tensor(boundaries, dtype=timestep.meta["val"].dtype)
             )
         with self._rw.graph.inserting_after(edges):
-            return self._rw.call(
-                torch.ops.dmqfx.timestep_group.default, near=near, timestep=timestep, boundaries=edges
-            )
+            return self._rw.call(OPS.timestep_group.default, near=near, timestep=timestep, boundaries=edges)

@@ -16,11 +16,10 @@ from dmqfx.pipeline import Pass, PassContext, Preserves
 from dmqfx.program import Program
 from dmqfx.quant import QParams, QuantSpec, params_from_range
 from dmqfx.rewrite import Rewriter
+from dmqfx.runtime.operators import OPS
 from dmqfx.sites import is_weight
 from dmqfx.table import Codes, Planned, Range, Table
 from dmqfx.timesteps import GroupIndex
-
-OPS = torch.ops.dmqfx
 
 
 @dataclass(frozen=True)

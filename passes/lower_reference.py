@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from dmqfx import ops
@@ -13,8 +12,8 @@ from dmqfx.facts import INTEGER, QDQ, Fact
 from dmqfx.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.pipeline import Preserves
 from dmqfx.rewrite import Refuse, Rewriter
+from dmqfx.runtime.operators import OPS
 
-OPS = torch.ops.dmqfx
 WEIGHT = p.dequantize(codes=p.unpack().as_("unpacked")).as_("weight")
 CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from dmqfx import ops
@@ -13,6 +12,7 @@ from dmqfx.facts import INTEGER, QDQ, Fact
 from dmqfx.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.pipeline import Preserves
 from dmqfx.rewrite import Rewriter
+from dmqfx.runtime.operators import OPS
 
 
 @rule(
@@ -27,8 +27,8 @@ def fold_weight(
 ) -> Outcome:
     """dequantize(unpack(packed))  ->  the float weight that it computes."""
     named, axis = ops.args(unpacked), ops.args(root)["axis"]
-    codes = torch.ops.dmqfx.unpack(rw.value(packed), named["bits"], named["signed"], named["shape"])
-    real = torch.ops.dmqfx.dequantize(codes, rw.value(scale), rw.value(zero_point), None, axis)
+    codes = OPS.unpack(rw.value(packed), named["bits"], named["signed"], named["shape"])
+    real = OPS.dequantize(codes, rw.value(scale), rw.value(zero_point), None, axis)
     return rw.constant(str(packed.target).removesuffix("_packed") + "_simulated", real)
 
 

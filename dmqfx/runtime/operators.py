@@ -171,3 +171,6 @@ for _name, (_arguments, _kernel, _fake) in _OPERATORS.items():
     torch.library.define(f"dmqfx::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"dmqfx::{_name}", "default", _kernel)
     torch.library.register_fake(f"dmqfx::{_name}", _fake)
+
+OPS = torch.ops.dmqfx
+"""Where graphs and passes find the operators; whoever imports it has registered them."""
