@@ -35,6 +35,14 @@ def capture(unet: UNet, *, residuals: bool = False) -> Program:
     With `residuals` the program also takes ControlNet's. Batch, latent size and context length are free.
 
     Raises: CaptureError for a module that is not a supported UNet or that holds what cannot be exported.
+    Example:
+        >>> levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        >>> unet = UNet2DModel(block_out_channels=(8,), norm_num_groups=2, sample_size=8, **levels)
+        >>> program = capture(unet)
+        >>> program(sample=torch.zeros(3, 3, 10, 6), timestep=torch.tensor([0.0, 10.0, 20.0])).shape
+        torch.Size([3, 3, 10, 6])
+        >>> print(next(program.calls("conv2d")).meta["address"])
+        conv_in/conv2d
     """
     refuse(unet)
     started = time.perf_counter()

@@ -210,9 +210,9 @@ MODELS: Mapping[str, Callable[[], Model]] = {
     ),
     "self-attention": partial(
         conditional,
-        down_block_types=("AttnDownBlock2D", "DownBlock2D"),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         mid_block_type="UNetMidBlock2D",
-        up_block_types=("UpBlock2D", "AttnUpBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         num_class_embeds=7,
     ),
     "learned-time": partial(unconditional, time_embedding_type="learned", num_train_timesteps=1000),

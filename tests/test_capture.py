@@ -6,6 +6,7 @@ import ast
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -395,3 +396,8 @@ def test_every_block_type_of_diffusers_is_captured_or_excluded_with_a_reason() -
     assert len(shipped) > 20
     assert shipped == captured_block_types() | set(NOT_COVERED)
     assert not captured_block_types() & set(NOT_COVERED)
+
+
+def test_the_page_on_capture_names_every_block_type_and_every_slow_model() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "capture.md").read_text(encoding="utf-8")
+    assert [name for name in (*shipped_block_types(), *RARE) if f"`{name}`" not in page] == []
