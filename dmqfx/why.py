@@ -11,7 +11,7 @@ from dmqfx import wording
 from dmqfx.address import Address, Site
 from dmqfx.bits import SiteBits, is_quantized, site_bits
 from dmqfx.journal import PassRecord
-from dmqfx.lines import lines
+from dmqfx.lines import Line, lines
 from dmqfx.program import Program
 from dmqfx.quant import QParams
 from dmqfx.selection import find
@@ -50,7 +50,7 @@ def why(program: Program, address: str) -> str:
     told = [str(at)]
     if at in known:
         told.append(f"  {known[at].call}")
-        told += [f"  {line}" for site in _sites(program, at) for line in _site(program, site)]
+        told += [f"  {line}" for site in _sites(program, known[at]) for line in _site(program, site)]
     else:
         told.append("  is no longer in the graph")
     made = at.made_by.rpartition(".")[0]
@@ -59,10 +59,12 @@ def why(program: Program, address: str) -> str:
     return "\n".join([*told, "  passes", *(passes or ["    none rewrote or refused anything here"])])
 
 
-def _sites(program: Program, at: Address) -> list[Site]:
+def _sites(program: Program, line: Line) -> list[Site]:
     """Sites of an operation that anything is known of, in the order of its arguments."""
-    arguments = list(lines(program)[at].arguments)
-    known = dict.fromkeys([*(s for s in program.table.sites() if s.at == at), *_paired(program, at)])
+    arguments = list(line.arguments)
+    known = dict.fromkeys(
+        [*(s for s in program.table.sites() if s.at == line.at), *_paired(program, line.at)]
+    )
     return sorted(known, key=lambda s: arguments.index(s.arg) if s.arg in arguments else len(arguments))
 
 
