@@ -1,0 +1,203 @@
+"""Commands that look at a program: inspect, show, diff, why, explain."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+from dmqfx.cli import sources, terminal
+from dmqfx.cli.terminal import Commands, command, whole
+
+if TYPE_CHECKING:
+    from dmqfx.inventory import Item
+    from dmqfx.lines import Line
+
+GLOB = "addresses: * stays inside one name, ** crosses names, re: starts a regular expression [**]"
+
+
+def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Declare the commands of this file."""
+    _inspect(commands)
+    _show(commands)
+    _diff(commands)
+    _why(commands)
+    _explain(commands)
+
+
+def _inspect(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands,
+        "inspect",
+        inspect,
+        "list every layer with shape, weights, bits and share of the multiply-adds",
+        (
+            ("dmqfx inspect emoji", ""),
+            ("dmqfx inspect unet/ --at '**.attentions.**'", "some layers"),
+            ("dmqfx inspect out/ --picture u.svg", "also the U: order, resolution, skips, bits"),
+        ),
+    )
+    terminal.add_model(parser)
+    parser.add_argument("--at", metavar="GLOB", default="**", help=GLOB)
+    parser.add_argument("--picture", metavar="SVG", help="also draw the U of the whole program")
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """dmqfx inspect."""
+    from dmqfx.inventory import inventory, listing
+    from dmqfx.picture import picture
+
+    drawing = terminal.to_be_file(options.picture) if options.picture else None
+    compiled = sources.load_stored(options.model) if sources.is_compiled(options.model) else None
+    program = compiled.program if compiled is not None else sources.load_program(options.model)
+    report = compiled.report if compiled is not None else None
+    items = inventory(program, options.at)
+    text = listing(items)
+    if report is not None:
+        text += f"\n\n{report.summary()}"
+    if drawing is not None:
+        terminal.write_text(drawing, picture(program, report))
+        text += f"\n\npicture: {drawing.resolve()}"
+    data = {
+        "layers": [_item(item) for item in items],
+        "report": None if report is None else report.to_data(),
+        "picture": None if drawing is None else str(drawing.resolve()),
+    }
+    terminal.say(options, text, data)
+    return terminal.OK
+
+
+def _item(item: Item) -> dict[str, object]:
+    plain = {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.name != "sites"}
+    sites = {
+        s.site.arg: {"asked": str(s.asked or "float"), "got_bits": s.got, "rule": s.rule} for s in item.sites
+    }
+    return {**plain, "sites": sites}
+
+
+def _show(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands,
+        "show",
+        show,
+        "print the graph, one line for each operation, with what the table knows",
+        (
+            ("dmqfx show out/ --at 'mid_block.**'", "one block"),
+            ("dmqfx show emoji | grep conv2d", "the float graph"),
+        ),
+    )
+    terminal.add_model(parser)
+    parser.add_argument("--at", metavar="GLOB", default="**", help=GLOB)
+
+
+def show(options: argparse.Namespace) -> int:
+    """dmqfx show."""
+    from dmqfx.lines import lines
+    from dmqfx.selection import select
+
+    found = lines(sources.load_program(options.model))
+    wanted = select(found, options.at)
+    shown = [line for address, line in found.items() if address in wanted]
+    terminal.say(options, "\n".join(map(str, shown)), [_line(line) for line in shown])
+    return terminal.OK
+
+
+def _line(line: Line) -> dict[str, object]:
+    return {
+        "address": str(line.at),
+        "op": line.op,
+        "arguments": {name: part.words for name, part in line.arguments.items()},
+        "shape": line.shape,
+        "notes": {name: part.words for name, part in line.notes.items()},
+    }
+
+
+def _diff(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands,
+        "diff",
+        diff,
+        "what differs between two programs, aligned by address",
+        (
+            ("dmqfx diff emoji emoji-w4a8/ --at 'conv_in/*'", "float and compiled"),
+            ("dmqfx diff w4a8/ w4a6/", "two policies"),
+        ),
+    )
+    terminal.add_model(parser, "before")
+    terminal.add_model(parser, "after")
+    parser.add_argument("--at", metavar="GLOB", default="**", help=GLOB)
+    parser.add_argument(
+        "--context", type=whole(0), default=0, metavar="N", help="unchanged lines around a change [0]"
+    )
+
+
+def diff(options: argparse.Namespace) -> int:
+    """dmqfx diff."""
+    from dmqfx.show import diff as difference
+
+    before, after = sources.load_program(options.before), sources.load_program(options.after)
+    text = difference(before, after, options.at, context=options.context)
+    terminal.say(options, text, {"equal": text.startswith("equal: "), "lines": text.splitlines()})
+    return terminal.OK
+
+
+def _why(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands,
+        "why",
+        why,
+        "the life of one address: rule, bits, scales, rewrites, refusals",
+        (("dmqfx why out/ mid_block.resnets.0.conv1/conv2d", ""),),
+    )
+    terminal.add_model(parser)
+    parser.add_argument("address", metavar="ADDRESS", help="as `dmqfx show` prints it")
+
+
+def why(options: argparse.Namespace) -> int:
+    """dmqfx why."""
+    from dmqfx.why import why as life
+
+    text = life(sources.load_program(options.model), options.address)
+    terminal.say(options, text, {"address": text.splitlines()[0], "lines": text.splitlines()[1:]})
+    return terminal.OK
+
+
+def _explain(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands,
+        "explain",
+        explain,
+        "bits and deciding rule of every site under a policy; nothing is compiled",
+        (
+            ("dmqfx explain unet/ --policy my.yaml", ""),
+            (
+                "dmqfx explain emoji --set default.input.bits=6 --at '**.to_q/*'",
+                "some sites, one setting changed",
+            ),
+        ),
+    )
+    terminal.add_model(parser)
+    terminal.add_policy(parser)
+    parser.add_argument("--at", metavar="GLOB", default="**", help=GLOB)
+
+
+def explain(options: argparse.Namespace) -> int:
+    """dmqfx explain."""
+    from dmqfx import registry, wording
+    from dmqfx.policy import Policy
+    from dmqfx.policy import explain as explanations
+    from dmqfx.selection import select
+    from dmqfx.sites import operations
+
+    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
+    found = explanations(policy, operations(sources.load_program(options.model)))
+    wanted = select(dict.fromkeys(each.site.at for each in found), options.at)
+    rows = [["site", "bits", "rule", "overrides"]]
+    rows += [
+        [str(e.site), str(e.spec or "float"), e.rule, ", ".join(e.overridden)]
+        for e in found
+        if e.site.at in wanted
+    ]
+    data = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    terminal.say(options, wording.columns(rows), data)
+    return terminal.OK

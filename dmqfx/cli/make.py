@@ -1,0 +1,214 @@
+"""Commands that make something: demo, calibrate, compile."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmqfx.cli import sources, terminal
+from dmqfx.cli.terminal import Commands, bars, command, whole
+
+if TYPE_CHECKING:
+    from dmqfx.calibration import Calibration
+
+TARGETS = ("auto", "simulate", "reference")
+
+
+def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Declare the commands of this file."""
+    _demo(commands)
+    _calibrate(commands)
+    _compile(commands)
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """--target."""
+    parser.add_argument(
+        "--target",
+        default="auto",
+        choices=TARGETS,
+        help="what the layers run as; auto is the best there is [auto]",
+    )
+
+
+def _demo(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands,
+        "demo",
+        demo,
+        "compile the bundled emoji model and draw float beside quantized",
+        (
+            ("dmqfx demo", "w4a8 and w4a6, into demo.png"),
+            ("dmqfx demo --policy w8a8 --policy my.yaml --out mine.png", "other policies"),
+        ),
+    )
+    parser.add_argument("--out", default="demo.png", metavar="PNG", help="the picture [demo.png]")
+    parser.add_argument("--policy", action="append", default=[], help="may be repeated [w4a8 and w4a6]")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of noise and calibration [0]")
+
+
+def demo(options: argparse.Namespace) -> int:
+    """dmqfx demo."""
+    from dmqfx import demo as show
+
+    out = terminal.to_be_file(options.out)
+    rows = show.run(options.policy or ["w4a8", "w4a6"], out, seed=options.seed, progress=bars())
+    text = "\n\n".join([show.table(rows), *show.remarks(rows), f"picture: {out.resolve()}"])
+    terminal.say(options, text, {"picture": str(out.resolve()), "rows": [row.to_data() for row in rows]})
+    return terminal.OK
+
+
+def _calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands,
+        "calibrate",
+        calibrate,
+        "record the calls that a UNet receives, once, for every policy to use",
+        (
+            ("dmqfx calibrate emoji --out cal/", "guided trajectories of the bundled model"),
+            ("dmqfx calibrate sd15/ --prompts prompts.txt --out cal/", "a whole pipeline, as it is used"),
+            (
+                "dmqfx calibrate sd15/ --prompts p.txt --guidance 5 --steps 30 --out cal/",
+                "with other settings",
+            ),
+            ("dmqfx calibrate unet/ --out cal/", "a UNet alone: trajectories from noise"),
+        ),
+    )
+    terminal.add_model(parser)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="one prompt a line; MODEL is then a pipeline folder, which is run"
+    )
+    parser.add_argument(
+        "--steps", type=whole(1), help="of each trajectory [a pipeline: 20; else by measured cost]"
+    )
+    parser.add_argument("--trajectories", type=whole(1), help="how many, without prompts [by measured cost]")
+    parser.add_argument(
+        "--guidance", type=float, help="scale of classifier-free guidance [the pipeline's own]"
+    )
+    parser.add_argument("--seed", type=whole(0), default=0, help="of the noise [0]")
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """dmqfx calibrate."""
+    from dmqfx.errors import DmqfxError
+
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise DmqfxError(f"{out} is a file; --out is a folder")
+    if options.guidance is not None and not options.prompts:
+        raise DmqfxError("--guidance is for a pipeline: say --prompts too")
+    recorded = _recorded(options)
+    recorded.save(out)
+    about = {
+        "folder": str(out.resolve()),
+        "rows": len(recorded),
+        "timesteps": sorted(set(recorded.timesteps().tolist())),
+    }
+    terminal.say(options, f"{recorded.describe()}\nwritten to {out}", about)
+    return terminal.OK
+
+
+def _recorded(options: argparse.Namespace) -> Calibration:
+    from dmqfx.calibration import Calibration
+    from dmqfx.errors import DmqfxError
+    from dmqfx.evaluation import emoji_calibration
+
+    if options.prompts:
+        lines = [line.strip() for line in terminal.read_text(options.prompts).splitlines()]
+        prompts = [line for line in lines if line]
+        if not prompts:
+            raise DmqfxError(f"{options.prompts} holds no prompt; write one a line")
+        return Calibration.record(
+            sources.load_pipeline(options.model),
+            prompts=prompts,
+            steps=options.steps or 20,
+            guidance_scale=options.guidance,
+            seed=options.seed,
+            progress=bars(),
+        )
+    if sources.is_emoji(options.model):
+        return emoji_calibration(
+            count=options.trajectories, steps=options.steps or 20, seed=options.seed, progress=bars()
+        )
+    return Calibration.synthesize(
+        sources.load_unet(options.model),
+        steps=options.steps,
+        trajectories=options.trajectories,
+        seed=options.seed,
+        progress=bars(),
+    )
+
+
+def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = command(
+        commands,
+        "compile",
+        compile_,
+        "quantize a UNet by a policy and save it",
+        (
+            ("dmqfx compile emoji --policy w4a6 --out emoji-w4a6/", ""),
+            ("dmqfx compile unet/ --calibration cal/ --out out/", "w4a8, calibrated on what was recorded"),
+            (
+                "dmqfx compile unet/ --policy my.yaml --set default.weight.bits=3 --out out/",
+                "one setting changed",
+            ),
+            (
+                "dmqfx compile unet/ --verify --min-sqnr 18 --out out/",
+                "every pass checked; exit 3 below 18 dB",
+            ),
+        ),
+    )
+    terminal.add_model(parser)
+    terminal.add_policy(parser)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a compiled model there is replaced")
+    parser.add_argument(
+        "--calibration", metavar="FOLDER", help="of `dmqfx calibrate` [made from the model itself]"
+    )
+    add_target(parser)
+    parser.add_argument("--verify", action="store_true", help="check every pass as it runs")
+    parser.add_argument("--seed", type=whole(0), default=0, help="of everything random [0]")
+    parser.add_argument(
+        "--rows", type=whole(0), default=16, help="calibration rows the report is measured on; 0: none [16]"
+    )
+    parser.add_argument(
+        "--min-sqnr", type=float, metavar="DB", help="exit with 3 if the output's SQNR is lower"
+    )
+
+
+def compile_(options: argparse.Namespace) -> int:
+    """dmqfx compile."""
+    from dmqfx import registry
+    from dmqfx.compile import QualityWarning
+    from dmqfx.compile import compile as compile_unet
+    from dmqfx.evaluation import emoji_calibration
+    from dmqfx.policy import Expect, Policy
+    from dmqfx.store import refuse_foreign
+
+    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
+    refuse_foreign(Path(options.out))
+    calibration = sources.load_calibration(options.calibration)
+    unet = sources.load_unet(options.model)
+    if calibration is None and sources.is_emoji(options.model):
+        calibration = emoji_calibration(seed=options.seed, progress=bars())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QualityWarning)  # the gate says it
+        q = compile_unet(
+            unet,
+            policy,
+            calibration=calibration,
+            target=options.target,
+            verify=options.verify,
+            seed=options.seed,
+            progress=bars(),
+            report_rows=options.rows,
+        )
+    q.save_pretrained(options.out)
+    report = q.report
+    assert report is not None  # every compilation makes one
+    text = f"{report}\n\nwritten to {options.out}"
+    terminal.say(options, text, {"folder": str(Path(options.out).resolve()), "report": report.to_data()})
+    floors = dict.fromkeys([options.min_sqnr, policy.expect.sqnr_db])
+    return terminal.gate([miss for floor in floors for miss in report.misses(Expect(floor))])

@@ -1,0 +1,162 @@
+"""What MODEL and --calibration mean: folders, hub ids and the word `emoji`, loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmqfx.errors import DmqfxError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dmqfx.calibration import Calibration
+    from dmqfx.program import Program
+    from dmqfx.runtime.unet import CompiledUNet
+    from dmqfx.signature import UNet
+
+__all__ = [
+    "is_compiled",
+    "is_emoji",
+    "load_calibration",
+    "load_compiled",
+    "load_pipeline",
+    "load_program",
+    "load_stored",
+    "load_unet",
+]
+
+
+def is_emoji(name: str) -> bool:
+    """Whether the bundled model is meant; a folder of that name comes first."""
+    return name == "emoji" and not Path(name).exists()
+
+
+def is_compiled(name: str) -> bool:
+    """Whether this is a folder that `dmqfx compile` wrote, whole or damaged."""
+    path = Path(name)
+    if (path / "dmqfx.json").is_file():
+        return True
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        return bool(config["quantization_config"]["quant_method"] == "dmqfx")
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def load_unet(name: str) -> UNet:
+    """A float UNet or ControlNet, in float32.
+
+    Raises: DmqfxError that says what was looked for.
+    """
+    from dmqfx import emoji
+
+    path = Path(name)
+    if is_emoji(name):
+        return emoji.load_unet()
+    if is_compiled(name):
+        raise DmqfxError(f"{name} is a compiled model; this command needs the float UNet that it came from")
+    if path.is_file():
+        raise DmqfxError(
+            f"{name} is a file; MODEL is a diffusers folder (for one file: `from_single_file` first)"
+        )
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "model_index.json")):
+            raise DmqfxError(f"{name} has neither config.json (a UNet) nor model_index.json (a pipeline)")
+        return _pretrained(path, "unet" if (path / "model_index.json").is_file() else "")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise DmqfxError(f"there is no folder {name}, and it is neither a hub id (owner/name) nor `emoji`")
+    return _from_hub(name)
+
+
+def load_compiled(name: str, target: str = "auto") -> CompiledUNet:
+    """A saved compiled UNet.
+
+    Raises: StoreError if the folder is not a whole one.
+    """
+    from dmqfx.store import load
+
+    return load(name, target=target)
+
+
+def load_stored(name: str) -> CompiledUNet:
+    """A saved compiled UNet to look at: lowered for no target.
+
+    Raises: StoreError if the folder is not a whole one.
+    """
+    from dmqfx.store import load
+    from dmqfx.targets import Target
+
+    return load(name, target=Target("stored", (), "the portable program as it was saved"))
+
+
+def load_program(name: str) -> Program:
+    """The program of a compiled folder, or the canonical program of a float UNet."""
+    if is_compiled(name):
+        return load_stored(name).program
+    from dmqfx.capture import capture
+    from dmqfx.pipeline import PassContext
+    from dmqfx.registry import pipeline
+
+    steps = pipeline([("canonicalize", {}), ("flag-skips", {})])
+    return steps.run(capture(load_unet(name)), PassContext())
+
+
+def load_calibration(name: str | None) -> Calibration | None:
+    """A saved calibration, or None.
+
+    Raises: StoreError if the folder is not a whole one.
+    """
+    from dmqfx.calibration import Calibration
+
+    return Calibration.load(name) if name else None
+
+
+def load_pipeline(name: str) -> DiffusionPipeline:
+    """A pipeline from its folder.
+
+    Raises: DmqfxError if the folder is not one or lacks a part.
+    """
+    from diffusers import DiffusionPipeline
+
+    if not (Path(name) / "model_index.json").is_file():
+        raise DmqfxError(f"{name} is not a pipeline folder (no model_index.json), and --prompts needs one")
+    try:
+        return DiffusionPipeline.from_pretrained(name, local_files_only=True)
+    except (ImportError, OSError, ValueError) as error:
+        raise DmqfxError(f"cannot load the pipeline {name}: {error}") from error
+
+
+def _from_hub(name: str) -> UNet:
+    """The unet/ of a pipeline on the hub, or a UNet on its own; from the cache where that has it."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    for inside in ("unet", ""):
+        if isinstance(try_to_load_from_cache(name, f"{inside}/config.json".lstrip("/")), str):
+            return _pretrained(name, inside, local_files_only=True)
+    try:  # asked first and once: a download of what is not there is tried for a minute
+        siblings = HfApi().model_info(name, timeout=10).siblings or []
+    except Exception as error:  # requests or httpx, as the hub's version has it
+        reason = str(error).partition("\n")[0]
+        raise DmqfxError(f"there is no folder {name}, and as a hub id it cannot be read: {reason}") from error
+    pipeline = any(each.rfilename == "unet/config.json" for each in siblings)
+    return _pretrained(name, "unet" if pipeline else "")
+
+
+def _pretrained(source: Path | str, inside: str, **more: bool) -> UNet:
+    from diffusers import UNet2DModel
+
+    from dmqfx.signature import SUPPORTED
+
+    kinds = {kind.__name__: kind for kind in SUPPORTED}
+    where = {**more, **({"subfolder": inside} if inside else {})}
+    try:
+        config = UNet2DModel.load_config(source, **where)
+        kind = kinds.get(str(config.get("_class_name")))
+        if kind is None:
+            found = config.get("_class_name", "a folder whose config.json names no class")
+            raise DmqfxError(f"{source} is {found}; dmqfx takes {', '.join(kinds)}")
+        return kind.from_pretrained(source, **where).float().eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DmqfxError(f"cannot load {source}: {error}") from error
