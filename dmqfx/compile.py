@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 
-from dmqfx import registry
+from dmqfx import registry, targets
 from dmqfx.calibration import Calibration
 from dmqfx.capture import capture
 from dmqfx.errors import PipelineError
@@ -15,6 +15,7 @@ from dmqfx.facts import CALIBRATED
 from dmqfx.pipeline import PassContext
 from dmqfx.policy import Policy
 from dmqfx.program import Program
+from dmqfx.provenance import provenance
 from dmqfx.report import Report
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.signature import UNet
@@ -42,11 +43,12 @@ def compile(
     """Quantize a diffusers UNet by a policy; the result goes where the UNet went (`pipe.unet = q`).
 
     The UNet is not changed. `policy` is a shipped name (with or without .yaml), a path, a dict or a Policy;
-    `overrides` are `a.b=c` strings. Without `calibration`, trajectories are made from the model itself. `verify`
-    checks every pass as it runs. `target` says what the layers run as, see dmqfx.targets.
+    `overrides` are `a.b=c` strings. Without `calibration`, trajectories are made from the model itself.
+    `verify` checks every pass as it runs. `target` says what the layers run as, see `TARGETS`.
 
-    Units: seed starts every generator; the report's SQNR is measured on report_rows calibration rows (0: not at all).
-    Raises: PolicyError, CaptureError, CalibrationError, PipelineError; VerifyError if `verify` finds a wrong pass.
+    Units: seed starts every generator; the report measures SQNR on report_rows calibration rows (0: none).
+    Raises: PolicyError, CaptureError, CalibrationError, PipelineError; VerifyError if `verify` finds a
+        wrong pass.
     Example:
         >>> from dmqfx import emoji
         >>> q = compile(emoji.load_unet(), "w8a16", report_rows=0)
@@ -54,6 +56,7 @@ def compile(
         8
     """
     bars = sys.stderr.isatty() if progress is None else progress
+    lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problem_with)
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
@@ -66,9 +69,13 @@ def compile(
     report = Report.measure(before, after, data, rows=report_rows, progress=bars)
     for miss in report.misses(chosen.expect) if report_rows else ():
         warnings.warn(miss, QualityWarning, stacklevel=2)
-    provenance = {"seed": seed, "calibration": data.describe() if data is not None else None}
+    origin = {
+        **provenance(before),
+        "seed": seed,
+        "calibration": data.describe() if data is not None else None,
+    }
     return CompiledUNet(
-        after, config=unet.config, target=target, policy=chosen, report=report, provenance=provenance
+        after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
 
 

@@ -259,5 +259,7 @@ def _spec(setting: Setting, key: str, rule: str, mark: Mark, train_timesteps: in
         return None
     if setting.bits is None or setting.grid is None or setting.per is None or setting.range is None:
         raise PolicyError([mark.problem(f"{rule}: {key} has no bits, and the default has none to take over")])
+    if key == "input" and setting.range == "mse":
+        raise PolicyError([mark.problem(f"{rule}: an input's range can only be minmax; mse is for weights")])
     boundaries = () if key == "weight" else setting.boundaries(train_timesteps)
     return QuantSpec(setting.bits, setting.grid, setting.per, setting.range, boundaries)

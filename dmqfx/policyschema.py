@@ -35,6 +35,8 @@ SPEC_KEYS: Final = {
     "weight": ("bits", "grid", "per", "range"),
     "input": ("bits", "grid", "per", "range", "groups"),
 }
+RANGES: Final[Mapping[str, tuple[RangeMethod, ...]]] = {"weight": get_args(RangeMethod), "input": ("minmax",)}
+"""An input's range comes from an observer, which has only its extremes to offer."""
 _BITS: Final = {"weight": (2, 8), "input": (4, 8)}
 _FLOAT_ONLY: Final[tuple[Literal["float"], ...]] = (FLOAT,)
 _MOST_GROUPS: Final = 1000
@@ -117,7 +119,7 @@ class _Settings:
             bits=read.whole(given["bits"], f"{path}.bits", *_BITS[arg]) if "bits" in given else None,
             grid=word(given["grid"], f"{path}.grid", get_args(Grid)) if "grid" in given else None,
             per=word(given["per"], f"{path}.per", get_args(Per)) if "per" in given else None,
-            range=word(given["range"], f"{path}.range", get_args(RangeMethod)) if "range" in given else None,
+            range=word(given["range"], f"{path}.range", RANGES[arg]) if "range" in given else None,
             groups=self._groups(given["groups"], f"{path}.groups") if "groups" in given else None,
         )
 

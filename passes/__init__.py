@@ -1,1 +1,1 @@
-"""The built-in passes: one per file, named alike in the file, in YAML (kebab case) and as a class (camel case)."""
+"""The built-in passes: one per file, one name in three spellings: file, YAML (kebab) and class."""

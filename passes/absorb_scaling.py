@@ -1,4 +1,4 @@
-"""absorb-scaling: fold 1 / gamma into what makes x, where that is exact; elsewhere the quantize step takes it for free."""
+"""absorb-scaling: fold 1 / gamma into what makes x, where that is exact; the rest joins the quantize step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dmqfx.rewrite import Refuse, Rewriter
 
 @rule(p.div(self=p.any("x"), other=p.attr("gamma")))
 def absorb(rw: Rewriter, x: fx.Node, gamma: fx.Node) -> Outcome:
-    """layer(x, w, b) / gamma  ->  layer(x, w / gamma, b / gamma), through reshapes, heads, upsampling and products.
+    """layer(x, w, b) / gamma  ->  layer(x, w / gamma, b / gamma), through reshapes, heads and products.
 
-    Group norm and layer norm take it in their gain and bias, linear layers and convolutions (to_v before to_out, the linear
-    half of GEGLU before the output projection) in their rows.
+    Group norm and layer norm take it in their gain and bias, linear layers and convolutions (to_v before
+    to_out, the linear half of GEGLU before the output projection) in their rows.
     """
     factor = rw.value(gamma)
     axis = 1 if factor.dim() == 3 else -1

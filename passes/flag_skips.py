@@ -1,4 +1,4 @@
-"""flag-skips: find the decoder's concatenations by the shape of the graph, never by name, and measure their arms."""
+"""flag-skips: find the decoder's concatenations by the shape of the graph and measure their arms."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dmqfx.table import SkipConcat
 class FlagSkips(Pass):
     """Record each long-skip concatenation and, with calibration, how uneven its channels are.
 
-    The skip is the arm from which the other arm is made: from their last common value, the deep arm's own way leads
-    through weights and the skip's own way through none.
+    The skip is the arm from which the other arm is made: from their last common value, the deep arm's own
+    way leads through weights and the skip's own way through none.
 
-    Units: rows of calibration to measure on; threshold on the relative inter-channel variance (see SkipConcat) from
-    which a concatenation counts as uneven.
+    Units: rows of calibration to measure on; threshold on the relative inter-channel variance (see
+    SkipConcat) from which a concatenation counts as uneven.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({CANONICAL})
@@ -111,14 +111,14 @@ def _split(graph: nx.DiGraph[str], node: fx.Node) -> SkipConcat | Refuse:
 
 
 def _own_weights(graph: nx.DiGraph[str], arm: fx.Node, other: fx.Node) -> int:
-    """How many spatial layers lie on the arm's own way, after everything that it shares with the other arm."""
+    """How many convolutions lie on the arm's own way, after all that it shares with the other arm."""
     own = _upstream(graph, arm) - _upstream(graph, other)
     layers = (graph.nodes[name] for name in own)
     return sum(1 for data in layers if data["op"] == "conv2d" and _made_from(graph, data["node"], other))
 
 
 def _made_from(graph: nx.DiGraph[str], node: fx.Node, other: fx.Node) -> bool:
-    """Whether a layer reads (at any distance) something that the other arm reads too: it continues the same trunk."""
+    """Whether a layer reads, at any distance, what the other arm reads too: it continues the same trunk."""
     shared = _upstream(graph, other) & nx.ancestors(graph, label(node))
     return any(graph.nodes[name]["op"] == "conv2d" for name in shared)
 

@@ -1,4 +1,4 @@
-"""freeze-observers: run the calibration through the observers, keep what they saw as Range entries, remove them."""
+"""freeze-observers: run the calibration through the observers and keep what they saw as Range entries."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FreezeObservers(Pass):
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Stream the calibration once; statistics are kept, activations are not.
 
-        Raises: CalibrationError without calibration, for rows that do not fit, or for values that are not finite.
+        Raises: CalibrationError without calibration, for rows that do not fit, for values not finite.
         """
         if ctx.calibration is None:
             raise CalibrationError(

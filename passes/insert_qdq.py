@@ -26,9 +26,9 @@ from dmqfx.timesteps import GroupIndex
 class InsertQdq(Pass):
     """w  ->  dequantize(unpack(codes));  x  ->  dequantize(quantize(x)).
 
-    A division by an equivalent scale gamma in front of a quantize joins its step: quantize(x / gamma, s) is
-    quantize(x, gamma * s), and the integer product never sees gamma. Sites that read one tensor with one set of
-    parameters share the quantize. Activations become QParams entries of the table.
+    A division by an equivalent scale gamma in front of a quantize joins its step: quantize(x / gamma, s)
+    is quantize(x, gamma * s), and the integer product never sees gamma. Sites that read one tensor with
+    one set of parameters share the quantize. Activations become QParams entries of the table.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED, ROUNDED})

@@ -1,4 +1,4 @@
-"""learn-scaling: the equivalent scale of every pair, which moves difficulty from activations into weights or back."""
+"""learn-scaling: the equivalent scale of every pair, which moves difficulty between activation and weight."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LearnScaling(Pass):
             raise ValueError(f"exponent must be between 0 and 1, not {self.exponent}")
 
     def run(self, program: Program, ctx: PassContext) -> Program:
-        """gamma = absmax(x)^a / absmax(W)^(1 - a) per input channel, with geometric mean 1 over the live channels."""
+        """gamma = absmax(x)^a / absmax(W)^(1 - a) per input channel; geometric mean 1 over live channels."""
         found: dict[Site, ChannelScale] = {}
         for site, pair in ctx.journal.fuelled(program.table.of(LayerPair).items()):
             seen = program.table.get(site, Range)
@@ -70,7 +70,7 @@ def closed_form(x: Tensor, w: Tensor, exponent: float) -> Tensor:
 
 
 def _peak_by_input(program: Program, reader: Site, channels: int) -> Tensor:
-    """absmax of the weight's columns per input channel [C]; a grouped convolution's columns go to their group's channels."""
+    """absmax of the weight's columns per input channel [C]; a group's columns go to its own channels."""
     weight = program.constant_at(Site(reader.at, "weight"))
     groups = channels // weight.shape[1]
     peaks = weight.detach().abs().flatten(2).amax(2) if weight.dim() > 2 else weight.detach().abs()

@@ -1,4 +1,4 @@
-"""lower-reference: quantized layers to exact integer arithmetic in plain torch; runs everywhere, the measure of all kernels."""
+"""lower-reference: quantized layers to exact integer arithmetic in plain torch, which runs everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lower-simulate: the QDQ program in float, with weights dequantized once instead of at every call. Any device."""
+"""lower-simulate: the QDQ program in float, its weights dequantized once and not at every call."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from dmqfx.table import LayerPair, Planned, Range
 
 @dataclass(frozen=True)
 class PairLayers(Pass):
-    """One LayerPair per tensor that quantized layers read; the entry stands at the first reader's input site."""
+    """One LayerPair per tensor that quantized layers read; it stands at the first reader's input site."""
 
     requires: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({PAIRED})
@@ -46,7 +46,7 @@ class PairLayers(Pass):
 
 
 def _by_source(program: Program) -> dict[fx.Node, list[Site]]:
-    """Planned input sites of convolutions and linear layers whose weight is quantized too, by what they read."""
+    """Planned input sites of layers whose weight is quantized too, by what they read."""
     found: dict[fx.Node, list[Site]] = {}
     plan = program.table.of(Planned)
     for site, planned in plan.items():

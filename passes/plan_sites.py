@@ -1,4 +1,4 @@
-"""plan-sites: write what the policy asks of every site into the table, so that all later passes read one plan."""
+"""plan-sites: write what the policy asks of every site into the table: one plan for all passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dmqfx.table import Planned
 
 @dataclass(frozen=True)
 class PlanSites(Pass):
-    """Resolve the policy against the program: one Planned entry per site, refusals for what cannot be quantized."""
+    """Resolve the policy against the program: a Planned entry per site, a refusal for what cannot be."""
 
     requires: ClassVar[frozenset[Fact]] = frozenset({CANONICAL})
     provides: ClassVar[frozenset[Fact]] = frozenset({PLANNED})

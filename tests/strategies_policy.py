@@ -67,7 +67,7 @@ def partial_specs(arg: str, **fixed: Any) -> st.SearchStrategy[PartialSpec]:
         "bits": st.none() | st.integers(2 if arg == "weight" else 4, 8),
         "grid": st.sampled_from([None, "symmetric", "affine"]),
         "per": st.sampled_from([None, "tensor", "channel"]),
-        "range": st.sampled_from([None, "minmax", "mse"]),
+        "range": st.sampled_from([None, "minmax", "mse"] if arg == "weight" else [None, "minmax"]),
         "groups": st.none() if arg == "weight" else st.none() | st.integers(1, 1000) | boundaries,
     }
     return st.builds(PartialSpec, **{**fields, **fixed})
