@@ -65,7 +65,7 @@ class Denoising:
         """As much of it as one timed call says will fit, but at least eight steps of one trajectory."""
         begun = time.perf_counter()
         self._first()
-        rows = int(seconds / (time.perf_counter() - begun))
+        rows = int(seconds / (time.perf_counter() - begun)) - 2  # this call and the one that warmed up
         chosen = trajectories or min(max(rows // (steps or _MOST_STEPS), 1), MOST_TRAJECTORIES)
         length = steps or min(max(rows // chosen, _FEWEST_STEPS), _MOST_STEPS)
         return replace(
