@@ -20,7 +20,7 @@ from dmqfx.address import Address
 from dmqfx.errors import CaptureError
 from dmqfx.exclusions import is_foreign, refuse
 from dmqfx.program import Input, InputSpec, Program
-from dmqfx.signature import UNet, signature
+from dmqfx.signature import UNet, rounded_up, signature
 
 __all__ = ["capture"]
 
@@ -77,10 +77,11 @@ def _program(graph: fx.Graph, weights: Mapping[str, Tensor], spec: InputSpec) ->
         names = (*(f"down_residual_{k}" for k in range(len(results) - 1)), "mid_residual")
         spec = replace(spec, outputs=names)
     gm = program.build(graph, weights)
-    program.propagate(gm, spec)
     if any(i.optional for i in spec.inputs):
-        spec = replace(spec, inputs=tuple(_seen(i, gm, spec) if i.optional else i for i in spec.inputs))
-        program.propagate(gm, spec)
+        roomy = replace(spec, sizes={**spec.sizes, "H": 1024, "W": 1536})  # ten halvings can be told apart
+        program.propagate(gm, roomy)
+        spec = replace(spec, inputs=tuple(_seen(i, gm, roomy) if i.optional else i for i in spec.inputs))
+    program.propagate(gm, spec)
     return Program(gm, spec)
 
 
@@ -140,7 +141,8 @@ def _export_any_size(unet: UNet2DConditionModel, spec: InputSpec) -> tuple[Input
             return spec, _export(unet, spec)
         except CaptureError as odd:
             _log.info("trying sizes that halve evenly, because %s", odd)
-    spec = replace(spec, multiple_of=2 ** (len(unet.config.block_out_channels) - 1))
+    multiple = 2 ** (len(unet.config.block_out_channels) - 1)
+    spec = replace(spec, multiple_of=multiple, sizes=rounded_up(spec.sizes, multiple))
     return spec, _export(unet, spec)
 
 

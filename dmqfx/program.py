@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -60,7 +60,12 @@ class InputSpec:
     outputs: tuple[str, ...] = ("sample",)
 
     def draw(
-        self, generator: torch.Generator, *, dtype: torch.dtype = torch.float32, device: str = "cpu", **sizes: int
+        self,
+        generator: torch.Generator,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        **sizes: int,
     ) -> dict[str, Tensor]:
         """Random inputs of the given sizes (default: the example's): noise, distinct timesteps, legal labels."""
         wanted = {**self.sizes, **sizes}
@@ -128,9 +133,9 @@ class Program:
     def constant_at(self, site: Site) -> Tensor:
         """The constant that arrives at a site.
 
-        Raises: KeyError if there is no such operation; TypeError if the value is computed.
+        Raises: KeyError if there is no such operation; TypeError if the value depends on an input.
         """
-        return constant(self.gm, str(self.source(site).target))
+        return constant_of(self.source(site), lambda target: constant(self.gm, target))
 
     def weights(self) -> dict[str, Tensor]:
         """Every tensor constant by its name."""
@@ -152,9 +157,17 @@ class Program:
         """
         gm = clone(self.gm, {name: _cast(value, dtype) for name, value in self.weights().items()})
         for node in gm.graph.nodes:
-            swap = {torch.float32: dtype, torch.float64: dtype} if node.op == "call_function" else {}
-            node.args = fx.node.map_aggregate(node.args, lambda a, swap=swap: swap.get(a, a) if _dtype(a) else a)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, lambda a, swap=swap: swap.get(a, a) if _dtype(a) else a)
+            swap = (
+                dict.fromkeys((torch.float32, torch.float64, self.dtype), dtype)
+                if node.op == "call_function"
+                else {}
+            )
+            node.args = fx.node.map_aggregate(
+                node.args, lambda a, swap=swap: swap.get(a, a) if _dtype(a) else a
+            )
+            node.kwargs = fx.node.map_aggregate(
+                node.kwargs, lambda a, swap=swap: swap.get(a, a) if _dtype(a) else a
+            )
         gm.recompile()
         inputs = replace(
             self.inputs,
@@ -178,7 +191,9 @@ class Program:
             graph.add_node(label(node), op=ops.name(node) or node.op, node=node)
             named = ops.args(node) if node.op == "call_function" else dict(enumerate(node.args))
             for arg, value in reversed(list(named.items())):
-                fx.node.map_arg(value, lambda read, arg=arg, to=node: graph.add_edge(label(read), label(to), arg=str(arg)))
+                fx.node.map_arg(
+                    value, lambda read, arg=arg, to=node: graph.add_edge(label(read), label(to), arg=str(arg))
+                )
         return nx.freeze(graph)
 
 
@@ -199,7 +214,33 @@ def constant(gm: fx.GraphModule, target: str) -> Tensor:
     return value
 
 
-def build(graph: fx.Graph, constants: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None) -> fx.GraphModule:
+def is_fixed(node: fx.node.Argument) -> bool:
+    """Whether a value is a constant: a weight, or computed from weights alone (a scaled weight)."""
+    if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_function"):
+        return False
+    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(is_fixed, node.all_input_nodes)))
+
+
+def constant_of(node: fx.Node, read: Callable[[str], Tensor]) -> Tensor:
+    """The tensor of a fixed node; `read` gives weights by name.
+
+    Raises: TypeError if the value depends on an input.
+    """
+    if node.op == "get_attr":
+        return read(str(node.target))
+    if not is_fixed(node) or not callable(node.target):
+        raise TypeError(f"{label(node)} is computed from the inputs, it is no constant")
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: constant_of(n, read))
+    with torch.no_grad():
+        value = node.target(*args, **kwargs)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{label(node)} is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def build(
+    graph: fx.Graph, constants: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
+) -> fx.GraphModule:
     """A GraphModule over these tensors (as frozen parameters or buffers, shared, never copied)."""
     root: dict[str, object] = {name: _leaf(tensor) for name, tensor in constants.items()}
     gm = fx.GraphModule({**root, **(modules or {})}, graph, "Program")
@@ -231,8 +272,9 @@ def copy_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
 def propagate(gm: fx.GraphModule, inputs: InputSpec) -> None:
     """Give every node its fake value (meta "val") at the example sizes."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    device = next((tensor.device for tensor in gm.state_dict().values()), None)
     with mode:
-        examples = [torch.empty(i.shape(inputs.sizes), dtype=i.dtype) for i in inputs.inputs]
+        examples = [torch.empty(i.shape(inputs.sizes), dtype=i.dtype, device=device) for i in inputs.inputs]
     _Shapes(gm, mode).run(*examples)
 
 
@@ -276,7 +318,9 @@ def _cast_entry(entry: object, dtype: torch.dtype) -> object:
         value = getattr(entry, f.name)
         if isinstance(value, Tensor):
             changed[f.name] = _cast(value, dtype)
-        elif hasattr(value, "__dataclass_fields__") and any(isinstance(v, Tensor) for v in vars(value).values()):
+        elif hasattr(value, "__dataclass_fields__") and any(
+            isinstance(v, Tensor) for v in vars(value).values()
+        ):
             changed[f.name] = _cast_entry(value, dtype)
     return replace(entry, **changed)  # type: ignore[type-var]  # every entry is a dataclass
 

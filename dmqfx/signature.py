@@ -35,6 +35,11 @@ def multiple_of(unet: UNet) -> int:
     return 2 ** (len(unet.config.block_out_channels) - 1) if isinstance(unet, UNet2DModel) else 1
 
 
+def rounded_up(sizes: Mapping[str, int], multiple: int) -> Mapping[str, int]:
+    """Sizes whose height and width are the next multiples."""
+    return {**sizes, **{side: -(-sizes[side] // multiple) * multiple for side in "HW"}}
+
+
 def _common(unet: UNet) -> Iterator[Input]:
     config, dtype = unet.config, unet.dtype
     hint = (
@@ -109,7 +114,7 @@ def _sizes(unet: UNet) -> Mapping[str, int]:
     config = unet.config
     size = config.get("sample_size") or 32
     height, width = (size, size) if isinstance(size, int) else size
-    sizes = {"B": 2, "H": int(height), "W": int(width)}
+    sizes = dict(rounded_up({"B": 2, "H": int(height), "W": int(width)}, multiple_of(unet)))
     if not isinstance(unet, UNet2DModel) and config.encoder_hid_dim_type != "image_proj":
         sizes["T"] = 77 if _context(unet) >= 512 else 8
     if config.get("addition_embed_type") == "text_time":

@@ -16,6 +16,7 @@ from diffusers.models.unets import unet_2d_blocks
 from models import (
     MODELS,
     captured,
+    conditional,
     eager,
     model,
     one_level,
@@ -23,12 +24,14 @@ from models import (
     relative,
     tiny_conditional,
     tiny_unconditional,
+    unconditional,
 )
 from torch import Tensor, nn
 
 from dmqfx.capture import capture
 from dmqfx.errors import CaptureError
 from dmqfx.program import Program
+from dmqfx.signature import signature
 
 RARE = (
     "stable-diffusion-1",
@@ -250,6 +253,32 @@ def test_a_half_precision_model_is_captured_in_its_own_dtype() -> None:
     inputs = {i.name: inputs[i.name].to(i.dtype) for i in program.inputs.inputs}
     assert program.dtype == torch.bfloat16
     assert torch.equal(program(**inputs), eager(unet, inputs)[0])  # type: ignore[arg-type]  # one output
+
+
+def test_a_half_precision_program_becomes_a_whole_float32_program() -> None:
+    unet = fresh().half()
+    program = capture(unet).astype(torch.float32)
+    inputs = program.inputs.draw(torch.Generator().manual_seed(5), H=5, W=6)
+    assert torch.equal(program(**inputs), eager(unet.float(), inputs)[0])  # type: ignore[arg-type]  # one output
+    assert program.dtype == torch.float32
+
+
+def test_a_sample_size_that_does_not_halve_is_rounded_up_in_the_example() -> None:
+    assert signature(unconditional(sample_size=15)).sizes == {"B": 2, "H": 16, "W": 16}
+    assert signature(unconditional(sample_size=(15, 7))).sizes == {"B": 2, "H": 16, "W": 8}
+    assert signature(conditional(sample_size=15)).sizes == {"B": 2, "H": 15, "W": 15, "T": 8}
+
+
+def test_residual_sizes_are_told_apart_even_where_the_example_is_one_pixel() -> None:
+    unet = conditional(
+        sample_size=2,
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownBlock2D",) * 3,
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",) * 3,
+    )
+    dims = [i.dims[2] for i in capture(unet, residuals=True).inputs.inputs if i.optional]
+    assert dims == ["H", "H", "H/2", "H/2", "H/4", "H/4", "H/4"]
 
 
 def test_other_attention_processors_are_captured_as_they_are() -> None:
