@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from dmqfx import ops
 from dmqfx.address import Site
+from dmqfx.probes import unobserved
 from dmqfx.program import Program
 from dmqfx.quant import QParams
 from dmqfx.table import Codes, Planned
@@ -91,7 +92,7 @@ class _Watch(fx.Interpreter):
     """Runs a fork of a program and notes what arrives at sites."""
 
     def __init__(self, program: Program, sites: set[Site]) -> None:
-        super().__init__(program.fork().gm)
+        super().__init__(unobserved(program))
         self.found: dict[Site, Tensor] = {}
         self._sites: dict[object, list[Site]] = {}
         for site in sites:
@@ -115,7 +116,7 @@ class Faked(fx.Interpreter):
     def __init__(
         self, program: Program, params: Mapping[Site, QParams], got: Sites, tolerance: float
     ) -> None:
-        super().__init__(program.fork().gm)
+        super().__init__(unobserved(program))
         self.params, self.got, self.tolerance = params, got, tolerance
         self.errors: dict[Site, float] = {}
         self._table = program.table

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from dmqfx import ops
 from dmqfx.faked import Faked, arguments, expand, near_tie
-from dmqfx.probes import outputs
+from dmqfx.probes import outputs, unobserved
 from dmqfx.program import Program
 from dmqfx.quant import QParams
 from dmqfx.table import Planned
@@ -165,7 +165,7 @@ class SameCodes(Judge):
             with torch.no_grad():
                 result = forced.run(*(inputs[i.name] for i in after.inputs.inputs))
             if forced.wrong:
-                return Finding(math.inf, 0.0, f"codes at {forced.wrong[0]}, {_probe(k, inputs)}")
+                return Finding(math.inf, 0.0, f"other codes at {forced.wrong[0]}, {_probe(k, inputs)}")
             share = forced.ties / max(forced.count, 1)
             if self.dtype == torch.float64 and share > SHARE_OF_TIES and forced.ties > 1:
                 return Finding(share, SHARE_OF_TIES, f"share of codes that differ, {_probe(k, inputs)}")
@@ -188,7 +188,7 @@ class _Recorded(fx.Interpreter):
     """Runs a program and keeps what every quantize makes."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(program.fork().gm)
+        super().__init__(unobserved(program))
         self.found: dict[object, _Coded] = {}
 
     def run_node(self, n: fx.Node) -> object:
@@ -207,7 +207,7 @@ class _Forced(fx.Interpreter):
     """Runs a program, compares its codes with recorded ones of the same address, and goes on with those."""
 
     def __init__(self, program: Program, codes: Mapping[object, _Coded], tie: float) -> None:
-        super().__init__(program.fork().gm)
+        super().__init__(unobserved(program))
         self.codes, self.tie = codes, tie
         self.wrong: list[str] = []
         self.ties = self.count = 0

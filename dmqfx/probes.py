@@ -13,7 +13,7 @@ from dmqfx.address import Site
 from dmqfx.program import InputSpec, Outputs, Program, clone, constant, propagate
 from dmqfx.table import Codes, Planned
 
-__all__ = ["draw", "outputs", "sizes", "strong"]
+__all__ = ["draw", "outputs", "sizes", "strong", "unobserved"]
 
 _LARGEST = 16  # latent height of the first probe, where the model is meant for more
 
@@ -40,7 +40,7 @@ def sizes(spec: InputSpec) -> tuple[dict[str, int], ...]:
 def draw(program: Program, generator: torch.Generator) -> list[dict[str, Tensor]]:
     """Random inputs in the program's own dtype, one set for each of `sizes`.
 
-    Where the plan has timestep groups, the first timestep lies on an edge and the second just above it.
+    Where the plan has timestep groups, the first timestep lies on an edge and the second just below it.
     """
     found = [
         program.inputs.draw(generator, dtype=program.dtype, device=str(program.device), **each)
@@ -50,15 +50,20 @@ def draw(program: Program, generator: torch.Generator) -> list[dict[str, Tensor]
     if edges and "timestep" in found[0]:
         edge = edges[len(edges) // 2]
         anywhere = found[0]["timestep"]
-        found[0]["timestep"] = torch.cat([anywhere.new_tensor([edge, edge + 1]), anywhere[2:]])
+        found[0]["timestep"] = torch.cat([anywhere.new_tensor([edge, edge - 1]), anywhere[2:]])
     return found
 
 
 def outputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The outputs of one call, always as a tuple; observers of the program see nothing of it."""
     with torch.no_grad():
-        result: Outputs = program.fork()(**inputs)
+        result: Outputs = unobserved(program)(**inputs)
     return result if isinstance(result, tuple) else (result,)
+
+
+def unobserved(program: Program) -> fx.GraphModule:
+    """The program's graph to run; a copy where a run would leave traces in observers."""
+    return program.fork().gm if any(n.op == "call_module" for n in program.graph.nodes) else program.gm
 
 
 def strong(program: Program, generator: torch.Generator) -> Program:

@@ -30,7 +30,7 @@ def readers(node: fx.Node) -> Iterator[tuple[fx.Node, str]]:
     for user in node.users:
         if user.op == "call_function":
             for arg, value in ops.args(user).items():
-                if value is node:
+                if value is node or (isinstance(value, (list, tuple)) and node in value):
                     yield user, arg
 
 

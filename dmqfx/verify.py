@@ -111,7 +111,8 @@ class _Trial:
     def refute(self, finding: Finding, applied: Sequence[Application]) -> VerifyError:
         """The error for a wrong finding, with the application at fault."""
         dtype = str(self.program.dtype).removeprefix("torch.")
-        what = f"{finding.what}, in {dtype}: {finding.error:.3g}, limit {finding.limit:.3g}"
+        numbers = f": {finding.error:.3g}, limit {finding.limit:.3g}" if finding.error < math.inf else ""
+        what = f"{finding.what}, in {dtype}{numbers}"
         if finding.at:
             rule = next((a.rule for a in applied if str(a.at) == finding.at), "")
             return _error(self.step, what, finding, rule, finding.at, None, "")
@@ -150,7 +151,7 @@ def _verify(program: Program, step: Pass, ctx: PassContext, after: Program | Non
     if after is None:
         after, journal = _run(step, program, ctx, None)
         ctx = replace(ctx, journal=journal)
-    for broken in (*broken_claims(after), *contradictions(program, after, ctx)):
+    for broken in broken_claims(after):
         raise _refute_claim(step, broken, ctx.journal)
     findings = []
     for trial in trials:
@@ -158,6 +159,8 @@ def _verify(program: Program, step: Pass, ctx: PassContext, after: Program | Non
         if finding.wrong:
             raise trial.refute(finding, applied)
         findings.append(finding)
+    for broken in contradictions(program, after, ctx):
+        raise _refute_claim(step, broken, ctx.journal)
     first = findings[0]
     return Verdict(
         step.name(), step.preserves, first.limit, first.error, sum(len(t.judge.probes) for t in trials)

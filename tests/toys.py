@@ -29,8 +29,9 @@ class TimeEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         half = WIDTH // 2
         frequency = torch.exp(-math.log(1000) * torch.arange(half, dtype=torch.float32) / half)
-        angle = (timestep[:, None].float().double() * frequency[None, :].double()).float()
-        return self.linear_2(F.silu(self.linear_1(torch.cat([angle.sin(), angle.cos()], dim=-1))))
+        angle = timestep[:, None].float().double() * frequency[None, :]
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+        return self.linear_2(F.silu(self.linear_1(waves)))
 
 
 class Resnet(nn.Module):

@@ -1,0 +1,188 @@
+"""How bugs are planted: built-in passes with one function replaced or their result spoiled, and programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from unittest.mock import patch
+
+from torch import fx
+from toys import rows, toy
+
+from dmqfx import ops
+from dmqfx.address import Site
+from dmqfx.journal import Journal
+from dmqfx.pattern import Rule
+from dmqfx.pipeline import Pass, PassContext, run_step
+from dmqfx.policy import Policy
+from dmqfx.program import Program
+from dmqfx.registry import passes
+from dmqfx.rewrite import Rewriter
+
+Function = Callable[..., object]
+Plant = Callable[[str], Pass]
+Spoil = Callable[[Program, Program], Program]
+
+ORDER = (
+    "canonicalize flag-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
+    "apply-scaling absorb-scaling round-weights insert-qdq"
+).split()
+"""The pipeline of the programs that bugs are planted in; both lowering passes may follow."""
+
+
+def _policy(name: str, *more: Mapping[str, object]) -> Policy:
+    """Signed and unsigned, 4 and 8 bit weights, scales per tensor and per channel, and float layers."""
+    rules = [
+        {"name": "ends", "at": ["conv_in/*", "conv_out/*"], "keep": "float"},
+        {"name": "up", "at": ["up.1.*/*"], "weight": {"bits": 8, "grid": "affine"}},
+        {"name": "proj", "at": "mid.proj/*", "weight": {"per": "tensor"}, "input": {"grid": "symmetric"}},
+        *more,
+    ]
+    default = {
+        "weight": {"bits": 4, "grid": "symmetric", "per": "channel", "range": "minmax"},
+        "input": {"bits": 8, "grid": "affine", "per": "tensor", "groups": 4},
+    }
+    whole = {"schema": "dmqfx.policy/1", "name": name, "default": default, "rules": rules, "pipeline": ORDER}
+    return Policy.load(whole)
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "layers": _policy("layers"),
+        "attention": _policy(
+            "attention",
+            {"name": "attention", "kind": "attention", "input": {"bits": 8}},
+            {"name": "channels", "at": "up.0.conv_shortcut/*", "input": {"per": "channel"}},
+            {"name": "keys", "at": "mid.to_k/*", "input": {"bits": 6}},
+        ),
+    }
+)
+
+
+@cache
+def context(policy: str = "layers") -> PassContext:
+    """A policy and calibration rows for the toy."""
+    return PassContext(policy=POLICIES[policy], calibration=rows())
+
+
+@cache
+def program_before(step: str, policy: str = "layers") -> Program:
+    """The toy as a pass of the pipeline, or a lowering behind it, meets it; late: after round-weights."""
+    if step == "absorb-scaling late":
+        return run_step(
+            passes()["round-weights"](), program_before("absorb-scaling", policy), context(policy)
+        )
+    index = ORDER.index(step) if step in ORDER else len(ORDER)
+    if index == 0:
+        return toy()
+    last = ORDER[index - 1]
+    return run_step(passes()[last](), program_before(last, policy), context(policy))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A built-in pass with one thing wrong, and the address that the verifier should name.
+
+    `at` is empty where nothing in the journal is at fault; `meets` names the pass whose program it gets.
+    """
+
+    name: str
+    pass_name: str
+    plant: Plant
+    at: str
+    policy: str
+    meets: str
+
+    def make(self) -> Pass:
+        """The pass with the bug."""
+        return self.plant(self.pass_name)
+
+    def honest(self) -> Pass:
+        """The pass without it."""
+        return passes()[self.pass_name]()
+
+    def program(self) -> Program:
+        """What both are run on."""
+        return program_before(self.meets, self.policy)
+
+
+def planted(
+    step: str, bugs: Mapping[str, tuple[Plant, str]], policy: str = "layers", meets: str = ""
+) -> Iterator[Mutant]:
+    """Bugs of one pass, by what is wrong: how each is planted and where it should be found."""
+    return (Mutant(name, step, plant, at, policy, meets or step) for name, (plant, at) in bugs.items())
+
+
+def derived(**changed: object) -> Plant:
+    """The pass with other class attributes."""
+
+    def plant(step: str) -> Pass:
+        honest = passes()[step]
+        made: type[Pass] = type(honest.__name__, (honest,), changed)
+        return made()
+
+    return plant
+
+
+def patched(function: str, wrong: Callable[[Function], object], where: object = None) -> Plant:
+    """The pass while something of its module (or of `where`) is what `wrong` makes of the honest one."""
+
+    def plant(step: str) -> Pass:
+        honest = passes()[step]
+        owner = where or sys.modules[honest.__module__]
+
+        def run(self: Pass, program: Program, ctx: PassContext) -> Program:
+            with patch.object(owner, function, wrong(getattr(owner, function))):
+                return honest.run(self, program, ctx)
+
+        return derived(run=run)(step)
+
+    return plant
+
+
+def spoiled(spoil: Spoil) -> Plant:
+    """The pass, and then something done to its result: `spoil(before, after)`."""
+
+    def plant(step: str) -> Pass:
+        honest = passes()[step]
+
+        def run(self: Pass, program: Program, ctx: PassContext) -> Program:
+            return spoil(program, honest.run(self, program, ctx))
+
+        return derived(run=run)(step)
+
+    return plant
+
+
+def with_rule(wrong: Rule) -> Plant:
+    """The pass with one more rule."""
+    return lambda step: derived(rules=(wrong, *vars(passes()[step])["rules"]))(step)
+
+
+def with_entry(site: str, kind: type, change: Function) -> Plant:
+    """The pass, and then one entry of the table changed."""
+    at = Site.parse(site)
+
+    def spoil(before: Program, after: Program) -> Program:
+        entry = after.table.get(at, kind)
+        return after if entry is None else after.with_table(after.table.put(at, change(entry)))
+
+    return spoiled(spoil)
+
+
+def edited(operator: str, edit: Callable[[Rewriter, fx.Node], fx.Node | None]) -> Plant:
+    """The pass, and then calls of one operator replaced by what `edit` answers."""
+
+    def spoil(before: Program, after: Program) -> Program:
+        rw = Rewriter(after, "edit", Journal())
+        for node in [n for n in rw.graph.nodes if ops.is_call(n, operator)]:
+            with rw.before(node):
+                new = edit(rw, node)
+            if new is not None:
+                rw.replace(node, new)
+        return rw.finish()
+
+    return spoiled(spoil)

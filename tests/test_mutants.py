@@ -1,0 +1,42 @@
+"""No oracle without teeth: every planted bug is found and placed, and its honest twin passes."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import pytest
+from mutants import MUTANTS
+from planting import Mutant, context, program_before
+
+from dmqfx.errors import VerifyError
+from dmqfx.registry import GROUP, passes
+from dmqfx.verify import verify
+
+BUILT_IN = {point.name for point in entry_points(group=GROUP) if point.module.startswith("dmqfx.passes.")}
+HONEST = sorted({(mutant.pass_name, mutant.meets, mutant.policy) for mutant in MUTANTS})
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.pass_name}: {mutant.name}")
+def test_a_planted_bug_is_found_and_placed(mutant: Mutant) -> None:
+    with pytest.raises(VerifyError) as caught:
+        verify(mutant.program(), mutant.make(), context(mutant.policy))
+    assert caught.value.step == mutant.pass_name
+    assert caught.value.address == mutant.at
+    assert str(caught.value).startswith(mutant.pass_name)
+
+
+@pytest.mark.parametrize(("step", "meets", "policy"), HONEST, ids=str)
+def test_the_honest_twin_passes(step: str, meets: str, policy: str) -> None:
+    verdict = verify(program_before(meets, policy), passes()[step](), context(policy))
+    assert verdict.step == step
+    assert verdict.error <= verdict.limit
+
+
+def test_every_built_in_pass_has_its_bugs() -> None:
+    assert {mutant.pass_name for mutant in MUTANTS} == BUILT_IN
+    assert len(MUTANTS) >= 24
+
+
+def test_a_bug_has_one_name() -> None:
+    names = [(mutant.pass_name, mutant.name) for mutant in MUTANTS]
+    assert len(set(names)) == len(names)
