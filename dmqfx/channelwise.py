@@ -13,11 +13,21 @@ from torch import Tensor, fx
 
 from dmqfx import ops
 from dmqfx.address import Site
-from dmqfx.program import label
+from dmqfx.program import is_fixed, label
 from dmqfx.rewrite import Refuse
 from dmqfx.table import Planned, Table
 
-LAYOUT = ("reshape", "view", "_unsafe_view", "permute", "transpose", "contiguous", "clone", "flatten", "unflatten")
+LAYOUT = (
+    "reshape",
+    "view",
+    "_unsafe_view",
+    "permute",
+    "transpose",
+    "contiguous",
+    "clone",
+    "flatten",
+    "unflatten",
+)
 CHANNEL_OF_ROW = {"group_norm": 1, "layer_norm": -1, "linear": -1, "conv2d": 1}
 
 
@@ -34,7 +44,9 @@ class Absorber:
     def spread(self, factor: Tensor) -> Tensor:
         """A factor [C] of the tensor as a factor [rows] of the weight; rows of other channels get 1."""
         count = ops.tensor(self.node, "weight").meta["val"].shape[0]
-        return torch.ones(count, dtype=factor.dtype, device=factor.device).index_put((self.rows.to(factor.device),), factor)
+        return torch.ones(count, dtype=factor.dtype, device=factor.device).index_put(
+            (self.rows.to(factor.device),), factor
+        )
 
 
 def absorber(source: fx.Node, axis: int, table: Table) -> Absorber | Refuse:
@@ -68,8 +80,7 @@ def _way_back(source: fx.Node) -> list[fx.Node] | Refuse:
     """The operations from a weighted producer to `source`, each read by the next alone."""
     name = ops.name(source)
     if name in CHANNEL_OF_ROW:
-        weight = ops.args(source).get("weight")
-        fixed = isinstance(weight, fx.Node) and weight.op == "get_attr"
+        fixed = is_fixed(ops.args(source).get("weight"))
         return [source] if fixed else Refuse(f"{label(source)} has no weight that can be changed", source)
     steps = _inputs(source)
     if not steps:
@@ -105,7 +116,9 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
 
 def _takes_a_part(node: fx.Node) -> bool:
     """Whether this picks one piece of a chunk: the other pieces have rows of their own."""
-    return ops.is_call(node, "getitem") and ops.is_call(node.all_input_nodes[0], "chunk", "split", "split_with_sizes")
+    return ops.is_call(node, "getitem") and ops.is_call(
+        node.all_input_nodes[0], "chunk", "split", "split_with_sizes"
+    )
 
 
 def _also_read(node: fx.Node, other: fx.Node) -> Refuse:
@@ -117,7 +130,9 @@ def _send_rows(way: list[fx.Node]) -> Tensor:
     producer = way[0]
     shape, axis = producer.meta["val"].shape, CHANNEL_OF_ROW[ops.name(producer)]
     numbers = torch.arange(shape[axis], dtype=torch.float32)
-    value: object = numbers.view([-1 if k == axis % len(shape) else 1 for k in range(len(shape))]).expand(shape)
+    value: object = numbers.view([-1 if k == axis % len(shape) else 1 for k in range(len(shape))]).expand(
+        shape
+    )
     for before, node in zip(way, way[1:], strict=False):
         value = _carry(node, before, value)
     assert isinstance(value, Tensor)  # chunk is always followed by getitem
@@ -126,7 +141,9 @@ def _send_rows(way: list[fx.Node]) -> Tensor:
 
 def _carry(node: fx.Node, before: fx.Node, value: object) -> object:
     name = ops.name(node)
-    if name == "scaled_dot_product_attention":  # every output token is a mean of value tokens, channel by channel
+    if (
+        name == "scaled_dot_product_attention"
+    ):  # every output token is a mean of value tokens, channel by channel
         assert isinstance(value, Tensor)
         return value[..., :1, :].expand(node.meta["val"].shape)
     if name == "mul":

@@ -16,7 +16,7 @@ from dmqfx import ops
 from dmqfx.address import Address
 from dmqfx.errors import RewriteError
 from dmqfx.journal import Journal
-from dmqfx.program import Program, build, copy_graph, copy_modules, label
+from dmqfx.program import Program, build, constant_of, copy_graph, copy_modules, label
 from dmqfx.table import Table
 
 
@@ -59,13 +59,14 @@ class Rewriter:
         return self._nodes[at]
 
     def value(self, node: fx.Node) -> Tensor:
-        """The constant behind a get_attr node.
+        """The constant that a node is: a weight, or computed from weights alone.
 
-        Raises: RewriteError if the node is computed.
+        Raises: RewriteError if the value depends on an input.
         """
-        if node.op != "get_attr":
-            raise RewriteError(f"{self.step}: {label(node)} is computed, not a constant")
-        return self._constants[str(node.target)]
+        try:
+            return constant_of(node, self._constants.__getitem__)
+        except TypeError as error:
+            raise RewriteError(f"{self.step}: {error}") from error
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a call_module node calls."""
@@ -113,7 +114,9 @@ class Rewriter:
         """An identity module call behind `x`, inserted at the current point."""
         self._modules[name] = module
         node = self.graph.call_module(name, (x, *more))
-        node.meta = {"address": Address(at.path, "observe", at.call, f"{self.step}.{name.rpartition('_')[2]}")}
+        node.meta = {
+            "address": Address(at.path, "observe", at.call, f"{self.step}.{name.rpartition('_')[2]}")
+        }
         node.meta["val"] = x.meta["val"]
         return node
 
@@ -172,7 +175,11 @@ class Rewriter:
         for key, value in named.items():
             if isinstance(value, Tensor):
                 read = before.get(key)
-                name = str(read.target) if isinstance(read, fx.Node) and read.op == "get_attr" else f"{stem}_{key}"
+                name = (
+                    str(read.target)
+                    if isinstance(read, fx.Node) and read.op == "get_attr"
+                    else f"{stem}_{key}"
+                )
                 nodes[key] = self.constant(name, value)
             else:
                 nodes[key] = value
@@ -211,4 +218,3 @@ def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
         if isinstance(mode, FakeTensorMode):
             return mode
     raise RewriteError("the graph has no fake values; run dmqfx.program.propagate first")
-

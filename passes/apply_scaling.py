@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,7 +20,10 @@ from dmqfx.table import ChannelScale, LayerPair, Range
 
 @dataclass(frozen=True)
 class ApplyScaling(Pass):
-    """Divide what a pair's readers read by gamma and multiply it into their weights; ranges follow."""
+    """Divide what a pair's readers read by gamma and multiply it into their weights; ranges follow.
+
+    W * gamma stays an expression of two constants, so that a second copy of every weight is never made.
+    """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({SCALED})
@@ -37,27 +41,26 @@ class ApplyScaling(Pass):
             _divide(rw, pair, scale.gamma, channel_axis(program, site))
             for reader in pair.readers:
                 node = rw.node(reader.at)
-                weight = rw.value(ops.tensor(node, "weight"))
+                weight = ops.tensor(node, "weight")
+                factor = column_factor(weight.meta["val"].shape, scale.gamma)
                 with rw.before(node):
-                    rw.replace(node, rw.like(node, weight=times_gamma(weight, scale.gamma)))
+                    scaled = rw.call(torch.ops.aten.mul.Tensor, near=node, self=weight, other=factor)
+                    rw.replace(node, rw.like(node, weight=scaled))
                 seen = table.get(reader, Range)
                 table = table if seen is None else table.put(reader, _divided(seen, scale.gamma))
         return rw.finish().with_table(table)
 
 
-def times_gamma(weight: Tensor, gamma: Tensor) -> Tensor:
-    """W * gamma along the input channels.
+def column_factor(shape: Sequence[int], gamma: Tensor) -> Tensor:
+    """gamma, laid out so that W * factor scales the columns of each input channel.
 
-    Shapes: weight [O, C / groups, ...], gamma [C].
+    Shapes: shape of the weight [O, C / groups, ...]; gamma [C]; result [1 or O, C / groups, 1, ...].
     """
-    per_group = weight.shape[1]
+    rows, per_group = shape[0], shape[1]
     groups = gamma.numel() // per_group
-    rows = (
-        gamma.view(groups, 1, per_group)
-        .expand(-1, weight.shape[0] // groups, -1)
-        .reshape(weight.shape[0], per_group)
-    )
-    return weight * rows.view(*rows.shape, *[1] * (weight.dim() - 2)).to(weight.dtype)
+    factor = gamma.view(groups, 1, per_group)
+    factor = factor if groups == 1 else factor.expand(-1, rows // groups, -1)
+    return factor.reshape(-1, per_group, *[1] * (len(shape) - 2))
 
 
 def _divide(rw: Rewriter, pair: LayerPair, gamma: Tensor, axis: int) -> None:

@@ -71,8 +71,7 @@ class InsertQdq(Pass):
 
 def _weight(rw: Rewriter, site: Site, codes: Codes, spec: QuantSpec) -> None:
     node = rw.node(site.at)
-    weight = ops.tensor(node, "weight")
-    name = str(weight.target)
+    name = f"{site.at.path}.weight".lstrip(".")
     params = codes.qparams
     with rw.before(node):
         packed = rw.constant(f"{name}_packed", codes.packed)
