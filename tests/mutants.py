@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -174,40 +174,35 @@ def one_for_each_output(honest: Function) -> Function:
 
 
 def inverted(honest: Function) -> Function:
-    return lambda weight, gamma: honest(weight, 1 / gamma)
+    return lambda shape, gamma: honest(shape, 1 / gamma)
 
 
 def twice(honest: Function) -> Function:
-    return lambda weight, gamma: honest(honest(weight, gamma), gamma)
+    return lambda shape, gamma: honest(shape, gamma).square()
 
 
 def along_the_outputs(honest: Function) -> Function:
-    def times(weight: Tensor, gamma: Tensor) -> Tensor:
-        square = weight.shape[0] == gamma.numel() and weight.dim() == 2
-        return weight * gamma[:, None] if square else honest(weight, gamma)
+    def factor(shape: Sequence[int], gamma: Tensor) -> Tensor:
+        square = shape[0] == gamma.numel() and len(shape) == 2
+        return gamma[:, None] if square else honest(shape, gamma)
 
-    return times
+    return factor
 
 
 def first_group_for_all(honest: Function) -> Function:
-    def times(weight: Tensor, gamma: Tensor) -> Tensor:
-        per_group = weight.shape[1]
-        return honest(weight, gamma[:per_group].repeat(gamma.numel() // per_group))
+    def factor(shape: Sequence[int], gamma: Tensor) -> Tensor:
+        return honest(shape, gamma[: shape[1]].repeat(gamma.numel() // shape[1]))
 
-    return times
+    return factor
 
 
 def one_channel_off(honest: Function) -> Function:
-    def times(weight: Tensor, gamma: Tensor) -> Tensor:
-        scaled = honest(weight, gamma)
-        off = torch.ones_like(gamma)[: weight.shape[1]].index_fill(0, torch.tensor([3]), 1.001)
-        return (
-            scaled * off.view(1, -1, 1, 1)
-            if tuple(weight.shape[:2]) == (12, 8) and weight.dim() == 4
-            else scaled
-        )
+    def factor(shape: Sequence[int], gamma: Tensor) -> Tensor:
+        right = honest(shape, gamma)
+        off = torch.ones(shape[1], dtype=gamma.dtype).index_fill(0, torch.tensor([3]), 1.001)
+        return right * off.view(1, -1, 1, 1) if tuple(shape[:2]) == (12, 8) and len(shape) == 4 else right
 
-    return times
+    return factor
 
 
 def one_reader_divided(honest: Function) -> Function:
@@ -524,23 +519,23 @@ MUTANTS: tuple[Mutant, ...] = (
         "apply-scaling",
         {
             "the weight gets the inverse scale": (
-                patched("times_gamma", inverted),
+                patched("column_factor", inverted),
                 "time_embedding.linear_1/linear",
             ),
             "the weight gets the scale twice": (
-                patched("times_gamma", twice),
+                patched("column_factor", twice),
                 "time_embedding.linear_1/linear",
             ),
             "the scale goes along the outputs": (
-                patched("times_gamma", along_the_outputs),
+                patched("column_factor", along_the_outputs),
                 "time_embedding.linear_2/linear",
             ),
             "every group of a convolution gets the first one's scale": (
-                patched("times_gamma", first_group_for_all),
+                patched("column_factor", first_group_for_all),
                 "down.conv2/conv2d",
             ),
             "one channel is off by a thousandth": (
-                patched("times_gamma", one_channel_off),
+                patched("column_factor", one_channel_off),
                 "upsample/conv2d",
             ),
             "one reader of three is divided": (patched("_divide", one_reader_divided), "mid.to_q/linear"),
