@@ -16,20 +16,24 @@ from pathlib import Path
 from machine import peak_gigabytes, write
 from models import sd15
 
-from dmqfx import registry
-from dmqfx.calibration import Calibration
-from dmqfx.capture import capture
-from dmqfx.compile import needs_calibration, quantize
-from dmqfx.pipeline import PassContext
-from dmqfx.policy import Policy
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.compiler import needs_calibration, quantize
+from dmqfx.frontend.capture import capture
+from dmqfx.graph import registry
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.policy.policy import Policy
 from dmqfx.runtime.unet import CompiledUNet
 
 
 def main() -> None:
     """Measure, write results/compile_sd15_POLICY.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--policy", default="w4a8")
-    parser.add_argument("--seconds", type=float, default=60, help="what the calibration made from the model may take")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="what the calibration made from the model may take"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     unet = sd15()

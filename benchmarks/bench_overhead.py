@@ -1,6 +1,6 @@
 """Overhead of the captured float graph over the eager UNet at batch 1: paired calls, the median of their ratios.
 
-    python benchmarks/bench_overhead.py [--pairs 60] [--sd15]
+python benchmarks/bench_overhead.py [--pairs 60] [--sd15]
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from machine import write
 from models import sd15
 
 from dmqfx import emoji
-from dmqfx.capture import capture
-from dmqfx.pipeline import PassContext, Pipeline
-from dmqfx.registry import create
+from dmqfx.frontend.capture import capture
+from dmqfx.graph.pipeline import PassContext, Pipeline
+from dmqfx.graph.registry import create
 
 
 def main() -> None:
     """Measure, write results/overhead*.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--sd15", action="store_true", help="the SD1.5 configuration instead of the emoji model")
+    parser.add_argument(
+        "--sd15", action="store_true", help="the SD1.5 configuration instead of the emoji model"
+    )
     options = parser.parse_args()
     unet = sd15() if options.sd15 else emoji.load_unet()
     program = Pipeline((create("canonicalize"),)).run(capture(unet), PassContext())

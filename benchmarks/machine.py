@@ -37,11 +37,16 @@ def write(name: str, result: Mapping[str, object]) -> Path:
     path = RESULTS / f"{name}.json"
     command = "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
     date = datetime.now(timezone.utc).date().isoformat()
-    path.write_text(json.dumps({"command": command, "date": date, "machine": machine(), **result}, indent=2) + "\n")
+    path.write_text(
+        json.dumps({"command": command, "date": date, "machine": machine(), **result}, indent=2) + "\n"
+    )
     sys.stdout.write(path.read_text())
     return path
 
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

@@ -12,68 +12,70 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dmqfx.address import Address as Address
-    from dmqfx.address import Site as Site
-    from dmqfx.calibration import Calibration as Calibration
-    from dmqfx.capture import capture as capture
-    from dmqfx.compile import compile as compile
+    from dmqfx.calibration.calibration import Calibration as Calibration
+    from dmqfx.calibration.recording import recording as recording
+    from dmqfx.checking.verify import verify as verify
+    from dmqfx.compiler import compile as compile
     from dmqfx.errors import DmqfxError as DmqfxError
     from dmqfx.evaluation import evaluate as evaluate
-    from dmqfx.facts import Fact as Fact
-    from dmqfx.pattern import RewritePass as RewritePass
-    from dmqfx.pattern import p as p
-    from dmqfx.pattern import rule as rule
-    from dmqfx.picture import picture as picture
-    from dmqfx.pipeline import Pass as Pass
-    from dmqfx.pipeline import PassContext as PassContext
-    from dmqfx.pipeline import Pipeline as Pipeline
-    from dmqfx.pipeline import Preserves as Preserves
-    from dmqfx.policy import Policy as Policy
-    from dmqfx.program import Program as Program
-    from dmqfx.quant import QParams as QParams
-    from dmqfx.quant import QuantSpec as QuantSpec
-    from dmqfx.report import Report as Report
-    from dmqfx.rewrite import Refuse as Refuse
-    from dmqfx.rewrite import Rewriter as Rewriter
+    from dmqfx.frontend.capture import capture as capture
+    from dmqfx.graph.address import Address as Address
+    from dmqfx.graph.address import Site as Site
+    from dmqfx.graph.facts import Fact as Fact
+    from dmqfx.graph.pattern import RewritePass as RewritePass
+    from dmqfx.graph.pattern import p as p
+    from dmqfx.graph.pattern import rule as rule
+    from dmqfx.graph.pipeline import Pass as Pass
+    from dmqfx.graph.pipeline import PassContext as PassContext
+    from dmqfx.graph.pipeline import Pipeline as Pipeline
+    from dmqfx.graph.pipeline import Preserves as Preserves
+    from dmqfx.graph.program import Program as Program
+    from dmqfx.graph.rewrite import Refuse as Refuse
+    from dmqfx.graph.rewrite import Rewriter as Rewriter
+    from dmqfx.graph.table import Table as Table
+    from dmqfx.numbers.quant import QParams as QParams
+    from dmqfx.numbers.quant import QuantSpec as QuantSpec
+    from dmqfx.policy.policy import Policy as Policy
     from dmqfx.runtime.unet import CompiledUNet as CompiledUNet
-    from dmqfx.show import diff as diff
-    from dmqfx.show import show as show
-    from dmqfx.store import load as load
-    from dmqfx.table import Table as Table
-    from dmqfx.verify import verify as verify
-    from dmqfx.why import why as why
+    from dmqfx.seeing.picture import picture as picture
+    from dmqfx.seeing.report import Report as Report
+    from dmqfx.seeing.show import diff as diff
+    from dmqfx.seeing.show import show as show
+    from dmqfx.seeing.why import why as why
+    from dmqfx.storage.store import load as load
 
 _HOME = {
-    "Address": "address",
-    "Calibration": "calibration",
+    "Address": "graph.address",
+    "Calibration": "calibration.calibration",
     "CompiledUNet": "runtime.unet",
     "DmqfxError": "errors",
-    "Fact": "facts",
-    "Pass": "pipeline",
-    "PassContext": "pipeline",
-    "Pipeline": "pipeline",
-    "Policy": "policy",
-    "Preserves": "pipeline",
-    "Program": "program",
-    "QParams": "quant",
-    "QuantSpec": "quant",
-    "Refuse": "rewrite",
-    "Report": "report",
-    "RewritePass": "pattern",
-    "Rewriter": "rewrite",
-    "Site": "address",
-    "Table": "table",
-    "capture": "capture",
-    "compile": "compile",
-    "diff": "show",
+    "Fact": "graph.facts",
+    "Pass": "graph.pipeline",
+    "PassContext": "graph.pipeline",
+    "Pipeline": "graph.pipeline",
+    "Policy": "policy.policy",
+    "Preserves": "graph.pipeline",
+    "Program": "graph.program",
+    "QParams": "numbers.quant",
+    "QuantSpec": "numbers.quant",
+    "Refuse": "graph.rewrite",
+    "Report": "seeing.report",
+    "RewritePass": "graph.pattern",
+    "Rewriter": "graph.rewrite",
+    "Site": "graph.address",
+    "Table": "graph.table",
+    "capture": "frontend.capture",
+    "compile": "compiler",
+    "diff": "seeing.show",
     "evaluate": "evaluation",
-    "load": "store",
-    "p": "pattern",
-    "picture": "picture",
-    "rule": "pattern",
-    "show": "show",
-    "verify": "verify",
-    "why": "why",
+    "load": "storage.store",
+    "p": "graph.pattern",
+    "picture": "seeing.picture",
+    "recording": "calibration.recording",
+    "rule": "graph.pattern",
+    "show": "seeing.show",
+    "verify": "checking.verify",
+    "why": "seeing.why",
 }
 __all__ = sorted(_HOME)  # noqa: PLE0605  # a list, built from the table above
 

@@ -11,10 +11,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dmqfx import emoji, wording
-from dmqfx.compile import compile
+from dmqfx import emoji
+from dmqfx.compiler import compile
 from dmqfx.evaluation import emoji_calibration, mean_db, psnr_db
-from dmqfx.report import Report
+from dmqfx.seeing import wording
+from dmqfx.seeing.report import Report
 
 __all__ = ["Row", "draw", "remarks", "run", "table"]
 

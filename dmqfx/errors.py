@@ -73,7 +73,9 @@ class FixedGraphError(DmqfxError, AttributeError):
     """A compiled UNet was asked for something that would change its layers."""
 
     def __init__(self, name: str, root: str) -> None:
-        super().__init__(f"{name} of {root} would change its layers, and a compiled graph is fixed\n  mend: do it to the float model, then compile")
+        super().__init__(
+            f"{name} of {root} would change its layers, and a compiled graph is fixed\n  mend: do it to the float model, then compile"
+        )
 
 
 @dataclass(frozen=True)

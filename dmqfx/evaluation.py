@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmqfx import emoji, wording
-from dmqfx.calibration import Calibration
-from dmqfx.capture import capture
-from dmqfx.report import Report
+from dmqfx import emoji
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.frontend.capture import capture
+from dmqfx.frontend.signature import UNet
 from dmqfx.runtime.unet import CompiledUNet
-from dmqfx.signature import UNet
+from dmqfx.seeing import wording
+from dmqfx.seeing.report import Report
 
 __all__ = ["Evaluation", "emoji_calibration", "evaluate", "mean_db", "psnr_db"]
 
@@ -85,7 +86,7 @@ def evaluate(
     Raises: CalibrationError if the recorded calls do not fit the model.
     Example:
         >>> from diffusers import UNet2DModel
-        >>> from dmqfx.compile import compile
+        >>> from dmqfx.compiler import compile
         >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
         >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=2, **blocks).eval()
         >>> held_out = Calibration.synthesize(unet, steps=2, trajectories=1, seed=1)

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor, fx
 
-from dmqfx import ops
-from dmqfx.channelwise import Absorber, absorber
-from dmqfx.facts import ROUNDED, SCALED, Fact
-from dmqfx.pattern import Outcome, RewritePass, Rule, p, rule
-from dmqfx.pipeline import Preserves
-from dmqfx.rewrite import Refuse, Rewriter
+from dmqfx.graph import ops
+from dmqfx.graph.channelwise import Absorber, absorber
+from dmqfx.graph.facts import ROUNDED, SCALED, Fact
+from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
+from dmqfx.graph.pipeline import Preserves
+from dmqfx.graph.rewrite import Refuse, Rewriter
 
 
 @rule(p.div(self=p.any("x"), other=p.attr("gamma")))

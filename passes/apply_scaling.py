@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dmqfx import ops
-from dmqfx.facts import LEARNED, ROUNDED, SCALED, Fact
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.program import Program
-from dmqfx.rewrite import Rewriter
-from dmqfx.sites import channel_axis
-from dmqfx.table import ChannelScale, LayerPair, Range
+from dmqfx.graph import ops
+from dmqfx.graph.facts import LEARNED, ROUNDED, SCALED, Fact
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.rewrite import Rewriter
+from dmqfx.graph.sites import channel_axis
+from dmqfx.graph.table import ChannelScale, LayerPair, Range
 
 
 @dataclass(frozen=True)

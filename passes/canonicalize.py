@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from dmqfx import ops
-from dmqfx.facts import CANONICAL, Fact
-from dmqfx.pattern import Outcome, Rule, p, rule, sweep
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.program import InputSpec, Program, clone, propagate
-from dmqfx.rewrite import Rewriter
+from dmqfx.graph import ops
+from dmqfx.graph.facts import CANONICAL, Fact
+from dmqfx.graph.pattern import Outcome, Rule, p, rule, sweep
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import InputSpec, Program, clone, propagate
+from dmqfx.graph.rewrite import Rewriter
 
 CHECKS = (
     "_assert_tensor_metadata",

@@ -9,13 +9,13 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from dmqfx import ops
-from dmqfx.address import Site
-from dmqfx.facts import CANONICAL, FLAGGED, Fact
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.program import Program, label
-from dmqfx.rewrite import Refuse
-from dmqfx.table import SkipConcat
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.facts import CANONICAL, FLAGGED, Fact
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program, label
+from dmqfx.graph.rewrite import Refuse
+from dmqfx.graph.table import SkipConcat
 
 
 @dataclass(frozen=True)

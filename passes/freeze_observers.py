@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
-from dmqfx.address import Site
 from dmqfx.errors import CalibrationError
-from dmqfx.facts import CALIBRATED, OBSERVED, Fact
-from dmqfx.observers import Observer
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.program import Program
-from dmqfx.rewrite import Rewriter
-from dmqfx.sites import readers
-from dmqfx.table import Range
+from dmqfx.graph.address import Site
+from dmqfx.graph.facts import CALIBRATED, OBSERVED, Fact
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.rewrite import Rewriter
+from dmqfx.graph.sites import readers
+from dmqfx.graph.table import Range
+from dmqfx.numbers.observers import Observer
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ from typing import ClassVar
 
 from torch import fx
 
-from dmqfx import ops
-from dmqfx.address import Site
-from dmqfx.facts import OBSERVED, PLANNED, Fact
-from dmqfx.observers import Observer
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.program import Program
-from dmqfx.rewrite import Rewriter
-from dmqfx.sites import channel_axis, is_weight
-from dmqfx.table import Planned
-from dmqfx.timesteps import GroupIndex
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.facts import OBSERVED, PLANNED, Fact
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.rewrite import Rewriter
+from dmqfx.graph.sites import channel_axis, is_weight
+from dmqfx.graph.table import Planned
+from dmqfx.graph.timesteps import GroupIndex
+from dmqfx.numbers.observers import Observer
 
 Watched = dict[tuple[fx.Node, int, tuple[float, ...]], list[Site]]
 

@@ -8,18 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from dmqfx import ops
-from dmqfx.address import Site
 from dmqfx.errors import RewriteError
-from dmqfx.facts import PLANNED, QDQ, ROUNDED, Fact
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.program import Program
-from dmqfx.quant import QParams, QuantSpec, params_from_range
-from dmqfx.rewrite import Rewriter
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.facts import PLANNED, QDQ, ROUNDED, Fact
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.rewrite import Rewriter
+from dmqfx.graph.sites import is_weight
+from dmqfx.graph.table import Codes, Planned, Range, Table
+from dmqfx.graph.timesteps import GroupIndex
+from dmqfx.numbers.quant import QParams, QuantSpec, params_from_range
 from dmqfx.runtime.operators import OPS
-from dmqfx.sites import is_weight
-from dmqfx.table import Codes, Planned, Range, Table
-from dmqfx.timesteps import GroupIndex
 
 
 @dataclass(frozen=True)

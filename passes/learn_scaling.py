@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dmqfx.address import Site
-from dmqfx.facts import CALIBRATED, LEARNED, PAIRED, Fact
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.program import Program
-from dmqfx.table import ChannelScale, LayerPair, Range
+from dmqfx.graph.address import Site
+from dmqfx.graph.facts import CALIBRATED, LEARNED, PAIRED, Fact
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import ChannelScale, LayerPair, Range
 
 LIMIT = 1e4
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import fx
 
-from dmqfx import ops
-from dmqfx.facts import INTEGER, QDQ, Fact
-from dmqfx.pattern import Outcome, RewritePass, Rule, p, rule
-from dmqfx.pipeline import Preserves
-from dmqfx.rewrite import Refuse, Rewriter
+from dmqfx.graph import ops
+from dmqfx.graph.facts import INTEGER, QDQ, Fact
+from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
+from dmqfx.graph.pipeline import Preserves
+from dmqfx.graph.rewrite import Refuse, Rewriter
 from dmqfx.runtime.operators import OPS
 
 WEIGHT = p.dequantize(codes=p.unpack().as_("unpacked")).as_("weight")

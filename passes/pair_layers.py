@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import fx
 
-from dmqfx.address import Site
-from dmqfx.channelwise import absorber
-from dmqfx.facts import CALIBRATED, PAIRED, Fact
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.program import Program
-from dmqfx.rewrite import Refuse
-from dmqfx.sites import channel_axis, readers
-from dmqfx.table import LayerPair, Planned, Range
+from dmqfx.graph.address import Site
+from dmqfx.graph.channelwise import absorber
+from dmqfx.graph.facts import CALIBRATED, PAIRED, Fact
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.rewrite import Refuse
+from dmqfx.graph.sites import channel_axis, readers
+from dmqfx.graph.table import LayerPair, Planned, Range
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from typing import ClassVar
 
 from torch import fx
 
-from dmqfx import ops
-from dmqfx.address import Site
 from dmqfx.errors import PipelineError
-from dmqfx.facts import CANONICAL, PLANNED, Fact
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.policy import resolve
-from dmqfx.program import Program
-from dmqfx.sites import is_weight, operations
-from dmqfx.table import Planned
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.facts import CANONICAL, PLANNED, Fact
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.sites import is_weight, operations
+from dmqfx.graph.table import Planned
+from dmqfx.policy.policy import resolve
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from tqdm import tqdm
 
-from dmqfx.address import Site
-from dmqfx.facts import PLANNED, ROUNDED, Fact
-from dmqfx.packing import pack
-from dmqfx.pipeline import Pass, PassContext, Preserves
-from dmqfx.program import Program
-from dmqfx.quant import QuantSpec, quantize
-from dmqfx.ranges import search_range
-from dmqfx.sites import is_weight
-from dmqfx.table import Codes, Planned
+from dmqfx.graph.address import Site
+from dmqfx.graph.facts import PLANNED, ROUNDED, Fact
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.sites import is_weight
+from dmqfx.graph.table import Codes, Planned
+from dmqfx.numbers.packing import pack
+from dmqfx.numbers.quant import QuantSpec, quantize
+from dmqfx.numbers.ranges import search_range
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ from functools import cache
 import torch
 from torch import Tensor, fx
 
-from dmqfx import ops, registry
-from dmqfx.address import Address, Site
-from dmqfx.facts import CANONICAL, PLANNED
-from dmqfx.pipeline import PassContext
-from dmqfx.policy import Policy
-from dmqfx.program import Input, InputSpec, Program, build, propagate
-from dmqfx.quant import QuantSpec
-from dmqfx.report import Report
+from dmqfx.graph import ops, registry
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.facts import CANONICAL, PLANNED
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Input, InputSpec, Program, build, propagate
+from dmqfx.graph.table import ChannelScale, LayerPair, Planned, Range, SkipConcat, Table
+from dmqfx.numbers.quant import QuantSpec
+from dmqfx.policy.policy import Policy
 from dmqfx.runtime.unet import CompiledUNet
-from dmqfx.table import ChannelScale, LayerPair, Planned, Range, SkipConcat, Table
+from dmqfx.seeing.report import Report
 
 aten = torch.ops.aten
 CONFIG: Mapping[str, object] = {

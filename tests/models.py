@@ -9,8 +9,8 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from dmqfx.capture import capture
-from dmqfx.program import Program
+from dmqfx.frontend.capture import capture
+from dmqfx.graph.program import Program
 
 ADDED = ("text_embeds", "time_ids", "image_embeds", "hint")
 Model = UNet2DModel | UNet2DConditionModel | ControlNetModel

@@ -20,17 +20,17 @@ from planting import (
 )
 from torch import Tensor, fx
 
-from dmqfx import channelwise, ops, timesteps
-from dmqfx.address import Address
-from dmqfx.journal import Journal
-from dmqfx.observers import Observer
-from dmqfx.packing import pack
-from dmqfx.pattern import Outcome, p, rule
-from dmqfx.program import Program
-from dmqfx.quant import QParams, QuantSpec
-from dmqfx.registry import passes
-from dmqfx.rewrite import Refuse, Rewriter
-from dmqfx.table import Codes, LayerPair, Planned, Range, SkipConcat
+from dmqfx.graph import channelwise, ops, timesteps
+from dmqfx.graph.address import Address
+from dmqfx.graph.journal import Journal
+from dmqfx.graph.pattern import Outcome, p, rule
+from dmqfx.graph.program import Program
+from dmqfx.graph.registry import passes
+from dmqfx.graph.rewrite import Refuse, Rewriter
+from dmqfx.graph.table import Codes, LayerPair, Planned, Range, SkipConcat
+from dmqfx.numbers.observers import Observer
+from dmqfx.numbers.packing import pack
+from dmqfx.numbers.quant import QParams, QuantSpec
 
 aten = torch.ops.aten
 

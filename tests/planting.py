@@ -12,15 +12,15 @@ from unittest.mock import patch
 from torch import fx
 from toys import rows, toy
 
-from dmqfx import ops
-from dmqfx.address import Site
-from dmqfx.journal import Journal
-from dmqfx.pattern import Rule
-from dmqfx.pipeline import Pass, PassContext, run_step
-from dmqfx.policy import Policy
-from dmqfx.program import Program
-from dmqfx.registry import passes
-from dmqfx.rewrite import Rewriter
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.journal import Journal
+from dmqfx.graph.pattern import Rule
+from dmqfx.graph.pipeline import Pass, PassContext, run_step
+from dmqfx.graph.program import Program
+from dmqfx.graph.registry import passes
+from dmqfx.graph.rewrite import Rewriter
+from dmqfx.policy.policy import Policy
 
 Function = Callable[..., object]
 Plant = Callable[[str], Pass]

@@ -6,8 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from dmqfx.address import Address
-from dmqfx.policy import (
+from dmqfx.graph.address import Address
+from dmqfx.policy.policy import (
     FLOAT,
     Default,
     Expect,

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from models import captured, eager, model, relative
 from torch import Tensor
 
-from dmqfx import shards
-from dmqfx.calibration import Calibration, Origin
+from dmqfx.calibration import shards
+from dmqfx.calibration.calibration import Calibration, Origin
+from dmqfx.calibration.rows import RowsWriter
 from dmqfx.errors import CalibrationError, StoreError
-from dmqfx.rows import RowsWriter
-from dmqfx.signature import signature
+from dmqfx.frontend.signature import signature
 
 ORIGIN = Origin(
     "tape", "UNet2DConditionModel", "c0ffee", "beef", "DDIMScheduler", {"steps_offset": 1}, {"seed": 3},

@@ -11,10 +11,10 @@ import torch
 from models import model, one_level
 from torch import Tensor
 
-from dmqfx.call import arguments, bind
 from dmqfx.errors import CallError
-from dmqfx.program import InputSpec
-from dmqfx.signature import SUPPORTED, signature
+from dmqfx.frontend.call import arguments, bind
+from dmqfx.frontend.signature import SUPPORTED, signature
+from dmqfx.graph.program import InputSpec
 
 
 @cache

@@ -28,10 +28,10 @@ from models import (
 )
 from torch import Tensor, nn
 
-from dmqfx.capture import capture
 from dmqfx.errors import CaptureError
-from dmqfx.program import Program
-from dmqfx.signature import signature
+from dmqfx.frontend.capture import capture
+from dmqfx.frontend.signature import signature
+from dmqfx.graph.program import Program
 
 RARE = (
     "stable-diffusion-1",

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx
 
-from dmqfx.address import Address, Site
-from dmqfx.codec import Json, decode, dump, encode, parse
 from dmqfx.errors import StoreError
-from dmqfx.graphfile import read_program, write_graph
-from dmqfx.program import Program
-from dmqfx.quant import QuantSpec
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.program import Program
+from dmqfx.numbers.quant import QuantSpec
+from dmqfx.storage.codec import Json, decode, dump, encode, parse
+from dmqfx.storage.graphfile import read_program, write_graph
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import dmqfx
-from dmqfx.registry import GROUP, passes
+from dmqfx.graph.registry import GROUP, passes
 
 ROOT = Path(__file__).parent.parent
 CORE = sorted((ROOT / "dmqfx").rglob("*.py"))
@@ -91,7 +91,7 @@ def test_the_import_check_sees_every_way_to_a_pass(line: str) -> None:
 
 
 def test_the_import_check_lets_the_registry_be() -> None:
-    assert imports_of_passes("from dmqfx.registry import passes\nGROUP = 'dmqfx.passes'\n") == []
+    assert imports_of_passes("from dmqfx.graph.registry import passes\nGROUP = 'dmqfx.passes'\n") == []
 
 
 @pytest.mark.parametrize("file", CORE, ids=relative)

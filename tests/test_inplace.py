@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dmqfx.errors import CaptureError
-from dmqfx.inplace import remove_inplace
+from dmqfx.frontend.inplace import remove_inplace
 
 
 def plain(function: Callable[[Tensor], Tensor]) -> fx.GraphModule:

@@ -8,9 +8,9 @@ import pytest
 from mutants import MUTANTS
 from planting import Mutant, context, program_before
 
+from dmqfx.checking.verify import verify
 from dmqfx.errors import VerifyError
-from dmqfx.registry import GROUP, passes
-from dmqfx.verify import verify
+from dmqfx.graph.registry import GROUP, passes
 
 BUILT_IN = {point.name for point in entry_points(group=GROUP) if point.module.startswith("dmqfx.passes.")}
 HONEST = sorted({(mutant.pass_name, mutant.meets, mutant.policy) for mutant in MUTANTS})

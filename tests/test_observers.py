@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmqfx import observers
 from dmqfx.errors import CalibrationError
-from dmqfx.observers import Observer
+from dmqfx.numbers import observers
+from dmqfx.numbers.observers import Observer
 
 SITE = "mid_block.resnets.0.conv1/conv2d:input"
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dmqfx.runtime.operators
-from dmqfx.packing import pack
-from dmqfx.quant import QuantSpec, params_from_range, quantize
-from dmqfx.ranges import search_range
+from dmqfx.numbers.packing import pack
+from dmqfx.numbers.quant import QuantSpec, params_from_range, quantize
+from dmqfx.numbers.ranges import search_range
 
 OPS = torch.ops.dmqfx
 Arguments = tuple[object, ...]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmqfx.packing import pack, packed_length, unpack
+from dmqfx.numbers.packing import pack, packed_length, unpack
 
 
 @given(

@@ -15,17 +15,17 @@ from tiny import OUT, plain, planned, quantized
 from torch import fx
 from toys import toy
 
-from dmqfx import registry
-from dmqfx.address import Address, Site
-from dmqfx.bits import layers
-from dmqfx.journal import PassRecord, Refusal
-from dmqfx.picture import picture
-from dmqfx.pipeline import PassContext
-from dmqfx.program import Input, InputSpec, Program, build, propagate
-from dmqfx.quant import QuantSpec
-from dmqfx.report import LayerReport, Report
-from dmqfx.table import Planned, SkipConcat
-from dmqfx.ushape import u_shape
+from dmqfx.graph import registry
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.journal import PassRecord, Refusal
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Input, InputSpec, Program, build, propagate
+from dmqfx.graph.table import Planned, SkipConcat
+from dmqfx.numbers.quant import QuantSpec
+from dmqfx.seeing.bits import layers
+from dmqfx.seeing.picture import picture
+from dmqfx.seeing.report import LayerReport, Report
+from dmqfx.seeing.ushape import u_shape
 
 SVG = "{http://www.w3.org/2000/svg}"
 

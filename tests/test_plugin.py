@@ -108,7 +108,7 @@ def test_a_wrong_option_is_refused_with_the_nearest_right_one(session: Session) 
 
 
 def test_without_the_package_there_is_no_such_pass() -> None:
-    from dmqfx import registry
+    from dmqfx.graph import registry
 
     assert "split-concat" not in registry.passes()
 

@@ -13,11 +13,11 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from dmqfx import policies as shipped
-from dmqfx.address import Address
 from dmqfx.errors import PolicyError
-from dmqfx.policy import FLOAT, Default, Expect, Operation, PartialSpec, Policy, explain
-from dmqfx.policyfile import parse_policy
-from dmqfx.policyschema import KEYS, RULE_KEYS, SPEC_KEYS
+from dmqfx.graph.address import Address
+from dmqfx.policy.file import parse_policy
+from dmqfx.policy.policy import FLOAT, Default, Expect, Operation, PartialSpec, Policy, explain
+from dmqfx.policy.schema import KEYS, RULE_KEYS, SPEC_KEYS
 
 
 def test_the_shipped_policies_are_these() -> None:

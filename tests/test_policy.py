@@ -13,10 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies_policy import PARTS, globs, operations, policies
 
-from dmqfx.address import Address, Site
 from dmqfx.errors import PolicyError
 from dmqfx.globs import matcher
-from dmqfx.policy import (
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.table import Planned
+from dmqfx.numbers.quant import QuantSpec
+from dmqfx.policy.policy import (
     FLOAT,
     KIND_OF_OPERATOR,
     OPERANDS,
@@ -29,8 +31,6 @@ from dmqfx.policy import (
     explain,
     resolve,
 )
-from dmqfx.quant import QuantSpec
-from dmqfx.table import Planned
 
 DEFAULT = Default(PartialSpec(4, range="mse"), PartialSpec(8, groups=2))
 ADDRESSES = (

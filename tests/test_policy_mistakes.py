@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from dmqfx import policies as shipped
 from dmqfx.errors import PolicyError, Problem
-from dmqfx.policy import Mark, Policy, Rule
-from dmqfx.policyfile import parse_policy
+from dmqfx.policy.file import parse_policy
+from dmqfx.policy.policy import Mark, Policy, Rule
 
 HEAD = "schema: dmqfx.policy/1\n"
 BODY = HEAD + "default: {weight: {bits: 4}, input: float}\npipeline: [canonicalize]\n"

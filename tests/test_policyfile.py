@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from strategies_policy import policies
 
 from dmqfx import policies as shipped
-from dmqfx.address import Address
 from dmqfx.errors import PolicyError
-from dmqfx.policy import (
+from dmqfx.graph.address import Address
+from dmqfx.policy.file import parse_policy, print_policy
+from dmqfx.policy.policy import (
     FLOAT,
     Default,
     Expect,
@@ -25,7 +26,6 @@ from dmqfx.policy import (
     Step,
     resolve,
 )
-from dmqfx.policyfile import parse_policy, print_policy
 
 HEAD = "schema: dmqfx.policy/1\n"
 BODY = HEAD + "default: {weight: {bits: 4}, input: float}\npipeline: [canonicalize]\n"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmqfx.errors import CalibrationError
-from dmqfx.quant import QuantSpec, dequantize, fake_quantize, params_from_range, qrange, quantize
+from dmqfx.numbers.quant import QuantSpec, dequantize, fake_quantize, params_from_range, qrange, quantize
 
 GRIDS = ("affine", "symmetric")
 NUMBERS = st.floats(-1e6, 1e6, width=32)

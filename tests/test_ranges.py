@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmqfx import ranges
 from dmqfx.errors import CalibrationError
-from dmqfx.quant import QParams, QuantSpec, fake_quantize
-from dmqfx.ranges import search_range
+from dmqfx.numbers import ranges
+from dmqfx.numbers.quant import QParams, QuantSpec, fake_quantize
+from dmqfx.numbers.ranges import search_range
 
 WEIGHT_SPECS = st.builds(
     QuantSpec,

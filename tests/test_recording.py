@@ -31,10 +31,10 @@ from models import MODELS, control, eager, model, randomize, unconditional
 from torch import Tensor
 
 from dmqfx import emoji
-from dmqfx.calibration import Calibration, CalibrationWarning
+from dmqfx.calibration.calibration import Calibration, CalibrationWarning
+from dmqfx.calibration.recording import recording
 from dmqfx.errors import CalibrationError, CallError
-from dmqfx.recording import recording
-from dmqfx.signature import signature
+from dmqfx.frontend.signature import signature
 
 SCHEDULERS: dict[str, Callable[[], SchedulerMixin]] = {
     "DDIM": partial(DDIMScheduler, steps_offset=1, clip_sample=False),

@@ -15,20 +15,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toys import rows, toy
 
-from dmqfx import lockstep, registry, targets
-from dmqfx.address import Address, Site
-from dmqfx.calibration import Calibration
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.calibration.rows import Column, Rows
 from dmqfx.errors import StoreError
-from dmqfx.facts import SCALED
-from dmqfx.inventory import inventory, listing
-from dmqfx.journal import PassRecord, Refusal
-from dmqfx.pipeline import PassContext, Pipeline, Preserves
-from dmqfx.policy import Expect, Policy
-from dmqfx.program import Input, InputSpec, Program, build, propagate
-from dmqfx.report import LayerReport, PassReport, Refused, Report, SiteReport
-from dmqfx.rows import Column, Rows
-from dmqfx.selection import AddressError
-from dmqfx.table import Planned
+from dmqfx.graph import registry
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.facts import SCALED
+from dmqfx.graph.journal import PassRecord, Refusal
+from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
+from dmqfx.graph.program import Input, InputSpec, Program, build, propagate
+from dmqfx.graph.table import Planned
+from dmqfx.policy.policy import Expect, Policy
+from dmqfx.runtime import targets
+from dmqfx.seeing import lockstep
+from dmqfx.seeing.inventory import inventory, listing
+from dmqfx.seeing.report import LayerReport, PassReport, Refused, Report, SiteReport
+from dmqfx.seeing.selection import AddressError
 
 aten = torch.ops.aten
 POLICY: dict[str, object] = {

@@ -10,15 +10,15 @@ import torch
 from torch import fx
 from toys import toy
 
-from dmqfx import ops
-from dmqfx.address import Address, Site
+from dmqfx.checking.probes import draw, outputs
 from dmqfx.errors import RewriteError
-from dmqfx.journal import Journal
-from dmqfx.pattern import Outcome, Pattern, RewritePass, Rule, p, rule
-from dmqfx.pipeline import PassContext, Preserves, run_step
-from dmqfx.probes import draw, outputs
-from dmqfx.program import Program
-from dmqfx.rewrite import Refuse, Rewriter
+from dmqfx.graph import ops
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.journal import Journal
+from dmqfx.graph.pattern import Outcome, Pattern, RewritePass, Rule, p, rule
+from dmqfx.graph.pipeline import PassContext, Preserves, run_step
+from dmqfx.graph.program import Program
+from dmqfx.graph.rewrite import Refuse, Rewriter
 
 aten = torch.ops.aten
 SILU, CONV1 = Address("down", "silu"), Address("down.conv1", "conv2d")

@@ -30,13 +30,13 @@ from models import Model, captured, relative
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from dmqfx import targets
-from dmqfx.compile import quantize
+from dmqfx.compiler import quantize
 from dmqfx.errors import CallError, DmqfxError, FixedGraphError, PassNotFoundError
-from dmqfx.pipeline import PassContext
-from dmqfx.policy import Policy
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.policy.policy import Policy
+from dmqfx.runtime import targets
+from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
-from dmqfx.targets import Target
 
 AS_CAPTURED = Target("float", (), "the graph as it is")
 

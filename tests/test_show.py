@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import IN, OUT, changed, plain, planned, quantized
 
-from dmqfx.address import Address, Site
-from dmqfx.journal import Application, PassRecord, Refusal
-from dmqfx.program import Program
-from dmqfx.selection import AddressError
-from dmqfx.show import diff, show, why
-from dmqfx.table import Planned, Range
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.journal import Application, PassRecord, Refusal
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import Planned, Range
+from dmqfx.seeing.selection import AddressError
+from dmqfx.seeing.show import diff, show, why
 
 
 def test_show_prints_a_line_for_each_operation_with_arguments_by_name() -> None:

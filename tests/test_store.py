@@ -23,15 +23,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, fx
 
-from dmqfx import store
-from dmqfx.address import Site
 from dmqfx.errors import StoreError
-from dmqfx.manifest import FORMAT_VERSION, MANIFEST, write_manifest
-from dmqfx.program import Program
-from dmqfx.quant import QParams
+from dmqfx.graph.address import Site
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
+from dmqfx.numbers.quant import QParams
+from dmqfx.runtime.targets import TARGETS, Target
 from dmqfx.runtime.unet import CompiledUNet
-from dmqfx.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
-from dmqfx.targets import TARGETS, Target
+from dmqfx.storage import store
+from dmqfx.storage.manifest import FORMAT_VERSION, MANIFEST, write_manifest
 
 aten = torch.ops.aten
 
@@ -224,7 +224,7 @@ def test_a_file_that_was_changed_with_its_checksum_is_still_judged(
 
 
 def test_a_newer_format_asks_for_an_update(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmqfx.manifest.FORMAT_VERSION", FORMAT_VERSION + 1)
+    monkeypatch.setattr("dmqfx.storage.manifest.FORMAT_VERSION", FORMAT_VERSION + 1)
     reseal(damaged)
     monkeypatch.undo()
     with pytest.raises(
@@ -266,8 +266,11 @@ def failing(function: Callable[..., object], at: int) -> Callable[..., object]:
 
 STEPS_OF_A_SAVE = [
     *(("os.rename", k) for k in range(2)),
-    *(("dmqfx.store._write", k) for k in range(5)),
-    *((name, 0) for name in ("dmqfx.store.save_file", "dmqfx.store.write_manifest", "os.fsync")),
+    *(("dmqfx.storage.store._write", k) for k in range(5)),
+    *(
+        (name, 0)
+        for name in ("dmqfx.storage.store.save_file", "dmqfx.storage.store.write_manifest", "os.fsync")
+    ),
 ]
 
 

@@ -15,9 +15,9 @@ from handmade import float_program, program_of
 from torch import fx
 
 from dmqfx.errors import PipelineError
-from dmqfx.facts import CANONICAL
-from dmqfx.pipeline import PassContext, Pipeline
-from dmqfx.registry import passes
+from dmqfx.graph.facts import CANONICAL
+from dmqfx.graph.pipeline import PassContext, Pipeline
+from dmqfx.graph.registry import passes
 
 PAGE = (Path(__file__).parent.parent / "docs" / "writing-a-pass.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)

@@ -8,14 +8,14 @@ import torch
 from torch import fx
 
 import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx, which the passes insert
-from dmqfx import registry
-from dmqfx.address import Address, Site
-from dmqfx.facts import CALIBRATED, CANONICAL, PLANNED
-from dmqfx.journal import Application, PassRecord, Refusal
-from dmqfx.pipeline import PassContext
-from dmqfx.program import Input, InputSpec, Program, build, clone, propagate
-from dmqfx.quant import QuantSpec
-from dmqfx.table import ChannelScale, LayerPair, Planned, Range, SkipConcat, Table
+from dmqfx.graph import registry
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.facts import CALIBRATED, CANONICAL, PLANNED
+from dmqfx.graph.journal import Application, PassRecord, Refusal
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Input, InputSpec, Program, build, clone, propagate
+from dmqfx.graph.table import ChannelScale, LayerPair, Planned, Range, SkipConcat, Table
+from dmqfx.numbers.quant import QuantSpec
 
 aten = torch.ops.aten
 IN, OUT = Address("conv_in", "conv2d"), Address("out", "conv2d")

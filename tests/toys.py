@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.nn import functional as F
 
-from dmqfx import exported
-from dmqfx.calibration import Calibration
-from dmqfx.program import Input, InputSpec, Program, build, propagate
-from dmqfx.rows import Column, Rows
-from dmqfx.shrink import randomize
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.calibration.rows import Column, Rows
+from dmqfx.checking.shrink import randomize
+from dmqfx.frontend import exported
+from dmqfx.graph.program import Input, InputSpec, Program, build, propagate
 
 WIDTH = 8
 

@@ -50,7 +50,7 @@ def _eval(commands: Commands[argparse.ArgumentParser]) -> None:
 def eval_(options: argparse.Namespace) -> int:
     """dmqfx eval."""
     from dmqfx import emoji
-    from dmqfx.calibration import Calibration
+    from dmqfx.calibration.calibration import Calibration
     from dmqfx.evaluation import emoji_calibration, evaluate
 
     compiled = sources.load_compiled(options.compiled, options.target)
@@ -89,10 +89,10 @@ def _verify(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def verify(options: argparse.Namespace) -> int:
     """dmqfx verify."""
-    from dmqfx import registry
+    from dmqfx.checking.modelcheck import verify_policy, verify_saved
     from dmqfx.errors import StoreError, VerifyError
-    from dmqfx.modelcheck import verify_policy, verify_saved
-    from dmqfx.policy import Policy
+    from dmqfx.graph import registry
+    from dmqfx.policy.policy import Policy
 
     if sources.is_compiled(options.model):
         try:

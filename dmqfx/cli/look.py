@@ -10,8 +10,8 @@ from dmqfx.cli import sources, terminal
 from dmqfx.cli.terminal import Commands, command, whole
 
 if TYPE_CHECKING:
-    from dmqfx.inventory import Item
-    from dmqfx.lines import Line
+    from dmqfx.seeing.inventory import Item
+    from dmqfx.seeing.lines import Line
 
 GLOB = "addresses: * stays inside one name, ** crosses names, re: starts a regular expression [**]"
 
@@ -44,8 +44,8 @@ def _inspect(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def inspect(options: argparse.Namespace) -> int:
     """dmqfx inspect."""
-    from dmqfx.inventory import inventory, listing
-    from dmqfx.picture import picture
+    from dmqfx.seeing.inventory import inventory, listing
+    from dmqfx.seeing.picture import picture
 
     drawing = terminal.to_be_file(options.picture) if options.picture else None
     compiled = sources.load_stored(options.model) if sources.is_compiled(options.model) else None
@@ -92,8 +92,8 @@ def _show(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """dmqfx show."""
-    from dmqfx.lines import lines
-    from dmqfx.selection import select
+    from dmqfx.seeing.lines import lines
+    from dmqfx.seeing.selection import select
 
     found = lines(sources.load_program(options.model))
     wanted = select(found, options.at)
@@ -133,7 +133,7 @@ def _diff(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def diff(options: argparse.Namespace) -> int:
     """dmqfx diff."""
-    from dmqfx.show import diff as difference
+    from dmqfx.seeing.show import diff as difference
 
     before, after = sources.load_program(options.before), sources.load_program(options.after)
     text = difference(before, after, options.at, context=options.context)
@@ -155,7 +155,7 @@ def _why(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def why(options: argparse.Namespace) -> int:
     """dmqfx why."""
-    from dmqfx.why import why as life
+    from dmqfx.seeing.why import why as life
 
     text = life(sources.load_program(options.model), options.address)
     terminal.say(options, text, {"address": text.splitlines()[0], "lines": text.splitlines()[1:]})
@@ -183,11 +183,12 @@ def _explain(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def explain(options: argparse.Namespace) -> int:
     """dmqfx explain."""
-    from dmqfx import registry, wording
-    from dmqfx.policy import Policy
-    from dmqfx.policy import explain as explanations
-    from dmqfx.selection import select
-    from dmqfx.sites import operations
+    from dmqfx.graph import registry
+    from dmqfx.graph.sites import operations
+    from dmqfx.policy.policy import Policy
+    from dmqfx.policy.policy import explain as explanations
+    from dmqfx.seeing import wording
+    from dmqfx.seeing.selection import select
 
     policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
     found = explanations(policy, operations(sources.load_program(options.model)))

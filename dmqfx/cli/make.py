@@ -11,7 +11,7 @@ from dmqfx.cli import sources, terminal
 from dmqfx.cli.terminal import Commands, bars, command, whole
 
 if TYPE_CHECKING:
-    from dmqfx.calibration import Calibration
+    from dmqfx.calibration.calibration import Calibration
 
 TARGETS = ("auto", "simulate", "reference")
 
@@ -112,7 +112,7 @@ def calibrate(options: argparse.Namespace) -> int:
 
 
 def _recorded(options: argparse.Namespace) -> Calibration:
-    from dmqfx.calibration import Calibration
+    from dmqfx.calibration.calibration import Calibration
     from dmqfx.errors import DmqfxError
     from dmqfx.evaluation import emoji_calibration
 
@@ -180,12 +180,12 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def compile_(options: argparse.Namespace) -> int:
     """dmqfx compile."""
-    from dmqfx import registry
-    from dmqfx.compile import QualityWarning
-    from dmqfx.compile import compile as compile_unet
+    from dmqfx.compiler import QualityWarning
+    from dmqfx.compiler import compile as compile_unet
     from dmqfx.evaluation import emoji_calibration
-    from dmqfx.policy import Expect, Policy
-    from dmqfx.store import refuse_foreign
+    from dmqfx.graph import registry
+    from dmqfx.policy.policy import Expect, Policy
+    from dmqfx.storage.store import refuse_foreign
 
     policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
     refuse_foreign(Path(options.out))

@@ -11,10 +11,10 @@ from dmqfx.errors import DmqfxError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dmqfx.calibration import Calibration
-    from dmqfx.program import Program
+    from dmqfx.calibration.calibration import Calibration
+    from dmqfx.frontend.signature import UNet
+    from dmqfx.graph.program import Program
     from dmqfx.runtime.unet import CompiledUNet
-    from dmqfx.signature import UNet
 
 __all__ = [
     "is_compiled",
@@ -75,7 +75,7 @@ def load_compiled(name: str, target: str = "auto") -> CompiledUNet:
 
     Raises: StoreError if the folder is not a whole one.
     """
-    from dmqfx.store import load
+    from dmqfx.storage.store import load
 
     return load(name, target=target)
 
@@ -85,8 +85,8 @@ def load_stored(name: str) -> CompiledUNet:
 
     Raises: StoreError if the folder is not a whole one.
     """
-    from dmqfx.store import load
-    from dmqfx.targets import Target
+    from dmqfx.runtime.targets import Target
+    from dmqfx.storage.store import load
 
     return load(name, target=Target("stored", (), "the portable program as it was saved"))
 
@@ -95,9 +95,9 @@ def load_program(name: str) -> Program:
     """The program of a compiled folder, or the canonical program of a float UNet."""
     if is_compiled(name):
         return load_stored(name).program
-    from dmqfx.capture import capture
-    from dmqfx.pipeline import PassContext
-    from dmqfx.registry import pipeline
+    from dmqfx.frontend.capture import capture
+    from dmqfx.graph.pipeline import PassContext
+    from dmqfx.graph.registry import pipeline
 
     steps = pipeline([("canonicalize", {}), ("flag-skips", {})])
     return steps.run(capture(load_unet(name)), PassContext())
@@ -108,7 +108,7 @@ def load_calibration(name: str | None) -> Calibration | None:
 
     Raises: StoreError if the folder is not a whole one.
     """
-    from dmqfx.calibration import Calibration
+    from dmqfx.calibration.calibration import Calibration
 
     return Calibration.load(name) if name else None
 
@@ -147,7 +147,7 @@ def _from_hub(name: str) -> UNet:
 def _pretrained(source: Path | str, inside: str, **more: bool) -> UNet:
     from diffusers import UNet2DModel
 
-    from dmqfx.signature import SUPPORTED
+    from dmqfx.frontend.signature import SUPPORTED
 
     kinds = {kind.__name__: kind for kind in SUPPORTED}
     where = {**more, **({"subfolder": inside} if inside else {})}

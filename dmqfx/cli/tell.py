@@ -15,7 +15,7 @@ from dmqfx.cli import terminal
 from dmqfx.cli.terminal import Commands, command
 
 if TYPE_CHECKING:
-    from dmqfx.pipeline import Pass
+    from dmqfx.graph.pipeline import Pass
 
 PACKAGES = ("dmqfx", "torch", "diffusers", "transformers", "safetensors", "networkx", "numpy", "pyyaml")
 
@@ -49,8 +49,8 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def passes(options: argparse.Namespace) -> int:
     """dmqfx passes."""
-    from dmqfx import registry
     from dmqfx.errors import PassNotFoundError
+    from dmqfx.graph import registry
     from dmqfx.words import suggest
 
     known = registry.passes()
@@ -69,7 +69,7 @@ def passes(options: argparse.Namespace) -> int:
 def policies(options: argparse.Namespace) -> int:
     """dmqfx policies."""
     from dmqfx import policies as shipped
-    from dmqfx.policy import Policy
+    from dmqfx.policy.policy import Policy
 
     if options.name:
         policy = Policy.load(options.name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dmqfx.quant import spread
+from dmqfx.numbers.quant import spread
 
 __all__ = ["conv2d", "conv2d_accumulators", "linear", "linear_accumulators"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dmqfx import packing, quant
+from dmqfx.numbers import packing, quant
 from dmqfx.runtime import integer
 
 _GRID = "Tensor scale, Tensor zero_point"

@@ -21,16 +21,16 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, fx, nn
 
 import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx, which graphs call
-from dmqfx import targets
-from dmqfx.call import arguments, bind
-from dmqfx.codec import Json
 from dmqfx.errors import CallError, FixedGraphError
-from dmqfx.pipeline import PassContext
-from dmqfx.policy import Policy
-from dmqfx.program import Outputs, Program, clone
-from dmqfx.report import Report
-from dmqfx.signature import SUPPORTED
-from dmqfx.targets import Target
+from dmqfx.frontend.call import arguments, bind
+from dmqfx.frontend.signature import SUPPORTED
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Outputs, Program, clone
+from dmqfx.policy.policy import Policy
+from dmqfx.runtime import targets
+from dmqfx.runtime.targets import Target
+from dmqfx.seeing.report import Report
+from dmqfx.storage.codec import Json
 
 __all__ = ["CompiledUNet", "Result"]
 
@@ -159,7 +159,7 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
 
         Raises: StoreError for a directory that holds anything else.
         """
-        from dmqfx import store
+        from dmqfx.storage import store
 
         store.save(self, save_directory)
 
@@ -177,7 +177,7 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
 
         Raises: StoreError as `dmqfx.load`.
         """
-        from dmqfx import store
+        from dmqfx.storage import store
 
         loaded, asked = store.load(Path(pretrained_model_name_or_path) / subfolder), dtype or torch_dtype
         return loaded if asked is None else loaded.to(asked)

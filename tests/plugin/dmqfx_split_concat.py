@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from dmqfx import Fact, Pass, PassContext, Preserves, Program, Refuse, Rewriter, ops
-from dmqfx.facts import CANONICAL
+from dmqfx import Fact, Pass, PassContext, Preserves, Program, Refuse, Rewriter
+from dmqfx.graph import ops
+from dmqfx.graph.facts import CANONICAL
 
 conv2d, add = torch.ops.aten.conv2d.default, torch.ops.aten.add.Tensor
 

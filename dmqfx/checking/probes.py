@@ -1,0 +1,98 @@
+"""Probes: inputs and constants on which a wrong rewrite shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.program import InputSpec, Outputs, Program, clone, constant, propagate
+from dmqfx.graph.table import Codes, Planned
+
+__all__ = ["draw", "outputs", "sizes", "strong", "unobserved"]
+
+_LARGEST = 16  # latent height of the first probe, where the model is meant for more
+
+
+def sizes(spec: InputSpec) -> tuple[dict[str, int], ...]:
+    """Sizes of the probes: a batch of 3 and a batch of 1, on latents that are not square.
+
+    Example:
+        >>> spec = InputSpec("UNet2DModel", (), {"B": 2, "H": 64, "W": 64}, multiple_of=8)
+        >>> sizes(spec)
+        ({'B': 3, 'H': 16, 'W': 24}, {'B': 1, 'H': 24, 'W': 16})
+    """
+    step = spec.multiple_of
+    height = _round_up(min(_LARGEST, spec.sizes["H"]), step)
+    more = step if step > 1 else 1
+    context = {"T": 5} if "T" in spec.sizes else {}
+    second = {"T": 6} if context else {}
+    return (
+        {"B": 3, "H": height, "W": height + _round_up(height // 2, step), **context},
+        {"B": 1, "H": height + more, "W": height, **second},
+    )
+
+
+def draw(program: Program, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Random inputs in the program's own dtype, one set for each of `sizes`.
+
+    Where the plan has timestep groups, the first timestep lies on an edge and the second just below it.
+    """
+    found = [
+        program.inputs.draw(generator, dtype=program.dtype, device=str(program.device), **each)
+        for each in sizes(program.inputs)
+    ]
+    edges = sorted({e for p in program.table.of(Planned).values() if p.spec for e in p.spec.boundaries})
+    if edges and "timestep" in found[0]:
+        edge = edges[len(edges) // 2]
+        anywhere = found[0]["timestep"]
+        found[0]["timestep"] = torch.cat([anywhere.new_tensor([edge, edge - 1]), anywhere[2:]])
+    return found
+
+
+def outputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of one call, always as a tuple; observers of the program see nothing of it."""
+    with torch.no_grad():
+        result: Outputs = unobserved(program)(**inputs)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def unobserved(program: Program) -> fx.GraphModule:
+    """The program's graph to run; a copy where a run would leave traces in observers."""
+    return program.fork().gm if any(n.op == "call_module" for n in program.graph.nodes) else program.gm
+
+
+def strong(program: Program, generator: torch.Generator) -> Program:
+    """The program with random numbers for the weights and biases that are all alike; itself if none are.
+
+    A fresh norm has unit gain and zero bias, a ControlNet ends in zeros: forgetting one would not show.
+    """
+    rounded = set(program.table.of(Codes))
+    weak = {
+        str(value.target)
+        for node in program.calls()
+        for arg, value in ops.args(node).items()
+        if arg in ("weight", "bias") and isinstance(value, fx.Node) and value.op == "get_attr"
+        if Site(node.meta["address"], arg) not in rounded
+    }
+    changed: dict[str, Tensor] = {}
+    for name in sorted(weak):
+        value = constant(program.gm, name)
+        if value.is_floating_point() and value.numel() > 1 and bool((value == value.flatten()[0]).all()):
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+            changed[name] = value.detach() + noise * (0.3 if value.dim() == 1 else value[0].numel() ** -0.5)
+    return _with_constants(program, changed) if changed else program
+
+
+def _with_constants(program: Program, changed: Mapping[str, Tensor]) -> Program:
+    gm = clone(program.gm, {**program.weights(), **changed})
+    propagate(gm, program.inputs)
+    return replace(program, gm=gm)
+
+
+def _round_up(size: int, step: int) -> int:
+    return -(-max(size, 1) // step) * step

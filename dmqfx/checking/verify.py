@@ -1,0 +1,243 @@
+"""verify: run one pass and see that it kept what it promised, or find the application that did not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dmqfx.checking.culprit import Culprit, find_culprit
+from dmqfx.checking.evidence import contradictions
+from dmqfx.checking.judges import Close, Equal, Finding, Judge, Planlike, SameCodes, Signal
+from dmqfx.checking.probes import draw, strong
+from dmqfx.checking.tablecheck import Broken, broken_claims
+from dmqfx.errors import DmqfxError, VerifyError
+from dmqfx.graph.facts import QDQ
+from dmqfx.graph.journal import Application, Journal
+from dmqfx.graph.pipeline import Observe, Pass, PassContext, Preserves, check_structure
+from dmqfx.graph.program import Program
+
+__all__ = ["Verdict", "checking", "error_after", "verify"]
+
+_SIGNAL_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured of a pass that kept its promise.
+
+    Units: error and limit are relative L2 distances of the outputs, in float64 where there was a twin. For a
+    lossy pass they are noise over signal.
+    """
+
+    step: str
+    preserves: Preserves
+    limit: float
+    error: float
+    probes: int
+
+    @property
+    def sqnr_db(self) -> float:
+        """The error as a signal-to-noise ratio in dB."""
+        return math.inf if self.error == 0 else -20 * math.log10(self.error)
+
+
+def verify(program: Program, step: Pass, ctx: PassContext | None = None, *, float64: bool = True) -> Verdict:
+    """Run a pass on a program and compare with before: the outputs, the codes, and what the table claims.
+
+    Without `float64` nothing is checked on a float64 twin: for programs that leave no room for one.
+
+    Raises: VerifyError naming the step, the rule and the address at fault; RewriteError for a broken graph.
+    """
+    before = _fingerprint(program)
+    verdict = _verify(program, step, ctx or PassContext(), None, float64)
+    if _fingerprint(program) != before:
+        raise VerifyError(
+            "changed the program that it was given; work on a fork, through a Rewriter", step=step.name()
+        )
+    return verdict
+
+
+def checking(*, float64: bool = True) -> Observe:
+    """What `Pipeline.run(observe=...)` takes to verify every pass; the error becomes the drift in the log."""
+
+    def observe(step: Pass, before: Program, after: Program, ctx: PassContext) -> float | None:
+        return _verify(before, step, ctx, after, float64).error
+
+    return observe
+
+
+def error_after(
+    program: Program,
+    step: Pass,
+    ctx: PassContext | None = None,
+    *,
+    fuel: int | None = None,
+    float64: bool = True,
+) -> float:
+    """The error that the first `fuel` applications of a pass make, as `verify` measures it."""
+    trials = _trials(program, step, ctx or PassContext(), float64)
+    trial = next((t for t in trials if t.twin == float64), trials[0])
+    return trial.look(fuel)[0].error
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One program, looked at by one judge before and after the pass."""
+
+    program: Program
+    step: Pass
+    ctx: PassContext
+    judge: Judge
+    twin: bool
+
+    def look(
+        self, fuel: int | None = None, after: Program | None = None
+    ) -> tuple[Finding, tuple[Application, ...]]:
+        """The judge's finding after so many applications, and what was applied."""
+        applied = self.ctx.journal.applied
+        if after is None:
+            after, journal = _run(self.step, self.program, self.ctx, fuel)
+            applied = journal.applied
+        try:
+            return self.judge.judge(after), tuple(applied)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            gist = str(error).strip().splitlines()[0][:200]
+            return Finding(math.inf, 0.0, f"the program does not run any more ({gist})"), tuple(applied)
+
+    def refute(self, finding: Finding, applied: Sequence[Application]) -> VerifyError:
+        """The error for a wrong finding, with the application at fault."""
+        dtype = str(self.program.dtype).removeprefix("torch.")
+        numbers = f": {finding.error:.3g}, limit {finding.limit:.3g}" if finding.error < math.inf else ""
+        what = f"{finding.what}, in {dtype}{numbers}"
+        if finding.at:
+            rule = next((a.rule for a in applied if str(a.at) == finding.at), "")
+            return _error(self.step, what, finding, rule, finding.at, None, "")
+        culprit = find_culprit(self._wrong_after, len(applied))
+        if culprit.number == 0:
+            mend = "wrong before any application in its journal: the pass changes more than it records"
+            return _error(self.step, what, finding, "", "", 0, mend)
+        guilty = applied[culprit.number - 1]
+        return _error(
+            self.step,
+            what,
+            finding,
+            guilty.rule,
+            str(guilty.at),
+            culprit.number,
+            self._again(guilty, culprit, len(applied)),
+        )
+
+    def _wrong_after(self, fuel: int) -> bool:
+        try:
+            return self.look(fuel)[0].wrong
+        except DmqfxError:  # a prefix that does not even stand
+            return True
+
+    def _again(self, guilty: Application, culprit: Culprit, count: int) -> str:
+        words = f" ({guilty.what})" if guilty.what else ""
+        call = f"error_after(program, step, ctx, fuel={culprit.number}, float64={self.twin})"
+        return (
+            f"application {culprit.number} of {count}{words}, found in {culprit.runs} runs of the pass\n"
+            f"  see it again: from dmqfx.checking.verify import error_after; {call}"
+        )
+
+
+def _verify(program: Program, step: Pass, ctx: PassContext, after: Program | None, float64: bool) -> Verdict:
+    trials = _trials(program, step, ctx, float64)
+    if after is None:
+        after, journal = _run(step, program, ctx, None)
+        ctx = replace(ctx, journal=journal)
+    for broken in broken_claims(after):
+        raise _refute_claim(step, broken, ctx.journal)
+    findings = []
+    for trial in trials:
+        finding, applied = replace(trial, ctx=ctx).look(after=after if trial.program is program else None)
+        if finding.wrong:
+            raise trial.refute(finding, applied)
+        findings.append(finding)
+    for broken in contradictions(program, after, ctx):
+        raise _refute_claim(step, broken, ctx.journal)
+    first = findings[0]
+    return Verdict(
+        step.name(), step.preserves, first.limit, first.error, sum(len(t.judge.probes) for t in trials)
+    )
+
+
+def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> list[_Trial]:
+    """The programs to look at and their judges, the float64 twin first (last for a lossy pass)."""
+    if step.preserves is Preserves.LOSSY:
+        judge = Signal(program, _rows(program, ctx), _floor(ctx))
+        lossy = [_Trial(program, step, ctx, judge, False)]
+        return lossy + [_twin(program, step, ctx, Planlike)] * (float64 and QDQ in step.provides)
+    if step.preserves is Preserves.BITWISE:
+        return [_trial(program, step, ctx, Equal)]
+    kind = SameCodes if QDQ in program.facts else Close
+    own = _trial(program, step, ctx, kind)
+    return [_twin(program, step, ctx, kind), own] if float64 and program.dtype != torch.float64 else [own]
+
+
+def _trial(
+    program: Program, step: Pass, ctx: PassContext, kind: Callable[..., Judge], twin: bool = False
+) -> _Trial:
+    probed = strong(program, ctx.generator())
+    return _Trial(probed, step, ctx, kind(probed, draw(probed, ctx.generator())), twin)
+
+
+def _twin(program: Program, step: Pass, ctx: PassContext, kind: Callable[..., Judge]) -> _Trial:
+    return _trial(program.astype(torch.float64), step, ctx, kind, True)
+
+
+def _rows(program: Program, ctx: PassContext) -> list[dict[str, Tensor]]:
+    """A few calibration rows, or probes where there is no calibration."""
+    if ctx.calibration is None:
+        return draw(program, ctx.generator())
+    rows = ctx.calibration.select(_SIGNAL_ROWS, ctx.generator()).batches(_SIGNAL_ROWS, dtype=program.dtype)
+    return [{name: value.to(program.device) for name, value in batch.items()} for batch in rows]
+
+
+def _floor(ctx: PassContext) -> float | None:
+    """The least SQNR in dB that the policy expects; on probes, which no range was made for, there is none."""
+    return ctx.policy.expect.sqnr_db if ctx.policy is not None and ctx.calibration is not None else None
+
+
+def _run(step: Pass, program: Program, ctx: PassContext, fuel: int | None) -> tuple[Program, Journal]:
+    journal = Journal(fuel=fuel)
+    after = step.run(program, replace(ctx, journal=journal))
+    after = replace(after, facts=(program.facts - step.clears) | step.provides)
+    check_structure(after, step.name(), program, facts=fuel is None)
+    return after, journal
+
+
+def _error(
+    step: Pass, what: str, finding: Finding, rule: str, address: str, fuel: int | None, mend: str
+) -> VerifyError:
+    return VerifyError(
+        what,
+        step=step.name(),
+        rule=rule,
+        address=address,
+        error=finding.error,
+        limit=finding.limit,
+        fuel=fuel,
+        mend=mend,
+    )
+
+
+def _refute_claim(step: Pass, broken: Broken, journal: Journal) -> VerifyError:
+    rule = next((a.rule for a in journal.applied if a.at == broken.site.at), "")
+    return VerifyError(
+        f"{broken.kind} of {broken.site}: {broken.reason}",
+        step=step.name(),
+        rule=rule,
+        address=str(broken.site.at),
+    )
+
+
+def _fingerprint(program: Program) -> tuple[object, ...]:
+    """What changes if a graph or a weight is edited in place."""
+    sums = ((name, float(value.sum(dtype=torch.float64))) for name, value in program.weights().items())
+    return (program.gm.code, *sums)

@@ -1,0 +1,110 @@
+"""compile: from a diffusers UNet and a policy to a drop-in quantized UNet. The whole way in one function."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.checking.verify import checking
+from dmqfx.errors import PipelineError
+from dmqfx.frontend.capture import capture
+from dmqfx.frontend.signature import UNet
+from dmqfx.graph import registry
+from dmqfx.graph.facts import CALIBRATED
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
+from dmqfx.policy.policy import Policy
+from dmqfx.runtime import targets
+from dmqfx.runtime.unet import CompiledUNet
+from dmqfx.seeing.report import Report
+from dmqfx.storage.provenance import provenance
+
+MEASURED_ROWS = 16
+
+
+class QualityWarning(UserWarning):
+    """The compiled UNet misses a floor that its policy expects."""
+
+
+def compile(
+    unet: UNet,
+    policy: str | PathLike[str] | Mapping[str, object] | Policy = "w4a8",
+    *,
+    calibration: Calibration | None = None,
+    target: str = "auto",
+    overrides: Sequence[str] = (),
+    verify: bool = False,
+    seed: int = 0,
+    progress: bool | None = None,
+    report_rows: int = MEASURED_ROWS,
+) -> CompiledUNet:
+    """Quantize a diffusers UNet by a policy; the result goes where the UNet went (`pipe.unet = q`).
+
+    The UNet is not changed. `policy` is a shipped name (with or without .yaml), a path, a dict or a Policy;
+    `overrides` are `a.b=c` strings. Without `calibration`, trajectories are made from the model itself.
+    `verify` checks every pass as it runs. `target` says what the layers run as, see `TARGETS`.
+
+    Units: seed starts every generator; the report measures SQNR on report_rows calibration rows (0: none).
+    Raises: PolicyError, CaptureError, CalibrationError, PipelineError; VerifyError if `verify` finds a
+        wrong pass.
+    Example:
+        >>> from dmqfx import emoji
+        >>> q = compile(emoji.load_unet(), "w8a16", report_rows=0)
+        >>> q.report.layer("mid_block.resnets.0.conv1/conv2d").got("weight")
+        8
+    """
+    bars = sys.stderr.isatty() if progress is None else progress
+    lowered = targets.resolve(target)
+    chosen = Policy.load(policy, overrides, check_step=registry.problem_with)
+    data = calibration
+    if data is None and (report_rows or needs_calibration(chosen)):
+        data = Calibration.synthesize(unet, seed=seed, progress=bars)
+    before = capture(unet, residuals=data is not None and has_residuals(data))
+    if data is not None:
+        data.check(before.inputs)
+    ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data))
+    after = quantize(before, ctx, verify=verify)
+    report = Report.measure(before, after, data, rows=report_rows, progress=bars)
+    for miss in report.misses(chosen.expect) if report_rows else ():
+        warnings.warn(miss, QualityWarning, stacklevel=2)
+    origin = {
+        **provenance(before),
+        "seed": seed,
+        "calibration": data.describe() if data is not None else None,
+    }
+    return CompiledUNet(
+        after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
+    )
+
+
+def quantize(program: Program, ctx: PassContext, *, verify: bool = False) -> Program:
+    """Run the policy's pipeline on a captured program.
+
+    Raises: PipelineError, PolicyError, CalibrationError; VerifyError if `verify` finds a wrong pass.
+    """
+    if ctx.policy is None:
+        raise PipelineError("quantize needs a policy in its context: PassContext(policy=Policy.load('w4a8'))")
+    steps = registry.pipeline((step.name, step.keywords()) for step in ctx.policy.pipeline)
+    providers = tuple(registry.passes().values())
+    return steps.run(program, ctx, providers=providers, observe=checking() if verify else None)
+
+
+def needs_calibration(policy: Policy) -> bool:
+    """Whether a pass of the policy streams calibration data."""
+    return any(CALIBRATED in registry.passes()[step.name].provides for step in policy.pipeline)
+
+
+def has_residuals(calibration: Calibration) -> bool:
+    """Whether some call carried a ControlNet's residuals."""
+    return any("mid_residual" in group.columns for group in calibration.groups)
+
+
+def train_timesteps(unet: UNet, calibration: Calibration | None) -> int:
+    """The number of timesteps that the schedule was trained with, as far as anybody says; 1000 otherwise."""
+    origins = calibration.origins if calibration is not None else ()
+    said = [origin.scheduler_config.get("num_train_timesteps") for origin in origins]
+    said.append(unet.config.get("num_train_timesteps"))
+    return next((int(number) for number in said if isinstance(number, int) and number > 0), 1000)

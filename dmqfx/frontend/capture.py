@@ -1,0 +1,238 @@
+"""Capture: a diffusers UNet becomes a Program by torch.export of a canonical wrapper."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.export import Dim, ExportedProgram, export
+
+from dmqfx.errors import CaptureError
+from dmqfx.frontend import exported
+from dmqfx.frontend.exclusions import is_foreign, refuse
+from dmqfx.frontend.signature import UNet, rounded_up, signature
+from dmqfx.graph import program
+from dmqfx.graph.address import Address
+from dmqfx.graph.program import Input, InputSpec, Program
+
+__all__ = ["capture"]
+
+_log = logging.getLogger(__name__)
+_PREFIX = "unet."
+_ADDED = ("text_embeds", "time_ids", "image_embeds", "hint")
+
+
+def capture(unet: UNet, *, residuals: bool = False) -> Program:
+    """The program of a UNet in evaluation mode, over its own weight tensors; the UNet is left as it was.
+
+    With `residuals` the program also takes ControlNet's. Batch, latent size and context length are free.
+
+    Raises: CaptureError for a module that is not a supported UNet or that holds what cannot be exported.
+    Example:
+        >>> levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        >>> unet = UNet2DModel(block_out_channels=(8,), norm_num_groups=2, sample_size=8, **levels)
+        >>> program = capture(unet)
+        >>> program(sample=torch.zeros(3, 3, 10, 6), timestep=torch.tensor([0.0, 10.0, 20.0])).shape
+        torch.Size([3, 3, 10, 6])
+        >>> print(next(program.calls("conv2d")).meta["address"])
+        conv_in/conv2d
+    """
+    refuse(unet)
+    started = time.perf_counter()
+    spec = signature(unet, residuals=residuals)
+    with _evaluating(unet), torch.no_grad():
+        if isinstance(unet, UNet2DConditionModel):
+            spec, found = _export_any_size(unet, spec)
+        else:
+            found = _export(unet, spec)
+        graph, weights = _read(found, spec)
+        if is_foreign(unet):
+            _refuse_if_sizes_matter(graph, _read(_export(unet, spec, larger=7), spec)[0])
+    result = _program(graph, weights, spec)
+    _log.info(
+        "captured %s  %d operations  %.1f s",
+        spec.root,
+        len(list(result.calls())),
+        time.perf_counter() - started,
+    )
+    return result
+
+
+def _read(found: ExportedProgram, spec: InputSpec) -> tuple[fx.Graph, dict[str, Tensor]]:
+    return exported.read(found, tuple(i.name for i in spec.inputs), _PREFIX)
+
+
+def _program(graph: fx.Graph, weights: Mapping[str, Tensor], spec: InputSpec) -> Program:
+    taken = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
+    spec = replace(spec, inputs=tuple(i for i in spec.inputs if i.name in taken))
+    results = next(iter(reversed(graph.nodes))).args[0]
+    if isinstance(results, tuple):
+        names = (*(f"down_residual_{k}" for k in range(len(results) - 1)), "mid_residual")
+        spec = replace(spec, outputs=names)
+    gm = program.build(graph, weights)
+    if any(i.optional for i in spec.inputs):
+        roomy = replace(spec, sizes={**spec.sizes, "H": 1024, "W": 1536})  # ten halvings can be told apart
+        program.propagate(gm, roomy)
+        spec = replace(spec, inputs=tuple(_seen(i, gm, roomy) if i.optional else i for i in spec.inputs))
+    program.propagate(gm, spec)
+    return Program(gm, spec)
+
+
+def _seen(residual: Input, gm: fx.GraphModule, spec: InputSpec) -> Input:
+    """A residual with the sizes of what it is added to: the latent's, over a power of two."""
+    placeholder = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.target == residual.name)
+    _, channels, height, width = next(iter(placeholder.users)).meta["val"].shape
+    fits = (
+        d
+        for d in (2**k for k in range(16))
+        if (-(-spec.sizes["H"] // d), -(-spec.sizes["W"] // d)) == (height, width)
+    )
+    divisor = next(fits, None)
+    if divisor is None:
+        raise CaptureError(
+            f"{residual.name} is {height} x {width}, which is not the latent's size over a power of two",
+            mend="capture without residuals=True",
+        )
+    halved = f"/{divisor}" if divisor > 1 else ""
+    return replace(residual, dims=("B", channels, f"H{halved}", f"W{halved}"))
+
+
+class _Canonical(nn.Module):
+    """A UNet that takes its inputs as a flat list of tensors and returns a flat list of tensors."""
+
+    def __init__(self, unet: UNet, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.unet = unet
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.names, tensors, strict=True))
+        if self.unet.config.get("time_embedding_type") == "learned":
+            given["timestep"] = given["timestep"].long()
+        arguments: dict[str, object] = {
+            k: given[k] for k in ("sample", "timestep", "class_labels") if k in given
+        }
+        if not isinstance(self.unet, UNet2DModel):
+            arguments["encoder_hidden_states"] = given.get("encoder_hidden_states")
+            arguments["added_cond_kwargs"] = {k: given[k] for k in _ADDED if k in given}
+            optional = ("timestep_cond", "controlnet_cond", "conditioning_scale")
+            arguments.update({k: given[k] for k in optional if k in given})
+        if "mid_residual" in given:
+            arguments["down_block_additional_residuals"] = tuple(
+                given[k] for k in given if k.startswith("down_residual_")
+            )
+            arguments["mid_block_additional_residual"] = given["mid_residual"]
+        first, *rest = self.unet(**arguments, return_dict=False)
+        return (*first, *rest) if isinstance(first, (list, tuple)) else (first,)
+
+
+def _export_any_size(unet: UNet2DConditionModel, spec: InputSpec) -> tuple[InputSpec, ExportedProgram]:
+    """Odd sizes first: that branch of diffusers names every upsampled size, so its graph serves all sizes."""
+    upsamplers = (u for block in unet.up_blocks for u in getattr(block, "upsamplers", None) or ())
+    if all(isinstance(upsampler, Upsample2D) for upsampler in upsamplers):
+        try:
+            return spec, _export(unet, spec)
+        except CaptureError as odd:
+            _log.info("trying sizes that halve evenly, because %s", odd)
+    multiple = 2 ** (len(unet.config.block_out_channels) - 1)
+    spec = replace(spec, multiple_of=multiple, sizes=rounded_up(spec.sizes, multiple))
+    return spec, _export(unet, spec)
+
+
+def _export(unet: UNet, spec: InputSpec, *, larger: int = 1) -> ExportedProgram:
+    examples, dims = _examples(unet, spec, larger)
+    wrapper = _Canonical(unet, tuple(i.name for i in spec.inputs)).eval()
+    try:
+        return export(wrapper, examples, dynamic_shapes=(dims,), strict=False)
+    except Exception as error:  # whatever export meets, the user gets one kind of error with a place
+        address, operator = _place(error, unet)
+        raise CaptureError(
+            f"torch.export: {_gist(error)}",
+            address=address,
+            operator=operator,
+            mend="replace this module or its attention processor by one that torch.export accepts",
+        ) from error
+
+
+def _examples(
+    unet: UNet, spec: InputSpec, larger: int
+) -> tuple[tuple[Tensor, ...], tuple[dict[int, object], ...]]:
+    """Tensors of sizes that are never 1 and all different, so that export ties them to nothing."""
+    step = 2 ** (len(unet.config.block_out_channels) - 1)
+    height, width = (4 * step, 6 * step) if spec.multiple_of > 1 else (9 * step // 2, 11 * step // 2)
+    sizes = {**spec.sizes, "B": 2 + larger, "T": 7 * larger, "H": height * larger, "W": width * larger}
+    examples = tuple(torch.ones(i.shape(sizes), dtype=i.dtype, device=unet.device) for i in spec.inputs)
+    dims = tuple(
+        {k: Dim.DYNAMIC for k, dim in enumerate(i.dims) if isinstance(dim, str)} for i in spec.inputs
+    )
+    return examples, dims
+
+
+@contextmanager
+def _evaluating(unet: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode it had."""
+    modes = [(module, module.training) for module in unet.modules()]
+    unet.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _place(error: BaseException, unet: nn.Module) -> tuple[str, str]:
+    """The deepest module and operator that were running when an error was raised."""
+    names = {id(module): name for name, module in unet.named_modules()}
+    address, operator, seen = "", "", set[int]()
+    causes: list[BaseException | None] = [error]
+    while causes:
+        cause = causes.pop()
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        causes += [cause.__context__, cause.__cause__]
+        trace = cause.__traceback__
+        while trace is not None:
+            local = trace.tb_frame.f_locals
+            address = names.get(id(local.get("self")), "") or address
+            operator = str(local["func"]) if isinstance(local.get("func"), OpOverload) else operator
+            trace = trace.tb_next
+    return address, operator
+
+
+def _gist(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
+
+
+def _refuse_if_sizes_matter(small: fx.Graph, large: fx.Graph) -> None:
+    """Two captures of foreign code must be one graph: a branch on sizes would be decided once and for all."""
+    one, other = (
+        {_written(n): n for n in graph.nodes if n.op == "call_function"} for graph in (small, large)
+    )
+    differing = [
+        node
+        for node in (*other.values(), *one.values())
+        if (_written(node) in one) != (_written(node) in other)
+    ]
+    if differing:
+        at: Address = differing[0].meta["address"]
+        raise CaptureError(
+            "computes something else at larger sizes",
+            address=at.path,
+            operator=at.op,
+            mend="make the module do the same at every batch, height, width and context length",
+        )
+
+
+def _written(node: fx.Node) -> str:
+    """A call with its values named by where they come from."""
+    return f"{program.label(node)} {node.target} {fx.node.map_arg((node.args, node.kwargs), program.label)}"

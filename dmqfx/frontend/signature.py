@@ -1,0 +1,130 @@
+"""What a diffusers UNet takes, read from its configuration: one flat, named list of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import TypeAlias
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+
+from dmqfx.graph.program import Dim, Input, InputSpec
+
+UNet: TypeAlias = UNet2DModel | UNet2DConditionModel | ControlNetModel
+SUPPORTED = (UNet2DModel, UNet2DConditionModel, ControlNetModel)
+
+
+def signature(unet: UNet, *, residuals: bool = False) -> InputSpec:
+    """The inputs that this configuration can read, at batch 2 and the latent size it was trained at.
+
+    Residuals are listed with dims of 1; their real sizes are seen once there is a graph.
+    """
+    inputs = [*_common(unet), *_labels(unet), *_added(unet)]
+    if isinstance(unet, ControlNetModel):
+        inputs += _control(unet)
+    if residuals and isinstance(unet, UNet2DConditionModel):
+        names = [f"down_residual_{k}" for k in range(_skips(unet))] + ["mid_residual"]
+        inputs += [Input(name, (1, 1, 1, 1), "residual", unet.dtype) for name in names]
+    root = next(supported.__name__ for supported in SUPPORTED if isinstance(unet, supported))
+    return InputSpec(root, tuple(inputs), _sizes(unet), multiple_of(unet))
+
+
+def multiple_of(unet: UNet) -> int:
+    """What height and width must be multiples of: an unconditional UNet cannot double back to an odd size."""
+    return 2 ** (len(unet.config.block_out_channels) - 1) if isinstance(unet, UNet2DModel) else 1
+
+
+def rounded_up(sizes: Mapping[str, int], multiple: int) -> Mapping[str, int]:
+    """Sizes whose height and width are the next multiples."""
+    return {**sizes, **{side: -(-sizes[side] // multiple) * multiple for side in "HW"}}
+
+
+def _common(unet: UNet) -> Iterator[Input]:
+    config, dtype = unet.config, unet.dtype
+    hint = (
+        4 if config.get("addition_embed_type") == "image_hint" else 0
+    )  # the hint's four channels join the sample
+    yield Input("sample", ("B", config.in_channels - hint, "H", "W"), "normal", dtype)
+    yield Input("timestep", ("B",), "timestep")
+    if config.get("time_cond_proj_dim") is not None:
+        yield Input("timestep_cond", ("B", config.time_cond_proj_dim), "normal", dtype)
+    if not isinstance(unet, UNet2DModel) and config.encoder_hid_dim_type != "image_proj":
+        yield Input("encoder_hidden_states", ("B", "T", _context(unet)), "normal", dtype)
+
+
+def _context(unet: UNet) -> int:
+    """Channels of the text context that a caller passes."""
+    config = unet.config
+    width = config.cross_attention_dim if config.encoder_hid_dim_type is None else config.encoder_hid_dim
+    return int(width if isinstance(width, int) else width[0])
+
+
+def _labels(unet: UNet) -> Iterator[Input]:
+    config, dtype = unet.config, unet.dtype
+    if unet.class_embedding is None:
+        return
+    embedded = unet.time_embedding.linear_2.out_features
+    classes = config.num_class_embeds or config.get("num_train_timesteps") or 1
+    match config.class_embed_type:
+        case None:
+            yield Input("class_labels", ("B",), "label", torch.int64, classes)
+        case "timestep" if config.get("time_embedding_type") == "learned":
+            yield Input("class_labels", ("B",), "label", torch.int64, config.num_train_timesteps)
+        case "timestep":
+            yield Input("class_labels", ("B",), "size")
+        case "identity":
+            yield Input("class_labels", ("B", embedded), "normal", dtype)
+        case _:
+            yield Input("class_labels", ("B", config.projection_class_embeddings_input_dim), "normal", dtype)
+
+
+def _added(unet: UNet) -> Iterator[Input]:
+    """What diffusers takes inside `added_cond_kwargs`."""
+    config, dtype = unet.config, unet.dtype
+    kind, context = config.get("addition_embed_type"), config.get("encoder_hid_dim_type")
+    if kind == "text_time":
+        yield Input("text_embeds", ("B", "E"), "normal", dtype)
+        yield Input("time_ids", ("B", "I"), "size")
+    if kind == "text_image":
+        yield Input("text_embeds", ("B", config.cross_attention_dim), "normal", dtype)
+    if kind == "text_image" or context == "text_image_proj":
+        yield Input("image_embeds", ("B", config.cross_attention_dim), "normal", dtype)
+    elif kind in ("image", "image_hint") or context == "image_proj":
+        yield Input("image_embeds", ("B", config.encoder_hid_dim), "normal", dtype)
+    if kind == "image_hint":
+        yield Input("hint", ("B", 3, "H*8", "W*8"), "normal", dtype)
+
+
+def _control(unet: ControlNetModel) -> Iterator[Input]:
+    config = unet.config
+    halvings = len(config.conditioning_embedding_out_channels) - 1
+    dims: tuple[Dim, ...] = ("B", config.conditioning_channels, f"H*{2**halvings}", f"W*{2**halvings}")
+    yield Input("controlnet_cond", dims, "normal", unet.dtype)
+    yield Input("conditioning_scale", (), "normal")
+
+
+def _skips(unet: UNet2DConditionModel) -> int:
+    """At most so many skip connections leave the encoder."""
+    parts = (chain(block.resnets, getattr(block, "downsamplers", None) or ()) for block in unet.down_blocks)
+    return 1 + sum(1 for _ in chain.from_iterable(parts))
+
+
+def _sizes(unet: UNet) -> Mapping[str, int]:
+    config = unet.config
+    size = config.get("sample_size") or 32
+    height, width = (size, size) if isinstance(size, int) else size
+    sizes = dict(rounded_up({"B": 2, "H": int(height), "W": int(width)}, multiple_of(unet)))
+    if not isinstance(unet, UNet2DModel) and config.encoder_hid_dim_type != "image_proj":
+        sizes["T"] = 77 if _context(unet) >= 512 else 8
+    if config.get("addition_embed_type") == "text_time":
+        sizes.update(_pooled(config.projection_class_embeddings_input_dim, config.addition_time_embed_dim))
+    return sizes
+
+
+def _pooled(total: int, each: int) -> Mapping[str, int]:
+    """Width of the pooled text, and number of size ids: six, but five beside the refiner's 1280 channels."""
+    ids = 5 if total - 5 * each == 1280 else 6
+    while ids > 1 and total - ids * each <= 0:
+        ids -= 1
+    return {"E": total - ids * each, "I": ids}

@@ -1,0 +1,1 @@
+"""The graph side: programs, addresses, the table, patterns, the Rewriter, the pipeline."""

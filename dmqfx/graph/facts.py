@@ -1,0 +1,86 @@
+"""Facts: what is known to hold of a program. Passes require, provide and clear them; each can be checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dmqfx.graph.program import Program
+
+__all__ = [
+    "CALIBRATED",
+    "CANONICAL",
+    "FLAGGED",
+    "INTEGER",
+    "LEARNED",
+    "OBSERVED",
+    "PAIRED",
+    "PLANNED",
+    "QDQ",
+    "ROUNDED",
+    "SCALED",
+    "Fact",
+]
+
+
+def _always(program: Program) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A named property of a program; `broken` returns what contradicts it, or None while it holds."""
+
+    name: str
+    meaning: str = field(compare=False)
+    broken: Callable[[Program], str | None] = field(default=_always, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _not_canonical(program: Program) -> str | None:
+    noise = next(program.calls("dropout", "_assert_tensor_metadata", "_assert_scalar"), None)
+    return f"{noise.meta['address']} is still there" if noise is not None else None
+
+
+def _no_observer(program: Program) -> str | None:
+    return (
+        None
+        if any(n.op == "call_module" for n in program.graph.nodes)
+        else "there is no observer in the graph"
+    )
+
+
+def _no_dequantize(program: Program) -> str | None:
+    from dmqfx.graph.table import Planned
+
+    asked = any(planned.spec is not None for planned in program.table.of(Planned).values())
+    there = any(program.calls("dequantize"))
+    return "sites are planned, but the graph has no dequantize" if asked and not there else None
+
+
+def _has(kind: str) -> Callable[[Program], str | None]:
+    def missing(program: Program) -> str | None:
+        from dmqfx.graph import table
+
+        asked = any(planned.spec is not None for planned in program.table.of(table.Planned).values())
+        empty = not program.table.of(getattr(table, kind))
+        return f"sites are planned, but the table has no {kind}" if asked and empty else None
+
+    return missing
+
+
+CANONICAL = Fact("canonical", "no evaluation-time no-op, schema-ordered arguments", _not_canonical)
+FLAGGED = Fact("flagged", "decoder concatenations of long skips are in the table")
+PLANNED = Fact("planned", "every quantizable site has its spec, or float, from the policy")
+OBSERVED = Fact("observed", "identity observers stand at the planned activation sites", _no_observer)
+CALIBRATED = Fact("calibrated", "planned activation sites have their ranges in the table")
+PAIRED = Fact("paired", "layers that share an input share one equivalent scale")
+LEARNED = Fact("learned", "pairs have their equivalent scale in the table")
+SCALED = Fact("scaled", "x / gamma stands before scaled layers and gamma in their weights")
+ROUNDED = Fact("rounded", "planned weights have their integer codes in the table")
+QDQ = Fact("qdq", "planned sites are quantized and dequantized in the graph", _no_dequantize)
+INTEGER = Fact("integer", "the graph was lowered for a target")

@@ -1,0 +1,194 @@
+"""Passes and the pipeline that runs them: checks the order, checks each result, keeps the log."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from dmqfx.errors import PipelineError, RewriteError
+from dmqfx.graph.facts import Fact
+from dmqfx.graph.journal import Journal, PassRecord
+from dmqfx.graph.program import Program, label
+
+if TYPE_CHECKING:
+    from dmqfx.calibration.calibration import Calibration
+    from dmqfx.policy.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+
+class Preserves(enum.Enum):
+    """What a pass promises about the program's output. There is no default: the author must say."""
+
+    BITWISE = "bitwise"
+    EXACT = "exact"
+    LOSSY = "lossy"
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may read besides the program.
+
+    Units: seed starts every generator; fuel is the number of applications still allowed (None: no limit).
+    """
+
+    policy: Policy | None = None
+    calibration: Calibration | None = None
+    seed: int = 0
+    progress: bool = False
+    train_timesteps: int = 1000
+    journal: Journal = field(default_factory=Journal)
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator from the seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A frozen value that maps a program to a program; its fields are its options.
+
+    `preserves` must be declared by every concrete pass: the class is refused without it.
+    """
+
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    clears: ClassVar[frozenset[Fact]] = frozenset()
+    preserves: ClassVar[Preserves]
+
+    @abstractmethod
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """The rewritten program; the given one is not touched."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The pass's name in policies: the class name in kebab case."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+
+
+Observe = Callable[[Pass, Program, Program, PassContext], float | None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An order of passes. Never re-sorted, nothing inserted: a wrong order is refused with a hint.
+
+    Example:
+        >>> Pipeline(()).run.__name__
+        'run'
+    """
+
+    steps: tuple[Pass, ...]
+
+    def check(self, program: Program, providers: Sequence[type[Pass]] = ()) -> None:
+        """Refuse an order in which a pass lacks what it requires, before anything runs.
+
+        Raises: PipelineError naming the step, the fact and the pass that would help.
+        """
+        known = set(program.facts)
+        for k, step in enumerate(self.steps, 1):
+            if not hasattr(step, "preserves"):
+                raise PipelineError(
+                    f"step {k}, {step.name()}, does not declare what it preserves (BITWISE, EXACT or LOSSY)"
+                )
+            for fact in sorted(step.requires - known, key=str):
+                raise PipelineError(
+                    f"step {k}, {step.name()}, requires {fact.name!r} ({fact.meaning}); {_hint(fact, self.steps, k, providers)}"
+                )
+            known = (known - step.clears) | step.provides
+
+    def run(
+        self,
+        program: Program,
+        ctx: PassContext,
+        *,
+        providers: Sequence[type[Pass]] = (),
+        observe: Observe | None = None,
+    ) -> Program:
+        """Run every pass on a fork, check its result and append to the log.
+
+        `observe(step, before, after, ctx)` may verify a step; what it returns is recorded as the drift.
+        Raises: PipelineError for a wrong order; RewriteError when a pass breaks a structural rule.
+        """
+        self.check(program, providers)
+        for step in self.steps:
+            program = run_step(step, program, ctx, observe)
+        return program
+
+
+def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | None = None) -> Program:
+    """One pass on one program: run, structural checks, facts, log.
+
+    Raises: RewriteError when the pass breaks a structural rule.
+    """
+    started = time.perf_counter()
+    local = replace(ctx, journal=Journal(fuel=ctx.journal.fuel))
+    after = step.run(program, local)
+    after = replace(after, facts=(program.facts - step.clears) | step.provides)
+    check_structure(after, step.name(), program, facts=local.journal.fuel is None)
+    seconds = time.perf_counter() - started
+    drift = observe(step, program, after, local) if observe is not None else None
+    journal = local.journal
+    record = PassRecord(
+        step.name(), step.preserves.value, tuple(journal.applied), tuple(journal.refused), seconds, drift
+    )
+    logger.info("%s", record)
+    return replace(after, log=(*program.log, record))
+
+
+def check_structure(
+    program: Program, step: str, before: Program | None = None, *, facts: bool = True
+) -> None:
+    """What must hold after every pass: lint, unique addresses, live table sites, output shapes, facts.
+
+    Raises: RewriteError naming the pass and the address.
+    """
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        raise RewriteError(f"{step} left a broken graph: {str(error).splitlines()[0]}") from error
+    seen: set[object] = set()
+    for node in program.graph.nodes:
+        if node.op not in ("call_function", "call_module"):
+            continue
+        address = node.meta.get("address")
+        if address is None:
+            raise RewriteError(f"{step} left {node.name} without an address; make nodes through the Rewriter")
+        if address in seen:
+            raise RewriteError(f"{step} left two operations at {address}")
+        if "val" not in node.meta:
+            raise RewriteError(f"{step} left {address} without a fake value; make nodes through the Rewriter")
+        seen.add(address)
+    for site in program.table.sites():
+        if site.at not in seen:
+            raise RewriteError(f"{step} left a table entry for {site}, but that operation is gone")
+    if before is not None and _shapes(program) != _shapes(before):
+        raise RewriteError(f"{step} changed the outputs from {_shapes(before)} to {_shapes(program)}")
+    for fact in program.facts if facts else ():
+        if why := fact.broken(program):
+            raise RewriteError(f"after {step} the fact {fact.name!r} ({fact.meaning}) does not hold: {why}")
+
+
+def _shapes(program: Program) -> list[tuple[str, str]]:
+    output = next(iter(reversed(program.graph.nodes)))
+    values = [n.meta["val"] for n in output.all_input_nodes]
+    return [
+        (str(tuple(v.shape)), str(v.dtype)) if isinstance(v, Tensor) else (label(output), "") for v in values
+    ]
+
+
+def _hint(fact: Fact, steps: Sequence[Pass], k: int, providers: Sequence[type[Pass]]) -> str:
+    later = next((s.name() for s in steps[k:] if fact in s.provides), None)
+    if later:
+        return f"move {later} before it"
+    helpful = [cls.name() for cls in providers if fact in cls.provides]
+    return f"put {' or '.join(helpful)} before it" if helpful else "no known pass provides it"

@@ -1,0 +1,99 @@
+"""Passes by name, found through the entry-point group `dmqfx.passes`: the built-in ones use the same door as yours."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import typing
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+
+from dmqfx.errors import PassNotFoundError
+from dmqfx.graph.pipeline import Pass, Pipeline
+
+GROUP = "dmqfx.passes"
+logger = logging.getLogger(__name__)
+
+
+@cache
+def passes() -> Mapping[str, type[Pass]]:
+    """Every installed pass by its YAML name; an entry point that does not lead to a Pass is left out with a warning."""
+    found: dict[str, type[Pass]] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        try:
+            cls = point.load()
+        except (ImportError, AttributeError) as error:
+            logger.warning("pass %s (%s) cannot be loaded: %s", point.name, point.value, error)
+            continue
+        if isinstance(cls, type) and issubclass(cls, Pass):
+            found[point.name] = cls
+        else:
+            logger.warning("entry point %s = %s is not a subclass of dmqfx.Pass", point.name, point.value)
+    return found
+
+
+def create(name: str, options: Mapping[str, object] | None = None) -> Pass:
+    """A pass from its name and options.
+
+    Raises: PassNotFoundError for an unknown name or option, or a value of the wrong type, with the nearest legal word.
+    """
+    problem = problem_with(name, options or {})
+    if problem:
+        raise PassNotFoundError(problem)
+    return passes()[name](**(options or {}))
+
+
+def problem_with(name: str, options: Mapping[str, object]) -> str | None:
+    """What is wrong with a step of a policy's pipeline, or None."""
+    known = passes()
+    if name not in known:
+        return f"there is no pass {name!r}; {_nearest(name, list(known))}"
+    fields = {field.name: field for field in dataclasses.fields(known[name])}
+    hints = typing.get_type_hints(known[name])
+    for option, value in options.items():
+        if option not in fields:
+            return f"{name} has no option {option!r}; {_nearest(option, list(fields))}"
+        if not _fits(value, hints[option]):
+            return f"{name}: option {option} must be {_words(hints[option])}, not {value!r}"
+    try:
+        known[name](**options)
+    except (TypeError, ValueError) as error:
+        return f"{name}: {error}"
+    return None
+
+
+def pipeline(steps: typing.Iterable[tuple[str, Mapping[str, object]]]) -> Pipeline:
+    """A pipeline from (name, options) pairs.
+
+    Raises: PassNotFoundError as `create`.
+    """
+    return Pipeline(tuple(create(name, options) for name, options in steps))
+
+
+def _fits(value: object, hint: object) -> bool:
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(hint, type):
+        return isinstance(value, hint)
+    options = typing.get_args(hint)
+    return not options or any(_fits(value, option) for option in options)
+
+
+def _words(hint: object) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(
+        hint, str(hint)
+    )  # type: ignore[call-overload,no-any-return]  # hints are keys or not
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    listed = ", ".join(known) or "none"
+    return f"did you mean {near[0]!r}?" if near else f"known: {listed}"

@@ -1,0 +1,50 @@
+"""Which operations of a program have sites that can be quantized, and what feeds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import SkipConcat
+from dmqfx.policy.policy import KIND_OF_OPERATOR, Operation
+
+CHANNEL_AXIS = {"conv2d": 1, "linear": -1, "scaled_dot_product_attention": -1}
+"""The axis of an activation that counts channels, by operator."""
+
+
+def operations(program: Program) -> list[Operation]:
+    """What a policy can decide about: convolutions, linear layers and attention products, in execution order."""
+    skips = {site.at for site in program.table.of(SkipConcat)}
+    return [
+        Operation(node.meta["address"], KIND_OF_OPERATOR[ops.name(node)], _fed_by(node) in skips)
+        for node in program.calls(*KIND_OF_OPERATOR)
+    ]
+
+
+def readers(node: fx.Node) -> Iterator[tuple[fx.Node, str]]:
+    """The operations that read a node's value, with the schema name of the argument."""
+    for user in node.users:
+        if user.op == "call_function":
+            for arg, value in ops.args(user).items():
+                if value is node or (isinstance(value, (list, tuple)) and node in value):
+                    yield user, arg
+
+
+def channel_axis(program: Program, site: Site) -> int:
+    """The axis of the tensor at an activation site that counts channels: 1 for feature maps, -1 for tokens."""
+    return CHANNEL_AXIS[ops.name(program.node(site.at))]
+
+
+def is_weight(site: Site) -> bool:
+    """Whether a site is a weight, not an activation."""
+    return site.arg == "weight"
+
+
+def _fed_by(node: fx.Node) -> object:
+    """The address of what makes the input of an operation."""
+    source = ops.args(node).get("input")
+    return source.meta.get("address") if isinstance(source, fx.Node) else None

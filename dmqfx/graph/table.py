@@ -1,0 +1,146 @@
+"""The one home of what passes learn: an immutable, typed table from (site, kind of knowledge) to an entry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TypeVar
+
+from torch import Tensor
+
+from dmqfx.graph.address import Address, Site
+from dmqfx.numbers.quant import QParams, QuantSpec
+
+__all__ = ["ChannelScale", "Codes", "Entry", "LayerPair", "Planned", "Range", "SkipConcat", "Table"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the policy asks of a site: a spec, or None for float, and the name of the rule that decided."""
+
+    spec: QuantSpec | None
+    rule: str
+
+
+@dataclass(frozen=True, eq=False)
+class Range:
+    """What calibration saw at a site, per timestep group and channel.
+
+    Shapes: low, high [G, C] with C channels on `axis`; mean, variance [G, C] over all other dims; count [G] values
+    per channel (0 = no row fell in the group, whose numbers were then taken from the nearest group that has rows).
+    """
+
+    low: Tensor
+    high: Tensor
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+    axis: int
+    boundaries: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class SkipConcat:
+    """A decoder concatenation of the upward path and a long skip.
+
+    Units: `deep` and `skip` are channel counts, in the order of the concat when `skip_last`. `deep_variance` and
+    `skip_variance` are the variance over channels of the per-channel absolute maximum, divided by its squared mean;
+    nan until calibration has been seen. `uneven` arms are the ones that channel-wise scales are for.
+    """
+
+    deep: int
+    skip: int
+    skip_last: bool = True
+    deep_variance: float = float("nan")
+    skip_variance: float = float("nan")
+    uneven: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """Layers that read one tensor and therefore share one equivalent scale, and who could absorb it.
+
+    `readers` are the input sites that share the scale; `producer` is the site (an operation's argument, e.g. a group
+    norm's weight) into which 1/gamma can be folded exactly, or None with the `reason` why not.
+    """
+
+    readers: tuple[Site, ...]
+    producer: Address | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelScale:
+    """Equivalent scale of an input site: x / gamma goes in, W * gamma takes it back.
+
+    Shapes: gamma [C], positive. Source: DMQ eq. for LES (gamma here, tau in the paper); SmoothQuant eq. 4.
+    """
+
+    gamma: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Integer codes of a weight and their meaning.
+
+    Shapes: packed uint8 [ceil(numel * width / 8)] (width 4 for <= 4 bits, else 8); qparams.scale [1, O].
+    """
+
+    packed: Tensor
+    shape: tuple[int, ...]
+    qparams: QParams
+
+
+Entry = Planned | Range | SkipConcat | LayerPair | ChannelScale | Codes
+_Kind = TypeVar("_Kind", Planned, Range, SkipConcat, LayerPair, ChannelScale, Codes, QParams)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Immutable map (Site, kind) -> entry; `put` and `drop` return new tables that share the entries.
+
+    Example:
+        >>> site = Site.parse("conv_in/conv2d:weight")
+        >>> table = Table().put(site, Planned(None, "ends"))
+        >>> table.get(site, Planned).rule, Table().get(site, Planned)
+        ('ends', None)
+    """
+
+    _rows: Mapping[tuple[type, Site], object] = field(default_factory=lambda: MappingProxyType({}))
+
+    def get(self, site: Site, kind: type[_Kind]) -> _Kind | None:
+        """The entry of this kind at the site, or None."""
+        entry = self._rows.get((kind, site))
+        return entry if isinstance(entry, kind) else None
+
+    def of(self, kind: type[_Kind]) -> dict[Site, _Kind]:
+        """All entries of a kind, in the order in which they were first put."""
+        return {site: e for (k, site), e in self._rows.items() if k is kind and isinstance(e, kind)}
+
+    def put(self, site: Site, entry: Entry | QParams) -> Table:
+        """This table with one more (or one replaced) entry."""
+        return Table(MappingProxyType({**self._rows, (type(entry), site): entry}))
+
+    def put_all(self, entries: Mapping[Site, Entry | QParams]) -> Table:
+        """This table with many entries added or replaced."""
+        more = {(type(entry), site): entry for site, entry in entries.items()}
+        return Table(MappingProxyType({**self._rows, **more}))
+
+    def drop(self, kind: type) -> Table:
+        """This table without any entry of a kind."""
+        return Table(MappingProxyType({key: e for key, e in self._rows.items() if key[0] is not kind}))
+
+    def sites(self) -> list[Site]:
+        """Every site that has an entry of any kind, once each."""
+        return list(dict.fromkeys(site for _, site in self._rows))
+
+    def at(self, site: Site) -> tuple[object, ...]:
+        """All entries of one site."""
+        return tuple(e for (_, s), e in self._rows.items() if s == site)
+
+    def __iter__(self) -> Iterator[tuple[Site, object]]:
+        return ((site, entry) for (_, site), entry in self._rows.items())
+
+    def __len__(self) -> int:
+        return len(self._rows)

@@ -1,0 +1,265 @@
+"""A policy as a value: which bits each tensor of each operation gets, and which steps run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final, Literal
+
+from dmqfx.errors import PolicyError, Problem
+from dmqfx.globs import matcher
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.table import Planned
+from dmqfx.numbers.quant import QuantSpec
+from dmqfx.policy.idle import problem_with_idle
+from dmqfx.policy.setting import BUILT_IN, FLOAT, Default, PartialSpec, Setting
+
+__all__ = [
+    "BUILT_IN",
+    "FLOAT",
+    "KIND_OF_OPERATOR",
+    "OPERANDS",
+    "CheckStep",
+    "Default",
+    "Expect",
+    "Explanation",
+    "FedBy",
+    "Kind",
+    "Mark",
+    "Operation",
+    "Option",
+    "PartialSpec",
+    "Policy",
+    "Rule",
+    "Setting",
+    "Step",
+    "explain",
+    "resolve",
+]
+
+Kind = Literal["conv2d", "linear", "attention"]
+FedBy = Literal["skip_concat"]
+Scalar = bool | int | float | str | None
+Option = Scalar | tuple[Scalar, ...]
+CheckStep = Callable[[str, Mapping[str, object]], "str | None"]
+"""Says what is wrong with a step's name and options, or None."""
+
+KIND_OF_OPERATOR: Final[Mapping[str, Kind]] = MappingProxyType(
+    {"conv2d": "conv2d", "linear": "linear", "scaled_dot_product_attention": "attention"}
+)
+"""The operators that have sites, by the last part of their address."""
+OPERANDS: Final[Mapping[Kind, tuple[str, ...]]] = MappingProxyType(
+    {"conv2d": ("input", "weight"), "linear": ("input", "weight"), "attention": ("query", "key", "value")}
+)
+"""The arguments that are sites, by kind of operation."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where something was said.
+
+    Units: line and column count from 1; 0 means that it did not come from a file.
+    """
+
+    file: str = "<policy>"
+    line: int = 0
+    column: int = 0
+
+    def problem(self, message: str) -> Problem:
+        """A mistake at this place."""
+        return Problem(message, self.file, self.line, self.column)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation that has sites.
+
+    `fed_by_skip` says that its input is a decoder's concatenation with a long skip, as flag-skips found it.
+    """
+
+    address: Address
+    kind: Kind
+    fed_by_skip: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exception from the default: which operations (`at`, `kind` and `fed_by` must all hold) get what.
+
+    `at` holds globs and `re:` expressions of which one must match, () is any address; a setting of None
+    leaves that argument to others; `keep: float` in a file is both settings at once.
+    """
+
+    name: str
+    at: tuple[str, ...] = ()
+    kind: Kind | None = None
+    fed_by: FedBy | None = None
+    weight: Setting | None = None
+    input: Setting | None = None
+    optional: bool = False
+    mark: Mark = field(default=Mark(), compare=False, repr=False)
+
+    def selector(self) -> Callable[[Operation], bool]:
+        """The test of whether `at`, `kind` and `fed_by` all hold.
+
+        Raises: PolicyError for a pattern that is neither a glob nor a regular expression.
+        """
+        try:
+            patterns = [matcher(pattern) for pattern in self.at]
+        except ValueError as error:
+            raise PolicyError([self.mark.problem(f"rule {self.name!r}: {error}")]) from error
+
+        def holds(operation: Operation) -> bool:
+            if self.kind not in (None, operation.kind) or (self.fed_by and not operation.fed_by_skip):
+                return False
+            address = str(operation.address)
+            return not patterns or any(fits(address) for fits in patterns)
+
+        return holds
+
+    def asks(self, kind: Kind, arg: str) -> Setting | None:
+        """What this rule says about an argument of an operation it matches; None is nothing.
+
+        Attention operands stay float unless a rule says `kind: attention`: "all inputs" does not mean them.
+        """
+        if arg == "weight":
+            return self.weight
+        if kind == "attention" and self.kind != "attention" and self.input != FLOAT:
+            return None
+        return self.input
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of the pipeline: a pass by name, with its options in alphabetical order."""
+
+    name: str
+    options: tuple[tuple[str, Option], ...] = ()
+    mark: Mark = field(default=Mark(), compare=False, repr=False)
+
+    def keywords(self) -> dict[str, Option]:
+        """The options as keyword arguments of the pass."""
+        return dict(self.options)
+
+
+@dataclass(frozen=True)
+class Expect:
+    """What the result must reach.
+
+    Units: sqnr_db is the least signal-to-quantization-noise ratio of the output, in dB.
+    """
+
+    sqnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Bits and steps of one compilation, complete in itself: what it extends has been merged in.
+
+    Example:
+        >>> policy = Policy.load("w4a8", ["default.weight.bits=3"])
+        >>> policy.default.weight.bits, policy.default.input.bits
+        (3, 8)
+    """
+
+    name: str
+    default: Default
+    pipeline: tuple[Step, ...]
+    rules: tuple[Rule, ...] = ()
+    expect: Expect = Expect()
+    description: str = ""
+
+    @staticmethod
+    def load(
+        source: str | os.PathLike[str] | Mapping[str, object] | Policy,
+        overrides: Sequence[str] = (),
+        *,
+        check_step: CheckStep | None = None,
+    ) -> Policy:
+        """A policy from a shipped name (with or without .yaml), a path, a dict or a policy, then `a.b=c`s.
+
+        Raises: PolicyError with every mistake at once.
+        """
+        from dmqfx.policy.file import load_policy
+
+        return load_policy(source, overrides, check_step)
+
+    def __str__(self) -> str:
+        from dmqfx.policy.file import print_policy
+
+        return print_policy(self)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one site gets, the rule that decided, and the rules before it that asked in vain."""
+
+    site: Site
+    spec: QuantSpec | None
+    rule: str
+    overridden: tuple[str, ...] = ()
+
+
+def resolve(
+    policy: Policy, operations: Sequence[Operation], train_timesteps: int = 1000
+) -> dict[Site, Planned]:
+    """What the policy asks of every site, in the order of the operations.
+
+    Raises: PolicyError with every rule that matches nothing and is not optional.
+    """
+    found = explain(policy, operations, train_timesteps)
+    return {each.site: Planned(each.spec, each.rule) for each in found}
+
+
+def explain(
+    policy: Policy, operations: Sequence[Operation], train_timesteps: int = 1000
+) -> list[Explanation]:
+    """As `resolve`, with the rules that were overridden.
+
+    Raises: PolicyError with every rule that matches nothing and is not optional.
+    """
+    matched = [[op for op in operations if holds(op)] for holds in (rule.selector() for rule in policy.rules)]
+    problems = [
+        problem_with_idle(rule, operations, hits)
+        for rule, hits in zip(policy.rules, matched, strict=True)
+        if not rule.optional and not any(rule.asks(op.kind, arg) for op in hits for arg in OPERANDS[op.kind])
+    ]
+    if problems:
+        raise PolicyError(problems)
+    at: dict[Address, list[Rule]] = {op.address: [] for op in operations}
+    for rule, hits in zip(policy.rules, matched, strict=True):
+        for op in hits:
+            at[op.address].append(rule)
+    return [
+        _explain_site(policy, at[op.address], op, arg, train_timesteps)
+        for op in operations
+        for arg in OPERANDS[op.kind]
+    ]
+
+
+def _explain_site(
+    policy: Policy, rules: Sequence[Rule], operation: Operation, arg: str, train_timesteps: int
+) -> Explanation:
+    site, key = Site(operation.address, arg), "weight" if arg == "weight" else "input"
+    asking = [rule for rule in rules if rule.asks(operation.kind, arg)]
+    if not asking:
+        mine = policy.default.weight if key == "weight" else policy.default.input
+        setting = FLOAT if operation.kind == "attention" else policy.default.complete(key, mine)
+        return Explanation(site, _spec(setting, key, "default", Mark(), train_timesteps), "default")
+    last = asking[-1]
+    setting = policy.default.complete(key, last.asks(operation.kind, arg) or FLOAT)
+    spec = _spec(setting, key, last.name, last.mark, train_timesteps)
+    return Explanation(site, spec, last.name, tuple(rule.name for rule in asking[:-1]))
+
+
+def _spec(setting: Setting, key: str, rule: str, mark: Mark, train_timesteps: int) -> QuantSpec | None:
+    if setting == FLOAT:
+        return None
+    if setting.bits is None or setting.grid is None or setting.per is None or setting.range is None:
+        raise PolicyError([mark.problem(f"{rule}: {key} has no bits, and the default has none to take over")])
+    if key == "input" and setting.range == "mse":
+        raise PolicyError([mark.problem(f"{rule}: an input's range can only be minmax; mse is for weights")])
+    boundaries = () if key == "weight" else setting.boundaries(train_timesteps)
+    return QuantSpec(setting.bits, setting.grid, setting.per, setting.range, boundaries)

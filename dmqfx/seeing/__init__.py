@@ -1,0 +1,1 @@
+"""Programs for people: show, diff, why, the picture, the inventory, the report."""

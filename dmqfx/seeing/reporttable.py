@@ -1,0 +1,89 @@
+"""A report for a terminal: the summary, and the table of its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dmqfx.seeing import wording
+from dmqfx.seeing.report import LayerReport, SiteReport, badness
+
+if TYPE_CHECKING:
+    from dmqfx.seeing.report import Report
+
+__all__ = ["summary", "table"]
+
+
+def summary(report: Report) -> str:
+    """Size, bits and loss, in a few lines."""
+    return "\n".join(_summary(report))
+
+
+def table(report: Report, *, worst_first: bool = False, limit: int | None = None) -> str:
+    """A line for each layer; below a layer that did not get what was asked, who refused and why."""
+    chosen = list(report.layers)
+    if worst_first:
+        chosen.sort(key=lambda layer: badness(layer.sqnr_db))
+    chosen = chosen[:limit]
+    rows = [["layer", "input", "weight", "SQNR dB", "before", "after", "MACs"], *map(_row, chosen)]
+    lines = wording.columns(rows, right=frozenset({3, 4, 5, 6})).splitlines()
+    told = [lines[0]]
+    for layer, line in zip(chosen, lines[1:], strict=True):
+        told += [line, *(f"  ! {text}" for text in _differences(layer))]
+    rest = len(report.layers) - len(chosen)
+    return "\n".join([*told, *([f"... and {rest} more layers"] if rest else [])])
+
+
+def _summary(report: Report) -> Iterator[str]:
+    before, after = max(report.bytes_before, 1), max(report.bytes_after, 1)
+    factor, word = (before / after, "smaller") if before >= after else (after / before, "larger")
+    changed = f", {wording.number(factor)}x {word}" if wording.number(factor) != "1" else ""
+    yield f"{report.root}: {wording.size(report.bytes_before)} -> {wording.size(report.bytes_after)}{changed}"
+    refused = report.asked - report.got
+    yield f"bits    {report.got} of {report.asked} sites as asked" + (f", {refused} not" if refused else "")
+    if report.memory_only:
+        yield "        only weights are quantized: memory only, no speed claim"
+    yield f"loss    {_loss(report)}"
+    broken = next(
+        (layer.address for layer in report.layers if layer.sqnr_db is not None and math.isnan(layer.sqnr_db)),
+        None,
+    )
+    if broken is not None:
+        yield f"        NOT FINITE: {broken} is the first layer with inf or nan in its output"
+
+
+def _loss(report: Report) -> str:
+    if report.mean_db is None or report.worst is None:
+        return "not measured"
+    time, db = report.worst
+    count = f"{len(report.output_db)} timestep{'s' * (len(report.output_db) > 1)}"
+    if report.mean_db == math.inf:
+        return f"none: the output is bit-equal at {count} ({report.rows} rows)"
+    worst = f"worst {db:.1f} dB at t = {time:g} ({report.rows} rows)"
+    return f"output SQNR {report.mean_db:.1f} dB in the mean of {count}, {worst}"
+
+
+def _row(layer: LayerReport) -> list[str]:
+    others = [site for site in layer.sites if site.argument not in ("input", "weight")]
+    read, weight = layer.site("input"), layer.site("weight")
+    inputs = "/".join(dict.fromkeys(map(_cell, others))) if others else _cell(read) if read else ""
+    return [
+        layer.address,
+        inputs,
+        _cell(weight) if weight is not None else "",
+        "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+        *(wording.size(count) if count else "" for count in (layer.bytes_before, layer.bytes_after)),
+        f"{layer.macs_share:.1%}",
+    ]
+
+
+def _cell(site: SiteReport) -> str:
+    return f"{site.got_bits or 'float'}{'' if site.as_asked else ' !'}"
+
+
+def _differences(layer: LayerReport) -> Iterator[str]:
+    for site in layer.sites:
+        if not site.as_asked:
+            why = "; ".join(site.reasons) or "no pass says why"
+            yield f"{site.argument}: asked {site.asked}, got {site.got_bits or 'float'}: {why}"

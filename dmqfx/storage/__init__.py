@@ -1,0 +1,1 @@
+"""Saved models: JSON, YAML and safetensors, checksummed and atomic."""

@@ -1,0 +1,40 @@
+"""Where a compiled model comes from: versions and a fingerprint. No date: the same model, the same file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+
+from dmqfx.graph.program import Program
+from dmqfx.storage.codec import Json
+
+__all__ = ["fingerprint", "provenance"]
+
+PACKAGES = ("dmqfx", "torch", "diffusers")
+
+
+def provenance(program: Program) -> dict[str, Json]:
+    """What a saved model says about the float program that it was compiled from."""
+    return {
+        "versions": {name: version(name) for name in PACKAGES},
+        "fingerprint": fingerprint(program.weights()),
+    }
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of named tensors, whatever their order and their layout in memory.
+
+    Example:
+        >>> a, b = torch.ones(2), torch.zeros(2)
+        >>> fingerprint({"a": a, "b": b}) == fingerprint({"b": b, "a": a}) != fingerprint({"a": b, "b": a})
+        True
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,0 +1,212 @@
+"""Saving and loading a compiled UNet: a directory of JSON, YAML and safetensors (docs/file-format.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import diffusers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dmqfx.errors import DmqfxError, StoreError
+from dmqfx.graph.pipeline import check_structure
+from dmqfx.graph.program import Program
+from dmqfx.policy.file import parse_policy, print_policy
+from dmqfx.runtime import targets
+from dmqfx.seeing.report import Report
+from dmqfx.storage.atomic import replacing, survivor
+from dmqfx.storage.codec import dump, parse
+from dmqfx.storage.graphfile import read_program, strides, write_graph
+from dmqfx.storage.manifest import FORMAT_VERSION, MANIFEST, read_manifest, write_manifest
+from dmqfx.storage.tablefile import read_table, write_table
+
+if TYPE_CHECKING:
+    from dmqfx.runtime.unet import CompiledUNet
+
+__all__ = ["load", "refuse_foreign", "save"]
+
+CONFIG: Final = "config.json"
+GRAPH: Final = "graph.json"
+TABLE: Final = "table.json"
+TENSORS: Final = "diffusion_pytorch_model.safetensors"
+POLICY: Final = "policy.yaml"
+REPORT: Final = "report.json"
+REQUIRED: Final = frozenset({CONFIG, GRAPH, TABLE, TENSORS})
+FILES: Final = REQUIRED | {POLICY, REPORT, MANIFEST}
+_OF_THIS_MACHINE: Final = ("_use_default_values", "_ignore_files", "_name_or_path", "_pre_quantization_dtype")
+
+
+def save(unet: CompiledUNet, directory: str | PathLike[str]) -> None:
+    """Write a compiled UNet into a directory, which may hold an older one; that one survives an error.
+
+    Raises: StoreError for a directory that holds anything else, or a program that cannot be stored.
+    """
+    path = Path(directory).expanduser().resolve()
+    refuse_foreign(path)
+    with replacing(path) as new:
+        tensors = {name: tensor.detach().cpu() for name, tensor in unet.program.weights().items()}
+        table = write_table(unet.program, tensors)
+        _write(new / CONFIG, json.dumps(_write_config(unet), indent=2, sort_keys=True) + "\n")
+        _write(new / GRAPH, dump(write_graph(unet.program)))
+        _write(new / TABLE, dump(table))
+        save_file(_apart(tensors), new / TENSORS, metadata={"format": "pt"})
+        (new / TENSORS).chmod((new / CONFIG).stat().st_mode)  # safetensors makes a private file
+        if unet.policy is not None:
+            _write(new / POLICY, print_policy(unet.policy))
+        if unet.report is not None:
+            passes = tuple(replace(each, seconds=0.0) for each in unet.report.passes)
+            _write(new / REPORT, replace(unet.report, passes=passes).to_json())
+        write_manifest(new, unet.provenance)
+
+
+def load(directory: str | PathLike[str], target: str | targets.Target = "auto") -> CompiledUNet:
+    """A saved UNet, verified file by file and lowered for a target; bit for bit what the saved one computes.
+
+    Raises: StoreError naming the file that is missing, truncated, altered or newer than this version;
+        PassNotFoundError for an unknown target.
+    Example:
+        >>> import dmqfx, diffusers, tempfile
+        >>> levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        >>> unet = diffusers.UNet2DModel(block_out_channels=(8,), norm_num_groups=2, sample_size=8, **levels)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dmqfx.compile(unet, "w4a16", report_rows=0, progress=False).save_pretrained(folder)
+        ...     load(folder, "reference")
+        CompiledUNet(UNet2DModel, policy w4a16, target reference)
+    """
+    from dmqfx.runtime.unet import CompiledUNet
+
+    chosen, path = targets.resolve(target), Path(directory).expanduser().resolve()
+    if not path.is_dir():
+        raise StoreError(_gone(path))
+    files, provenance = read_manifest(path, REQUIRED)
+    config = parse(_text(path / CONFIG), str(path / CONFIG))
+    config.pop("quantization_config", None)
+    with _About(path / POLICY):
+        policy = parse_policy(_text(path / POLICY), str(path / POLICY)) if POLICY in files else None
+    with _About(path / REPORT):
+        report = Report.from_json(_text(path / REPORT)) if REPORT in files else None
+    program = _read_program(path)
+    try:
+        return CompiledUNet(
+            program, config=config, target=chosen, policy=policy, report=report, provenance=provenance
+        )
+    except (ValueError, TypeError, RuntimeError) as error:  # operators refuse what cannot have been saved
+        raise StoreError(f"{path / GRAPH} cannot be lowered for {chosen.name}: {error}") from error
+
+
+def _read_program(path: Path) -> Program:
+    graph = parse(_text(path / GRAPH), str(path / GRAPH))
+    knowledge = parse(_text(path / TABLE), str(path / TABLE))
+    with _About(path / TENSORS):
+        tensors = _read_tensors(path / TENSORS, dict(strides(graph)))
+    with _About(path / GRAPH):
+        program = read_program(graph, tensors)
+    with _About(path / TABLE):
+        program = read_table(program, knowledge, tensors)
+        check_structure(program, "load")
+    return program
+
+
+@dataclass(frozen=True)
+class _About:
+    """A block about one file: whatever goes wrong in it becomes a StoreError that names the file."""
+
+    path: Path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        wrong = (
+            DmqfxError,
+            SafetensorError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RuntimeError,
+            OSError,
+        )
+        if isinstance(error, wrong):
+            raise StoreError(f"{self.path}: {error}") from error
+
+
+def _write_config(unet: CompiledUNet) -> dict[str, object]:
+    config = {key: value for key, value in unet.config.items() if key not in _OF_THIS_MACHINE}
+    return {
+        "_diffusers_version": diffusers.__version__,
+        **config,
+        "_class_name": unet.program.inputs.root,
+        "quantization_config": {
+            "quant_method": "dmqfx",
+            "format_version": FORMAT_VERSION,
+            "policy": None if unet.policy is None else unet.policy.name,
+        },
+    }
+
+
+def _read_tensors(path: Path, strides: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Every tensor in memory of its own: aligned as torch does it, untouched by what becomes of the file."""
+    with safe_open(path, framework="pt") as file:
+        names = tuple(file.keys())
+        return {name: _laid_out(file.get_tensor(name), strides.get(name)) for name in names}
+
+
+def _laid_out(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
+    own = (
+        torch.empty_like(tensor)
+        if stride is None
+        else torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    )
+    return own.copy_(tensor)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors row by row, each in memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        rows = tensor.contiguous()
+        storage = rows.untyped_storage()
+        alone = storage.data_ptr() not in seen and storage.nbytes() == rows.nbytes
+        apart[name] = rows if alone else rows.clone()
+        seen.add(storage.data_ptr())
+    return apart
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise if saving would delete what is not a saved model."""
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file; save into a directory")
+    there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if there and MANIFEST not in there:
+        raise StoreError(
+            f"{path} holds files that dmqfx did not write ({', '.join(there[:3])}); save into a new directory"
+        )
+    if foreign := [name for name in there if name not in FILES]:
+        raise StoreError(
+            f"saving into {path} would delete {', '.join(foreign[:3])}; move that away, or save elsewhere"
+        )
+
+
+def _gone(path: Path) -> str:
+    if (left := survivor(path)) is not None:
+        return (
+            f"there is no {path}: saving was interrupted; the older model is whole in {left}, rename it back"
+        )
+    return f"there is no directory {path}"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_bytes(text.encode())
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode()
