@@ -15,7 +15,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import SkipConcat
 from dmqfx.seeing.bits import layers
 
-__all__ = ["CELL", "Arc", "Lane", "Unit", "UShape", "u_shape"]
+__all__ = ["CELL", "Arc", "Lane", "UShape", "Unit", "u_shape"]
 
 CELL = 14.0
 """Width and height of a layer's cell; all places are in this unit of length, pixels."""
@@ -207,7 +207,7 @@ def _block(path: str) -> str:
 
 
 def _unit(path: str) -> str:
-    """`down_blocks.0.resnets.1` of `down_blocks.0.resnets.1.conv1`: the block, and the numbered name in it."""
+    """`down_blocks.0.resnets.1` of `down_blocks.0.resnets.1.conv1`: the block and the numbered name in it."""
     block = _block(path)
     names = path[len(block) + 1 :].split(".")
     return f"{block}.{names[0]}.{names[1]}" if names[1:2] and names[1].isdigit() else block
