@@ -11,9 +11,11 @@ from torch._ops import OpOverload
 
 from dmqfx.graph import ops
 from dmqfx.graph.facts import CANONICAL, Fact
+from dmqfx.graph.inputs import InputSpec
+from dmqfx.graph.modules import call_with, clone, propagate
 from dmqfx.graph.pattern import Outcome, Rule, p, rule, sweep
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
-from dmqfx.graph.program import InputSpec, Program, clone, propagate
+from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 
 CHECKS = (
@@ -63,9 +65,7 @@ def fold_constant(rw: Rewriter, root: fx.Node) -> Outcome:
     target = root.target
     if not isinstance(target, OpOverload) or not _foldable(root, target):
         return None
-    read = fx.node.map_arg((root.args, root.kwargs), lambda n: rw.value(n))
-    args, kwargs = read  # type: ignore[misc]  # map_arg keeps the pair
-    value = target(*args, **kwargs)
+    value = call_with(target, root.args, root.kwargs, rw.value)
     if not isinstance(value, Tensor) or value.numel() > FOLDED_SIZE:
         return None
     address = root.meta["address"]

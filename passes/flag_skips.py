@@ -12,8 +12,9 @@ from torch import Tensor, fx
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CANONICAL, FLAGGED, Fact
+from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
-from dmqfx.graph.program import Program, label
+from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse
 from dmqfx.graph.table import SkipConcat
 
@@ -119,7 +120,7 @@ def _own_weights(graph: nx.DiGraph[str], arm: fx.Node, other: fx.Node) -> int:
 
 def _made_from(graph: nx.DiGraph[str], node: fx.Node, other: fx.Node) -> bool:
     """Whether a layer reads, at any distance, what the other arm reads too: it continues the same trunk."""
-    shared = _upstream(graph, other) & nx.ancestors(graph, label(node))
+    shared = _upstream(graph, other) & (_upstream(graph, node) - {label(node)})
     return any(graph.nodes[name]["op"] == "conv2d" for name in shared)
 
 

@@ -60,13 +60,10 @@ class InsertQdq(Pass):
         for site, planned in table.of(Planned).items():
             if planned.spec is None:
                 continue
-            kind, helper = (
-                (Codes, "round-weights") if is_weight(site) else (Range, "insert-observers, freeze-observers")
-            )
-            if table.get(site, kind) is None:
-                raise RewriteError(
-                    f"insert-qdq: {site} is planned but has no {kind.__name__}; run {helper} before"
-                )
+            missing = table.get(site, Codes) is None if is_weight(site) else table.get(site, Range) is None
+            if missing:
+                what = "codes; run round-weights" if is_weight(site) else "range; run freeze-observers"
+                raise RewriteError(f"insert-qdq: {site} is planned but has no {what} before")
 
 
 def _weight(rw: Rewriter, site: Site, codes: Codes, spec: QuantSpec) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, fx
 from dmqfx.graph import ops, registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.facts import CANONICAL, PLANNED
+from dmqfx.graph.inputs import Input, InputSpec
+from dmqfx.graph.modules import build, propagate
 from dmqfx.graph.pipeline import PassContext
-from dmqfx.graph.program import Input, InputSpec, Program, build, propagate
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import ChannelScale, LayerPair, Planned, Range, SkipConcat, Table
 from dmqfx.numbers.quant import QuantSpec
 from dmqfx.policy.policy import Policy

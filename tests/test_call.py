@@ -14,7 +14,7 @@ from torch import Tensor
 from dmqfx.errors import CallError
 from dmqfx.frontend.call import arguments, bind
 from dmqfx.frontend.signature import SUPPORTED, signature
-from dmqfx.graph.program import InputSpec
+from dmqfx.graph.inputs import InputSpec
 
 
 @cache

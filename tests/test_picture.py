@@ -17,9 +17,11 @@ from toys import toy
 
 from dmqfx.graph import registry
 from dmqfx.graph.address import Address, Site
+from dmqfx.graph.inputs import Input, InputSpec
 from dmqfx.graph.journal import PassRecord, Refusal
+from dmqfx.graph.modules import build, propagate
 from dmqfx.graph.pipeline import PassContext
-from dmqfx.graph.program import Input, InputSpec, Program, build, propagate
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned, SkipConcat
 from dmqfx.numbers.quant import QuantSpec
 from dmqfx.seeing.bits import layers

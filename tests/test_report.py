@@ -21,9 +21,11 @@ from dmqfx.errors import StoreError
 from dmqfx.graph import registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.facts import SCALED
+from dmqfx.graph.inputs import Input, InputSpec
 from dmqfx.graph.journal import PassRecord, Refusal
+from dmqfx.graph.modules import build, propagate
 from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
-from dmqfx.graph.program import Input, InputSpec, Program, build, propagate
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned
 from dmqfx.policy.policy import Expect, Policy
 from dmqfx.runtime import targets

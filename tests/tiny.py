@@ -11,9 +11,11 @@ import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx, which
 from dmqfx.graph import registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.facts import CALIBRATED, CANONICAL, PLANNED
+from dmqfx.graph.inputs import Input, InputSpec
 from dmqfx.graph.journal import Application, PassRecord, Refusal
+from dmqfx.graph.modules import build, clone, propagate
 from dmqfx.graph.pipeline import PassContext
-from dmqfx.graph.program import Input, InputSpec, Program, build, clone, propagate
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import ChannelScale, LayerPair, Planned, Range, SkipConcat, Table
 from dmqfx.numbers.quant import QuantSpec
 

@@ -14,7 +14,9 @@ from dmqfx.calibration.calibration import Calibration
 from dmqfx.calibration.rows import Column, Rows
 from dmqfx.checking.shrink import randomize
 from dmqfx.frontend import exported
-from dmqfx.graph.program import Input, InputSpec, Program, build, propagate
+from dmqfx.graph.inputs import Input, InputSpec
+from dmqfx.graph.modules import build, propagate
+from dmqfx.graph.program import Program
 
 WIDTH = 8
 

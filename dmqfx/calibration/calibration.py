@@ -13,7 +13,7 @@ from torch import Tensor
 from dmqfx.calibration import fit
 from dmqfx.calibration.rows import Rows, joined, stratified
 from dmqfx.errors import CalibrationError
-from dmqfx.graph.program import InputSpec
+from dmqfx.graph.inputs import InputSpec
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin

@@ -8,7 +8,7 @@ import torch
 
 from dmqfx.calibration.rows import Rows
 from dmqfx.errors import CalibrationError
-from dmqfx.graph.program import Input, InputSpec
+from dmqfx.graph.inputs import Input, InputSpec
 
 __all__ = ["check", "listing"]
 

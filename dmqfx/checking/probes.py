@@ -10,7 +10,9 @@ from torch import Tensor, fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
-from dmqfx.graph.program import InputSpec, Outputs, Program, clone, constant, propagate
+from dmqfx.graph.inputs import InputSpec
+from dmqfx.graph.modules import clone, constant, propagate
+from dmqfx.graph.program import Outputs, Program
 from dmqfx.graph.table import Codes, Planned
 
 __all__ = ["draw", "outputs", "sizes", "strong", "unobserved"]
@@ -75,9 +77,9 @@ def strong(program: Program, generator: torch.Generator) -> Program:
     weak = {
         str(value.target)
         for node in program.calls()
-        for arg, value in ops.args(node).items()
-        if arg in ("weight", "bias") and isinstance(value, fx.Node) and value.op == "get_attr"
+        for arg in ("weight", "bias")
         if Site(node.meta["address"], arg) not in rounded
+        if (value := _unscaled(ops.args(node).get(arg))) is not None
     }
     changed: dict[str, Tensor] = {}
     for name in sorted(weak):
@@ -86,6 +88,13 @@ def strong(program: Program, generator: torch.Generator) -> Program:
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
             changed[name] = value.detach() + noise * (0.3 if value.dim() == 1 else value[0].numel() ** -0.5)
     return _with_constants(program, changed) if changed else program
+
+
+def _unscaled(value: fx.node.Argument) -> fx.Node | None:
+    """The constant that an argument is, or that a scale is multiplied into."""
+    while ops.is_call(value, "mul") and isinstance(value, fx.Node):
+        value = ops.args(value)["self"]
+    return value if isinstance(value, fx.Node) and value.op == "get_attr" else None
 
 
 def _with_constants(program: Program, changed: Mapping[str, Tensor]) -> Program:

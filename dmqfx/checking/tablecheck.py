@@ -12,7 +12,8 @@ from dmqfx.checking.faked import steps, unpacked
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, INTEGER, OBSERVED, PLANNED, QDQ, ROUNDED
-from dmqfx.graph.program import Program, constant, label
+from dmqfx.graph.modules import constant, label
+from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, readers
 from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
 from dmqfx.numbers.observers import Observer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmqfx.errors import CallError
 from dmqfx.frontend.signature import SUPPORTED
-from dmqfx.graph.program import Input, InputSpec
+from dmqfx.graph.inputs import Input, InputSpec
 
 __all__ = ["arguments", "bind"]
 

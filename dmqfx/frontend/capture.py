@@ -19,9 +19,10 @@ from dmqfx.errors import CaptureError
 from dmqfx.frontend import exported
 from dmqfx.frontend.exclusions import is_foreign, refuse
 from dmqfx.frontend.signature import UNet, rounded_up, signature
-from dmqfx.graph import program
+from dmqfx.graph import modules
 from dmqfx.graph.address import Address
-from dmqfx.graph.program import Input, InputSpec, Program
+from dmqfx.graph.inputs import Input, InputSpec
+from dmqfx.graph.program import Program
 
 __all__ = ["capture"]
 
@@ -77,12 +78,12 @@ def _program(graph: fx.Graph, weights: Mapping[str, Tensor], spec: InputSpec) ->
     if isinstance(results, tuple):
         names = (*(f"down_residual_{k}" for k in range(len(results) - 1)), "mid_residual")
         spec = replace(spec, outputs=names)
-    gm = program.build(graph, weights)
+    gm = modules.build(graph, weights)
     if any(i.optional for i in spec.inputs):
         roomy = replace(spec, sizes={**spec.sizes, "H": 1024, "W": 1536})  # ten halvings can be told apart
-        program.propagate(gm, roomy)
+        modules.propagate(gm, roomy)
         spec = replace(spec, inputs=tuple(_seen(i, gm, roomy) if i.optional else i for i in spec.inputs))
-    program.propagate(gm, spec)
+    modules.propagate(gm, spec)
     return Program(gm, spec)
 
 
@@ -235,4 +236,4 @@ def _refuse_if_sizes_matter(small: fx.Graph, large: fx.Graph) -> None:
 
 def _written(node: fx.Node) -> str:
     """A call with its values named by where they come from."""
-    return f"{program.label(node)} {node.target} {fx.node.map_arg((node.args, node.kwargs), program.label)}"
+    return f"{modules.label(node)} {node.target} {fx.node.map_arg((node.args, node.kwargs), modules.label)}"

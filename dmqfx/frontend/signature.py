@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
 
-from dmqfx.graph.program import Dim, Input, InputSpec
+from dmqfx.graph.inputs import Dim, Input, InputSpec
 
 UNet: TypeAlias = UNet2DModel | UNet2DConditionModel | ControlNetModel
 SUPPORTED = (UNet2DModel, UNet2DConditionModel, ControlNetModel)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
-from dmqfx.graph.program import is_fixed, label
+from dmqfx.graph.modules import call_with, is_fixed, label
 from dmqfx.graph.rewrite import Refuse
 from dmqfx.graph.table import Planned, Table
 
@@ -61,7 +61,7 @@ def absorber(source: fx.Node, axis: int, table: Table) -> Absorber | Refuse:
     if rows.shape[1] == 0 or not bool((rows == rows[:, :1]).all()):
         return Refuse(f"the channels of {label(way[0])} do not arrive as channels", way[0])
     order = rows[:, 0].long()
-    if order.unique().numel() != order.numel():
+    if len(set(order.tolist())) != order.numel():
         return Refuse(f"one row of {label(way[0])} makes several channels", way[0])
     return Absorber(way[0], order)
 
@@ -149,8 +149,6 @@ def _carry(node: fx.Node, before: fx.Node, value: object) -> object:
     if name == "mul":
         assert isinstance(value, Tensor)
         return value.expand(node.meta["val"].shape)
-    read = fx.node.map_arg((node.args, node.kwargs), lambda n: value if n is before else n.meta["val"])
-    args, kwargs = read  # type: ignore[misc]  # map_arg keeps the pair
     if not callable(node.target):
         raise TypeError(f"{label(node)} is not a call")
-    return node.target(*args, **kwargs)
+    return call_with(node.target, node.args, node.kwargs, lambda n: value if n is before else n.meta["val"])

@@ -104,7 +104,7 @@ def tensor(node: fx.Node, arg: str) -> fx.Node:
 def default_of(argument: torch.Argument) -> fx.node.Argument:
     """A schema default with `int[2] padding=0` spelled out as [0, 0]."""
     value: fx.node.Argument = argument.default_value
-    length = getattr(argument.type, "getElementType", None) and argument.N
+    length = getattr(argument, "N", None)  # how often a single number is repeated
     return [value] * length if length and isinstance(value, int) else value
 
 

@@ -1,6 +1,7 @@
-"""Patterns over fx nodes with schema-named arguments, rules made of a pattern and a function, and passes made of rules.
+"""Patterns over fx nodes with schema-named arguments, rules made of them, and passes made of rules.
 
-What a pattern does not mention it does not constrain. Interior nodes must have no other reader, or the match is refused.
+What a pattern does not mention it does not constrain. Interior nodes must have no other reader, or the match
+is refused.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import fx
 
 from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
+from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import Pass, PassContext
-from dmqfx.graph.program import Program, label
+from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse, Rewriter
 
 Captures: TypeAlias = dict[str, fx.node.Argument]

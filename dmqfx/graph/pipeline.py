@@ -17,7 +17,8 @@ from torch import Tensor
 from dmqfx.errors import PipelineError, RewriteError
 from dmqfx.graph.facts import Fact
 from dmqfx.graph.journal import Journal, PassRecord
-from dmqfx.graph.program import Program, label
+from dmqfx.graph.modules import label
+from dmqfx.graph.program import Program
 
 if TYPE_CHECKING:
     from dmqfx.calibration.calibration import Calibration

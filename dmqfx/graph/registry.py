@@ -1,9 +1,8 @@
-"""Passes by name, found through the entry-point group `dmqfx.passes`: the built-in ones use the same door as yours."""
+"""Passes by name, found through the entry-point group `dmqfx.passes`: yours like the built-in ones."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import typing
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from importlib.metadata import entry_points
 
 from dmqfx.errors import PassNotFoundError
 from dmqfx.graph.pipeline import Pass, Pipeline
+from dmqfx.words import suggest
 
 GROUP = "dmqfx.passes"
 logger = logging.getLogger(__name__)
@@ -49,12 +49,12 @@ def problem_with(name: str, options: Mapping[str, object]) -> str | None:
     """What is wrong with a step of a policy's pipeline, or None."""
     known = passes()
     if name not in known:
-        return f"there is no pass {name!r}; {_nearest(name, list(known))}"
+        return f"there is no pass {name!r}; {suggest(name, list(known))}"
     fields = {field.name: field for field in dataclasses.fields(known[name])}
     hints = typing.get_type_hints(known[name])
     for option, value in options.items():
         if option not in fields:
-            return f"{name} has no option {option!r}; {_nearest(option, list(fields))}"
+            return f"{name} has no option {option!r}; {suggest(option, list(fields))}"
         if not _fits(value, hints[option]):
             return f"{name}: option {option} must be {_words(hints[option])}, not {value!r}"
     try:
@@ -88,12 +88,10 @@ def _fits(value: object, hint: object) -> bool:
 def _words(hint: object) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(
-        hint, str(hint)
-    )  # type: ignore[call-overload,no-any-return]  # hints are keys or not
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    listed = ", ".join(known) or "none"
-    return f"did you mean {near[0]!r}?" if near else f"known: {listed}"
+    words: dict[object, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a word",
+    }
+    return words.get(hint, str(hint))

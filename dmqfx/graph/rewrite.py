@@ -1,4 +1,4 @@
-"""The Rewriter: the only code that edits graphs. It names new nodes, computes their fake values and keeps the journal."""
+"""The Rewriter: the only code that edits graphs. It names nodes, fakes their values, keeps the journal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address
 from dmqfx.graph.journal import Journal
-from dmqfx.graph.program import Program, build, constant_of, copy_graph, copy_modules, label
+from dmqfx.graph.modules import build, call_with, constant_of, copy_graph, copy_modules, label
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import Table
 
 _MODULE = nn.Module()
@@ -46,7 +47,9 @@ class Rewriter:
         self._modules = copy_modules(program.gm)
         self._mode = _fake_mode(self.graph)
         self._made: Counter[tuple[str, str]] = Counter()
-        self._nodes = {node.meta["address"]: node for node in self.graph.nodes if "address" in node.meta}
+        self._nodes: dict[Address, fx.Node] = {
+            node.meta["address"]: node for node in self.graph.nodes if "address" in node.meta
+        }
 
     @property
     def table(self) -> Table:
@@ -189,9 +192,8 @@ class Rewriter:
         return node
 
     def _fake(self, target: OpOverload, args: fx.node.Argument, kwargs: fx.node.Argument) -> object:
-        read = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self._mode, torch.no_grad():
-            return target(*read[0], **read[1])  # type: ignore[index]  # map_arg keeps the pair
+            return call_with(target, args, kwargs, lambda n: n.meta["val"])
 
     def _restore_names(self) -> None:
         """Give `name_2` its plain name back when the constant that had it is gone."""
@@ -216,4 +218,4 @@ def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
         mode = getattr(node.meta.get("val"), "fake_mode", None)
         if isinstance(mode, FakeTensorMode):
             return mode
-    raise RewriteError("the graph has no fake values; run dmqfx.graph.program.propagate first")
+    raise RewriteError("the graph has no fake values; run dmqfx.graph.modules.propagate first")

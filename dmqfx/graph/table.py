@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -92,7 +92,7 @@ class Codes:
     qparams: QParams
 
 
-Entry = Planned | Range | SkipConcat | LayerPair | ChannelScale | Codes
+Entry: TypeAlias = Planned | Range | SkipConcat | LayerPair | ChannelScale | Codes | QParams
 _Kind = TypeVar("_Kind", Planned, Range, SkipConcat, LayerPair, ChannelScale, Codes, QParams)
 
 
@@ -107,7 +107,7 @@ class Table:
         ('ends', None)
     """
 
-    _rows: Mapping[tuple[type, Site], object] = field(default_factory=lambda: MappingProxyType({}))
+    _rows: Mapping[tuple[type, Site], Entry] = field(default_factory=lambda: MappingProxyType({}))
 
     def get(self, site: Site, kind: type[_Kind]) -> _Kind | None:
         """The entry of this kind at the site, or None."""
@@ -118,11 +118,11 @@ class Table:
         """All entries of a kind, in the order in which they were first put."""
         return {site: e for (k, site), e in self._rows.items() if k is kind and isinstance(e, kind)}
 
-    def put(self, site: Site, entry: Entry | QParams) -> Table:
+    def put(self, site: Site, entry: Entry) -> Table:
         """This table with one more (or one replaced) entry."""
         return Table(MappingProxyType({**self._rows, (type(entry), site): entry}))
 
-    def put_all(self, entries: Mapping[Site, Entry | QParams]) -> Table:
+    def put_all(self, entries: Mapping[Site, Entry]) -> Table:
         """This table with many entries added or replaced."""
         more = {(type(entry), site): entry for site, entry in entries.items()}
         return Table(MappingProxyType({**self._rows, **more}))
@@ -135,11 +135,11 @@ class Table:
         """Every site that has an entry of any kind, once each."""
         return list(dict.fromkeys(site for _, site in self._rows))
 
-    def at(self, site: Site) -> tuple[object, ...]:
+    def at(self, site: Site) -> tuple[Entry, ...]:
         """All entries of one site."""
         return tuple(e for (_, s), e in self._rows.items() if s == site)
 
-    def __iter__(self) -> Iterator[tuple[Site, object]]:
+    def __iter__(self) -> Iterator[tuple[Site, Entry]]:
         return ((site, entry) for (_, site), entry in self._rows.items())
 
     def __len__(self) -> int:

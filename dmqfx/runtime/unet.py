@@ -24,8 +24,9 @@ import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx, which
 from dmqfx.errors import CallError, FixedGraphError
 from dmqfx.frontend.call import arguments, bind
 from dmqfx.frontend.signature import SUPPORTED
+from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import PassContext
-from dmqfx.graph.program import Outputs, Program, clone
+from dmqfx.graph.program import Outputs, Program
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime import targets
 from dmqfx.runtime.targets import Target

@@ -12,7 +12,8 @@ from torch import fx
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.facts import INTEGER, QDQ
-from dmqfx.graph.program import Program, constant, label
+from dmqfx.graph.modules import constant, label
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import Codes, Planned
 from dmqfx.numbers.packing import unpack
 from dmqfx.numbers.quant import QuantSpec, dequantize

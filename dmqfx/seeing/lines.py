@@ -11,7 +11,8 @@ from torch._ops import OpOverload
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address
-from dmqfx.graph.program import Program, constant, label
+from dmqfx.graph.modules import constant, label
+from dmqfx.graph.program import Program
 from dmqfx.seeing import wording
 
 __all__ = ["Line", "Part", "lines"]

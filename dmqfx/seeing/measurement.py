@@ -12,7 +12,8 @@ from tqdm import tqdm
 from dmqfx.graph.address import Address
 from dmqfx.graph.facts import SCALED
 from dmqfx.graph.journal import PassRecord
-from dmqfx.graph.program import Program, constant
+from dmqfx.graph.modules import constant
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import LayerPair
 from dmqfx.seeing.bits import SiteBits, layers, site_bits, sites
 from dmqfx.seeing.inventory import macs

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
 from dmqfx.graph.address import Address
-from dmqfx.graph.program import Program, label
+from dmqfx.graph.modules import label
+from dmqfx.graph.program import Program
 from dmqfx.seeing.lines import Line, Part, lines
 from dmqfx.seeing.selection import select
 from dmqfx.seeing.why import why
@@ -24,7 +25,8 @@ def show(program: Program, at: str = "**") -> str:
     Example:
         >>> import torch
         >>> from torch import fx
-        >>> from dmqfx.graph.program import Input, InputSpec, build, propagate
+        >>> from dmqfx.graph.inputs import Input, InputSpec
+        >>> from dmqfx.graph.modules import build, propagate
         >>> graph = fx.Graph()
         >>> silu = graph.call_function(torch.ops.aten.silu.default, (graph.placeholder("sample"),))
         >>> silu.meta["address"] = Address("act", "silu")
@@ -49,7 +51,8 @@ def diff(before: Program, after: Program, at: str = "**", *, context: int = 0) -
     Example:
         >>> import torch
         >>> from torch import fx
-        >>> from dmqfx.graph.program import Input, InputSpec, build, propagate
+        >>> from dmqfx.graph.inputs import Input, InputSpec
+        >>> from dmqfx.graph.modules import build, propagate
         >>> graph = fx.Graph()
         >>> silu = graph.call_function(torch.ops.aten.silu.default, (graph.placeholder("sample"),))
         >>> silu.meta["address"] = Address("act", "silu")

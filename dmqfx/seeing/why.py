@@ -30,7 +30,8 @@ def why(program: Program, address: str) -> str:
     Example:
         >>> import torch
         >>> from torch import fx
-        >>> from dmqfx.graph.program import Input, InputSpec, build, propagate
+        >>> from dmqfx.graph.inputs import Input, InputSpec
+        >>> from dmqfx.graph.modules import build, propagate
         >>> graph = fx.Graph()
         >>> silu = graph.call_function(torch.ops.aten.silu.default, (graph.placeholder("sample"),))
         >>> silu.meta["address"] = Address("act", "silu")

@@ -15,8 +15,8 @@ import torch
 
 from dmqfx.errors import StoreError
 from dmqfx.graph.address import Address, Site
+from dmqfx.graph.inputs import Input, InputSpec
 from dmqfx.graph.journal import Application, PassRecord, Refusal
-from dmqfx.graph.program import Input, InputSpec
 from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, SkipConcat
 from dmqfx.numbers.quant import QParams, QuantSpec
 

@@ -16,8 +16,10 @@ import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx, which
 from dmqfx.errors import DmqfxError, StoreError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address
+from dmqfx.graph.inputs import InputSpec
+from dmqfx.graph.modules import build, constant, propagate
 from dmqfx.graph.pipeline import check_structure
-from dmqfx.graph.program import InputSpec, Program, build, constant, propagate
+from dmqfx.graph.program import Program
 from dmqfx.storage.codec import Json, decode, encode
 
 __all__ = ["NAMESPACES", "PYTHON", "read_program", "strides", "write_graph"]

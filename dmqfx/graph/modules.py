@@ -1,0 +1,127 @@
+"""GraphModules over shared tensors: building, copying, constants by name, fake values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from dmqfx.graph.inputs import InputSpec
+
+
+def label(node: fx.Node) -> str:
+    """What a node is called wherever people read: its address, a weight's or an input's name, "output"."""
+    if "address" in node.meta:
+        return str(node.meta["address"])
+    return str(node.target)
+
+
+def constant(gm: fx.GraphModule, target: str) -> Tensor:
+    """The tensor behind a get_attr target."""
+    value: object = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{target} is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def is_fixed(node: fx.node.Argument) -> bool:
+    """Whether a value is a constant: a weight, or computed from weights alone (a scaled weight)."""
+    if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_function"):
+        return False
+    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(is_fixed, node.all_input_nodes)))
+
+
+def constant_of(node: fx.Node, read: Callable[[str], Tensor]) -> Tensor:
+    """The tensor of a fixed node; `read` gives weights by name.
+
+    Raises: TypeError if the value depends on an input.
+    """
+    if node.op == "get_attr":
+        return read(str(node.target))
+    if not is_fixed(node) or not callable(node.target):
+        raise TypeError(f"{label(node)} is computed from the inputs, it is no constant")
+    with torch.no_grad():
+        value = call_with(node.target, node.args, node.kwargs, lambda n: constant_of(n, read))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{label(node)} is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def call_with(
+    target: Callable[..., object], args: object, kwargs: object, value_of: Callable[[fx.Node], object]
+) -> object:
+    """A call with each node among its arguments, at any depth, replaced by a value."""
+    positional, keywords = tree_map_only(fx.Node, value_of, (args, kwargs))
+    return target(*positional, **keywords)
+
+
+def build(
+    graph: fx.Graph, constants: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
+) -> fx.GraphModule:
+    """A GraphModule over these tensors (as frozen parameters or buffers, shared, never copied)."""
+    root: dict[str, object] = {name: _leaf(tensor) for name, tensor in constants.items()}
+    gm = fx.GraphModule({**root, **(modules or {})}, graph, "Program")
+    gm.eval()
+    return gm
+
+
+def copy_graph(source: fx.Graph) -> fx.Graph:
+    """A graph of its own with the same nodes and meta, owned by no module."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(source, {}))
+    graph.output_node().meta = dict(source.output_node().meta)
+    return graph
+
+
+def clone(gm: fx.GraphModule, constants: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
+    """A copy of the graph over the same tensors (or over those given), with observers copied."""
+    graph = copy_graph(gm.graph)
+    targets = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
+    return build(graph, constants or {t: constant(gm, t) for t in targets}, copy_modules(gm))
+
+
+def copy_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """Copies of the modules that the graph calls (observers: the only state that changes)."""
+    called = [str(n.target) for n in gm.graph.nodes if n.op == "call_module"]
+    return {target: copy.deepcopy(gm.get_submodule(target)) for target in called}
+
+
+def propagate(gm: fx.GraphModule, inputs: InputSpec) -> None:
+    """Give every node its fake value (meta "val") at the example sizes."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    device = next((tensor.device for tensor in gm.state_dict().values()), None)
+    with mode:
+        examples = [torch.empty(i.shape(inputs.sizes), dtype=i.dtype, device=device) for i in inputs.inputs]
+    _Shapes(gm, mode).run(*examples)
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph on fake tensors and notes each value."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.mode = mode
+
+    def run_node(self, n: fx.Node) -> object:
+        with self.mode:
+            value = super().run_node(n)
+        n.meta["val"] = value
+        return value
+
+    def get_attr(self, target: fx.node.Target, args: object, kwargs: object) -> FakeTensor:
+        return self.mode.from_tensor(constant(self.module, str(target)).detach())  # type: ignore[arg-type]  # a GraphModule
+
+    def call_module(self, target: fx.node.Target, args: tuple[object, ...], kwargs: object) -> object:
+        return args[0]  # observers are identities
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach()
