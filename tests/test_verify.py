@@ -1,0 +1,391 @@
+"""The verifier: what it measures, what it says of a bug, and that its own arithmetic is right."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import MODELS
+from mutants import MUTANTS
+from planting import ORDER, POLICIES, context, program_before
+from toys import SPEC, toy
+
+from dmqfx.checking import faked
+from dmqfx.checking.culprit import find_culprit
+from dmqfx.checking.judges import Close, Equal, SameCodes, distance
+from dmqfx.checking.probes import draw, outputs, sizes, strong
+from dmqfx.checking.shrink import shrunk
+from dmqfx.checking.verify import checking, error_after, verify
+from dmqfx.errors import RewriteError, VerifyError
+from dmqfx.frontend.capture import capture
+from dmqfx.graph.facts import QDQ, Fact
+from dmqfx.graph.modules import clone
+from dmqfx.graph.pipeline import Pass, PassContext, Pipeline, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.registry import passes
+from dmqfx.graph.rewrite import Rewriter
+from dmqfx.graph.table import Codes, Planned
+from dmqfx.numbers import packing, quant
+from dmqfx.numbers.quant import QParams, QuantSpec
+from dmqfx.policy.policy import Expect
+from dmqfx.runtime.operators import timestep_group
+
+BY_NAME = {(mutant.pass_name, mutant.name): mutant for mutant in MUTANTS}
+THOUSANDTH = BY_NAME["apply-scaling", "one channel is off by a thousandth"]
+FORGOTTEN = BY_NAME["absorb-scaling", "the bias is forgotten"]
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def fresh(program: Program) -> Program:
+    """The program of a model that was never trained: unit gains and zero biases."""
+    weak = {
+        name: torch.full_like(weight, float(name.endswith("weight")))
+        for name, weight in program.weights().items()
+        if name.endswith("bias") or "norm" in name
+    }
+    return replace(program, gm=clone(program.gm, {**program.weights(), **weak}))
+
+
+# --- verdicts
+
+
+def test_an_exact_pass_drifts_by_rounding_alone() -> None:
+    verdict = verify(program_before("apply-scaling"), passes()["apply-scaling"](), context())
+    assert 0 < verdict.error < 1e-14
+    assert (verdict.step, verdict.preserves, verdict.limit) == ("apply-scaling", Preserves.EXACT, 1e-10)
+
+
+def test_without_a_twin_the_limit_is_that_of_the_programs_own_dtype() -> None:
+    verdict = verify(program_before("apply-scaling"), passes()["apply-scaling"](), context(), float64=False)
+    assert 1e-14 < verdict.error < verdict.limit == 1e-5
+
+
+def test_the_error_of_a_lossy_pass_is_its_noise() -> None:
+    verdict = verify(program_before("insert-qdq"), passes()["insert-qdq"](), context())
+    assert 10 < verdict.sqnr_db < 40
+    assert verdict.limit == math.inf
+
+
+def test_a_policy_sets_the_floor_of_the_signal() -> None:
+    program, step = program_before("insert-qdq"), passes()["insert-qdq"]()
+    for floor, found in ((5.0, False), (80.0, True)):
+        policy = replace(POLICIES["layers"], expect=Expect(sqnr_db=floor))
+        ctx = replace(context(), policy=policy)
+        if not found:
+            assert verify(program, step, ctx).limit == pytest.approx(10 ** (-floor / 20))
+            continue
+        with pytest.raises(VerifyError, match=r"insert-qdq.*noise over signal"):
+            verify(program, step, ctx)
+
+
+def test_a_pipeline_that_is_checked_logs_the_drift_of_each_pass() -> None:
+    steps = tuple(passes()[name]() for name in ORDER[:8])
+    after = Pipeline(steps).run(toy(), context(), observe=checking())
+    drifts = [record.drift for record in after.log]
+    assert drifts[:7] == [0.0] * 7
+    assert drifts[7] is not None
+    assert 0 < drifts[7] < 1e-14
+    assert "drift" in str(after.log[7])
+
+
+def test_a_pipeline_that_is_checked_stops_at_a_bug() -> None:
+    steps = (*(passes()[name]() for name in ORDER[:7]), THOUSANDTH.make(), passes()["absorb-scaling"]())
+    with pytest.raises(VerifyError, match="apply-scaling, rule 'scale' at upsample/conv2d"):
+        Pipeline(steps).run(toy(), context(), observe=checking())
+
+
+def test_a_half_precision_program_is_held_to_what_its_dtype_can_do() -> None:
+    half = program_before("apply-scaling").astype(torch.bfloat16)
+    assert verify(half, passes()["apply-scaling"](), replace(context(), calibration=None)).error < 1e-14
+    with pytest.raises(VerifyError, match="upsample/conv2d"):
+        verify(half, THOUSANDTH.make(), replace(context(), calibration=None))
+
+
+# --- what an error says
+
+
+def test_an_error_names_everything_and_can_be_seen_again() -> None:
+    program, step = THOUSANDTH.program(), THOUSANDTH.make()
+    with pytest.raises(VerifyError) as caught:
+        verify(program, step, context())
+    error = caught.value
+    assert (error.step, error.rule, error.address) == ("apply-scaling", "scale", "upsample/conv2d")
+    assert error.limit == 1e-10
+    assert error.fuel is not None
+    expected = (
+        r"apply-scaling, rule 'scale' at upsample/conv2d: relative L2 error of sample, probe 1 \(3x3x8x12\), "
+        r"in float64: [\d.e-]+, limit 1e-10\n"
+        r"  application \d+ of \d+ \(1 readers\), found in \d runs of the pass\n"
+        r"  see it again: from dmqfx.checking.verify import error_after; "
+        rf"error_after\(program, step, ctx, fuel={error.fuel}, float64=True\)"
+    )
+    assert re.fullmatch(expected, str(error))
+    assert error_after(program, step, context(), fuel=error.fuel) > error.limit
+    assert error_after(program, step, context(), fuel=error.fuel - 1) < 1e-14
+
+
+@given(st.integers(1, 500).flatmap(lambda count: st.tuples(st.just(count), st.integers(1, count))))
+def test_bisection_finds_the_first_wrong_application_in_few_runs(case: tuple[int, int]) -> None:
+    count, first = case
+    found = find_culprit(lambda fuel: fuel >= first, count)
+    assert found.number == first
+    assert found.runs <= 1 + math.ceil(math.log2(count))
+
+
+def test_what_is_wrong_without_fuel_is_no_applications_fault() -> None:
+    assert find_culprit(lambda fuel: True, 33).number == 0
+    swap = BY_NAME["canonicalize", "the arms of a concatenation are swapped"]
+    with pytest.raises(VerifyError, match="the pass changes more than it records") as caught:
+        verify(swap.program(), swap.make(), context())
+    assert caught.value.fuel == 0
+
+
+# --- bugs that need a good eye
+
+
+def test_a_forgotten_bias_shows_in_a_model_that_has_none_yet() -> None:
+    program = fresh(FORGOTTEN.program())
+    without = replace(context(), calibration=None)
+    inputs = draw(program, generator())[0]
+    wrong = FORGOTTEN.make().run(program, without)
+    assert (
+        distance(outputs(wrong, inputs)[0], outputs(program, inputs)[0]) < 1e-5
+    )  # these probes do not see it
+    with pytest.raises(VerifyError, match=r"rule 'absorb' at mid\.to_q"):
+        verify(program, FORGOTTEN.make(), without)
+    assert verify(program, passes()["absorb-scaling"](), without).error < 1e-14
+
+
+@dataclass(frozen=True)
+class ScaleInPlace(Pass):
+    """Doubles a weight that it shares with the program that it was given."""
+
+    preserves: ClassVar[Preserves] = Preserves.EXACT
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        after = program.fork()
+        with torch.no_grad():
+            after.weights()["mid.to_q.weight"].mul_(2.0)
+        return after
+
+
+def test_a_pass_that_writes_into_its_programs_weights_is_found() -> None:
+    program = toy().astype(torch.float32)
+    with pytest.raises(VerifyError):
+        verify(program, ScaleInPlace(), PassContext())
+
+
+@dataclass(frozen=True)
+class EditInPlace(Pass):
+    """Does the right thing to the wrong graph: the one that it was given."""
+
+    preserves: ClassVar[Preserves] = Preserves.BITWISE
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        after = program.fork()
+        for node in list(program.graph.nodes):
+            if node.op == "call_function" and node.meta["address"].op == "dropout":
+                node.replace_all_uses_with(node.all_input_nodes[0])
+        program.gm.recompile()
+        return after
+
+
+def test_a_pass_that_edits_the_graph_it_was_given_is_found() -> None:
+    with pytest.raises(VerifyError, match="edit-in-place: changed the program that it was given"):
+        verify(toy().fork(), EditInPlace(), PassContext())
+
+
+@dataclass(frozen=True)
+class Overflow(Pass):
+    """Lossy beyond measure."""
+
+    preserves: ClassVar[Preserves] = Preserves.LOSSY
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        rw = Rewriter(program, self.name(), ctx.journal)
+        last = next(n for n in rw.graph.nodes if str(n.meta.get("address")) == "conv_out/conv2d")
+        if ctx.journal.apply(last.meta["address"], "overflow"):
+            with rw.before(last):
+                rw.replace(last, rw.like(last, bias=torch.full((3,), math.inf, dtype=program.dtype)))
+        return rw.finish()
+
+
+def test_a_lossy_pass_may_lose_much_but_not_become_infinite() -> None:
+    with pytest.raises(
+        VerifyError, match="overflow, rule 'overflow' at conv_out/conv2d: an output that is not finite"
+    ):
+        verify(toy(), Overflow(), PassContext())
+
+
+@dataclass(frozen=True)
+class LieAboutQdq(Pass):
+    """Provides a fact that does not hold."""
+
+    provides: ClassVar[frozenset[Fact]] = frozenset({QDQ})
+    preserves: ClassVar[Preserves] = Preserves.BITWISE
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        return program.fork()
+
+
+def test_a_fact_that_does_not_hold_is_refused() -> None:
+    with pytest.raises(RewriteError, match="after lie-about-qdq the fact 'qdq'"):
+        verify(program_before("insert-qdq"), LieAboutQdq(), context())
+
+
+# --- probes
+
+
+def test_probes_differ_in_batch_in_height_and_width_and_in_timesteps() -> None:
+    first, second = draw(toy(), generator())
+    assert first["sample"].shape == (3, 3, 8, 12)
+    assert second["sample"].shape == (1, 3, 10, 8)
+    assert len(set(first["timestep"].tolist())) == 3
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 8, 32])
+def test_probes_have_sizes_that_the_model_takes(multiple: int) -> None:
+    for each in sizes(replace(SPEC, sizes={"B": 2, "H": 64, "W": 64, "T": 77}, multiple_of=multiple)):
+        assert each["H"] % multiple == each["W"] % multiple == 0
+        assert each["H"] != each["W"]
+        assert each["T"] < 77
+
+
+def test_the_timesteps_of_a_probe_lie_on_both_sides_of_an_edge() -> None:
+    program = program_before("insert-qdq")
+    edges = next(
+        p.spec.boundaries for p in program.table.of(Planned).values() if p.spec and p.spec.boundaries
+    )
+    groups = faked.group_of(draw(program, generator())[0]["timestep"], edges)
+    assert groups[0] == groups[1] + 1
+
+
+def test_only_weights_that_are_all_alike_are_made_random() -> None:
+    assert strong(toy(), generator()) is toy()
+    weak = fresh(toy())
+    made = strong(weak, generator())
+    for name, weight in made.weights().items():
+        if name.endswith("bias") or "norm" in name:
+            assert weight.unique().numel() > 1
+        else:
+            assert weight.data_ptr() == toy().weights()[name].data_ptr()
+    assert weak.weights()["norm_out.bias"].abs().max() == 0
+
+
+# --- the second opinion
+
+
+@given(st.lists(st.floats(1, 999), min_size=1, max_size=6, unique=True), st.data())
+def test_both_opinions_agree_on_groups(edges: list[float], data: st.DataObject) -> None:
+    edges = sorted(torch.tensor(edges).unique().tolist())
+    times = data.draw(st.lists(st.one_of(st.sampled_from(edges), st.floats(0, 1000, width=32)), min_size=1))
+    timestep = torch.tensor(times, dtype=torch.float32)
+    assert torch.equal(faked.group_of(timestep, tuple(edges)), timestep_group(timestep, torch.tensor(edges)))
+
+
+@pytest.mark.parametrize("grid", ["affine", "symmetric"])
+@pytest.mark.parametrize("axis", [None, 1, -1])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_both_opinions_agree_on_rounding(grid: quant.Grid, axis: int | None, bits: int) -> None:
+    x = torch.randn(3, 5, 6, 5, dtype=torch.float64)
+    low = -torch.rand(4, 5, dtype=torch.float64) - 0.1
+    spec = QuantSpec(bits, grid, "tensor" if axis is None else "channel", boundaries=(1.0, 2.0, 3.0))
+    params = quant.params_from_range(low, -2 * low, spec, axis or 1)
+    group = torch.tensor([0, 3, 1])
+    torch.testing.assert_close(
+        faked.fake(x, params, group), quant.fake_quantize(x, params, group), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("signed", [True, False])
+def test_both_opinions_agree_on_packing(bits: int, signed: bool) -> None:
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
+    codes = torch.randint(low, high, (3, 5), generator=generator()).to(torch.int8 if signed else torch.uint8)
+    params = QParams(torch.ones(1, 3), torch.zeros(1, 3), low, high - 1, 0)
+    entry = Codes(packing.pack(codes, bits), (3, 5), params)
+    assert torch.equal(faked.unpacked(entry, bits), codes.double())
+
+
+def test_a_tie_may_go_either_way_and_nothing_else_may() -> None:
+    before = torch.tensor([0.5, 0.5 + 1e-12, 0.5 + 1e-6, 100.5, 100.49, 3.0], dtype=torch.float64)
+    assert faked.near_tie(before, 1e-9).tolist() == [True, True, False, True, False, False]
+
+
+# --- judges
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codes_that_move_without_a_tie_are_found(dtype: torch.dtype) -> None:
+    program = program_before("lower-reference").astype(dtype)
+    judge = SameCodes(program, draw(program, generator()))
+    assert not judge.judge(program).wrong
+    bias = {n: w + 0.01 if n == "mid.norm1.bias" else w for n, w in program.weights().items()}
+    found = judge.judge(replace(program, gm=clone(program.gm, bias)))
+    assert found.wrong
+    assert "other codes at mid.to_" in found.what
+
+
+def test_rounding_errors_are_no_fault_of_the_codes() -> None:
+    program = program_before("lower-reference").astype(torch.float64)
+    judge = SameCodes(program, draw(program, generator()))
+    nudged = {n: w * (1 + 1e-13) if n == "mid.norm1.weight" else w for n, w in program.weights().items()}
+    assert not judge.judge(replace(program, gm=clone(program.gm, nudged))).wrong
+
+
+@pytest.mark.parametrize(("judge", "least"), [(Equal, 1e-7), (Close, 1e-3)])
+def test_a_judge_of_outputs_sees_a_difference_above_its_limit(
+    judge: Callable[..., Equal], least: float
+) -> None:
+    looked = judge(toy(), draw(toy(), generator()))
+    assert not looked.judge(toy()).wrong
+    moved = {n: w * (1 + least) if n == "conv_out.weight" else w for n, w in toy().weights().items()}
+    assert looked.judge(replace(toy(), gm=clone(toy().gm, moved))).wrong
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([3.0, 4.0], [0.0, 0.0], 5.0),
+        ([1.0, 1.0], [1.0, 2.0], 1 / math.sqrt(5)),
+        ([1.0, math.nan], [1.0, 2.0], math.inf),
+        ([1.0, 2.0], [1.0, math.inf], math.inf),
+    ],
+)
+def test_distance_is_relative_and_never_hides_what_is_not_finite(
+    a: list[float], b: list[float], expected: float
+) -> None:
+    assert distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected)
+    assert distance(torch.zeros(2), torch.zeros(3)) == math.inf
+
+
+# --- shrunk models
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_a_shrunk_model_has_few_and_random_parameters(name: str) -> None:
+    model = MODELS[name]()
+    small = shrunk(model)
+    assert type(small) is type(model)
+    assert max(small.config.block_out_channels) <= max(32, *model.config.block_out_channels)
+    for parameter in small.parameters():
+        assert parameter.numel() < 8 or parameter.unique().numel() > 1
+
+
+def test_a_shrunk_model_has_the_addresses_and_inputs_of_the_whole() -> None:
+    model = MODELS["classes"](block_out_channels=(64,), norm_num_groups=32)
+    whole, small = capture(model), capture(shrunk(model))
+    assert [n.meta["address"] for n in small.calls()] == [n.meta["address"] for n in whole.calls()]
+    assert [i.name for i in small.inputs.inputs] == [i.name for i in whole.inputs.inputs]
