@@ -8,7 +8,7 @@ from collections.abc import Callable
 __all__ = ["matcher", "problem_with_glob"]
 
 _WILD = re.compile(r"\*\*|\*|\?")
-_MEANING = {"**": ".*", "*": "[^./]*", "?": "[^./]"}
+_MEANING = {"**": ".*", "*": "[^{}]*", "?": "[^{}]"}
 _FOREIGN = re.compile(r"[\[\]{}()|^$+\\\s,;:!]")
 
 
@@ -49,7 +49,15 @@ def problem_with_glob(pattern: str) -> str | None:
 
 
 def _expression(glob: str) -> str:
-    """The regular expression that says the same as a glob."""
+    """The regular expression that says the same as a glob.
+
+    Behind the slash a dot is part of the name: `conv_in/*` fits conv_in/conv2d~split-concat.1.
+    """
+    path, slash, name = glob.partition("/")
+    return _translated(path, "./") + slash + _translated(name, "/")
+
+
+def _translated(glob: str, separators: str) -> str:
     literals = map(re.escape, _WILD.split(glob))
-    wild = [_MEANING[found] for found in _WILD.findall(glob)]
+    wild = [_MEANING[found].replace("{}", separators) for found in _WILD.findall(glob)]
     return "".join(text + meaning for text, meaning in zip(literals, [*wild, ""], strict=True))

@@ -63,19 +63,19 @@ def spec(site: str, *rules: Rule, default: Default = DEFAULT) -> QuantSpec | Non
 # --- globs
 
 
-def naive_match(glob: str, text: str) -> bool:
+def naive_match(glob: str, text: str, ends: str = "./") -> bool:
     """By trying every length for every star, one character after the other."""
     if not glob:
         return not text
     if glob.startswith("**"):
-        return any(naive_match(glob[2:], text[n:]) for n in range(len(text) + 1))
+        return any(naive_match(glob[2:], text[n:], ends) for n in range(len(text) + 1))
     if glob[0] == "*":
-        inside = next((n for n, letter in enumerate(text) if letter in "./"), len(text))
-        return any(naive_match(glob[1:], text[n:]) for n in range(inside + 1))
+        inside = next((n for n, letter in enumerate(text) if letter in ends), len(text))
+        return any(naive_match(glob[1:], text[n:], ends) for n in range(inside + 1))
     if not text:
         return False
-    fits = text[0] not in "./" if glob[0] == "?" else text[0] == glob[0]
-    return fits and naive_match(glob[1:], text[1:])
+    fits = text[0] not in ends if glob[0] == "?" else text[0] == glob[0]
+    return fits and naive_match(glob[1:], text[1:], "/" if glob[0] == "/" else ends)
 
 
 @settings(max_examples=100)
@@ -113,6 +113,14 @@ def test_a_glob_made_from_an_address_matches_it(data: st.DataObject) -> None:
 )
 def test_a_pattern_matches_whole_addresses(pattern: str, matches: list[str]) -> None:
     assert [address for address in ADDRESSES if matcher(pattern)(address)] == matches
+
+
+def test_an_operation_that_a_pass_made_is_matched_like_others_of_its_layer() -> None:
+    made = str(Address("conv_in", "conv2d", 0, "split-concat.1"))
+    assert made == "conv_in/conv2d~split-concat.1"
+    assert matcher("conv_in/*")(made)
+    assert not matcher("*.1")(made)
+    assert not matcher("conv_in.*")(made)
 
 
 @pytest.mark.parametrize("pattern", ["", "re:", "re:(", "conv[12]", "{a,b}", "conv in", "a|b", "!x"])
