@@ -1,4 +1,4 @@
-"""A pass of another package: really installed, found by its entry point, named in a policy, verified and stored."""
+"""A pass of another package: really installed, found by its entry point, named in a policy, verified."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ def test_a_policy_runs_it_and_the_verifier_watches(session: Session) -> None:
 
 
 def test_what_it_made_is_quantized_stored_and_loaded_without_it_being_asked_again(session: Session) -> None:
+    assert session["shown"]["code"] == 0, session["shown"]["err"]
     operations = [line["op"] for line in json.loads(session["shown"]["out"])]
     assert operations.count("conv2d") == 2
     assert operations.count("unpack") == 2

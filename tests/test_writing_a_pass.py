@@ -31,7 +31,7 @@ def page() -> tuple[dict[str, Any], list[str]]:
     printed = []
     for block in BLOCKS:
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(block, "docs/writing-a-pass.md", "exec"), names)
+            exec(compile(block, "docs/writing-a-pass.md", "exec", dont_inherit=True), names)
         printed.append(out.getvalue())
     return names, printed
 
@@ -46,19 +46,19 @@ def test_the_example_has_fifteen_lines() -> None:
 
 
 def test_the_bug_of_the_first_version_is_found_where_the_page_says(page: tuple[Any, list[str]]) -> None:
-    found, told = (re.sub(r"0\.\d+", "E", text) for text in (page[1][1], SAID[0]))
+    """Word for word; the size of the error, and on which probe it is largest, are the machine's."""
+    found, told = (re.sub(r"probe \d \(\S+\)|0\.\d+", "", text) for text in (page[1][1], SAID[0]))
     assert found == told
 
 
 def test_the_mended_version_keeps_its_promise(page: tuple[Any, list[str]]) -> None:
     assert 0 < float(page[1][2]) < 1e-13
-    assert float(page[1][2]) == pytest.approx(float(SAID[1]), rel=10)
+    assert 0 < float(SAID[1]) < 1e-13
 
 
-def test_the_mended_version_adds_the_bias_once(page: tuple[Any, list[str]]) -> None:
-    log, *changes = page[1][3].splitlines()
-    assert log.split()[:4] == ["split-concat", "6", "applied", "0"]
-    assert sum("bias=" in line for line in changes if line.startswith("+")) == 1
+def test_what_has_changed_is_what_the_page_shows(page: tuple[Any, list[str]]) -> None:
+    found, told = (re.sub(r"\d+\.\d+ s$", "", text, flags=re.MULTILINE) for text in (page[1][3], SAID[2]))
+    assert found == told
 
 
 def test_the_pass_with_an_option_is_measured_as_lossy(page: tuple[Any, list[str]]) -> None:
@@ -78,5 +78,5 @@ def test_three_arms_are_refused_with_the_reason(page: tuple[Any, list[str]]) -> 
 
 
 def test_before_canonicalize_the_pass_is_refused_with_a_hint(page: tuple[Any, list[str]]) -> None:
-    with pytest.raises(PipelineError, match="requires 'canonical'.*put canonicalize before it"):
+    with pytest.raises(PipelineError, match=r"requires .canonical.*put canonicalize before it"):
         Pipeline((page[0]["SplitConcat"](),)).check(float_program(), tuple(passes().values()))

@@ -17,7 +17,7 @@ conv2d, add = torch.ops.aten.conv2d.default, torch.ops.aten.add.Tensor
 
 @dataclass(frozen=True)
 class SplitConcat(Pass):
-    """conv2d(cat(a, b), w)  ->  conv2d(a, wa) + conv2d(b, wb), where both arms have at least `least` channels."""
+    """conv2d(cat(a, b), w)  ->  conv2d(a, wa) + conv2d(b, wb), where each arm has `least` channels."""
 
     requires: ClassVar[frozenset[Fact]] = frozenset({CANONICAL})
     preserves: ClassVar[Preserves] = Preserves.EXACT
