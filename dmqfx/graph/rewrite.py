@@ -100,17 +100,19 @@ class Rewriter:
         op = target._schema.name.partition("::")[2]
         self._made[path, op] += 1
         address = Address(path, op, 0, f"{self.step}.{self._made[path, op]}")
-        return self._create(target, named, address, f"{path}.{op}".lstrip("."))
+        return self._create(target, named, address, f"{path}.{op}_".lstrip("."))
 
     def call_at(self, target: OpOverload, at: Address, /, **named: fx.node.Argument | Tensor) -> fx.Node:
         """Another operator at the same address; `replace` the old operation by it."""
-        return self._create(target, named, at, f"{at.path}.{at.op}".lstrip("."))
+        return self._create(target, named, at, f"{at.path}.{at.op}_".lstrip("."))
 
     def like(self, node: fx.Node, **changed: fx.node.Argument | Tensor) -> fx.Node:
         """The same operation with some arguments changed; it takes over the address, so `replace` the old one by it."""
         if not isinstance(node.target, OpOverload):
             raise RewriteError(f"{self.step}: {label(node)} is not an operator call")
-        return self._create(node.target, {**ops.args(node), **changed}, node.meta["address"], "", old=node)
+        address: Address = node.meta["address"]
+        prefix = f"{address.path}.".lstrip(".")
+        return self._create(node.target, {**ops.args(node), **changed}, address, prefix, old=node)
 
     def observer(self, x: fx.Node, module: nn.Module, name: str, at: Address, *more: fx.Node) -> fx.Node:
         """An identity module call behind `x`, inserted at the current point."""
@@ -169,7 +171,7 @@ class Rewriter:
         target: OpOverload,
         named: dict[str, fx.node.Argument | Tensor],
         address: Address,
-        stem: str,
+        prefix: str,
         old: fx.Node | None = None,
     ) -> fx.Node:
         before = ops.args(old) if old is not None else {}
@@ -180,7 +182,7 @@ class Rewriter:
                 name = (
                     str(read.target)
                     if isinstance(read, fx.Node) and read.op == "get_attr"
-                    else f"{stem}_{key}"
+                    else f"{prefix}{key}"
                 )
                 nodes[key] = self.constant(name, value)
             else:

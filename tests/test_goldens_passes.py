@@ -1,0 +1,64 @@
+"""What each built-in pass does to the toy, as text to read; `GOLDENS=write pytest FILE` writes it anew.
+
+`#` stands for numbers with a decimal point, whose last digits depend on the machine: other tests hold the values.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from mutants import MUTANTS
+from planting import ORDER, context, program_before
+
+from dmqfx.graph.pipeline import Pass, run_step
+from dmqfx.graph.registry import passes
+from dmqfx.seeing.show import diff
+
+GOLDENS = Path(__file__).parent / "goldens"
+POLICY = "attention"
+PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
+PART |= dict.fromkeys(("lower-simulate", "lower-reference"), "mid.**")
+
+
+def text(step: Pass) -> str:
+    """The difference that a pass makes, and what it refused."""
+    before = program_before(step.name(), POLICY)
+    after = run_step(step, before, context(POLICY))
+    record = after.log[-1]
+    part = PART.get(step.name(), "**")
+    lines = [f"{step.name()} on the toy, {part}", "", *diff(before, after, part).splitlines(), ""]
+    lines.append(f"{len(record.applied)} applied, {len(record.refused)} refused")
+    lines += [f"refused at {r.at} by {r.rule}: {r.reason}" for r in record.refused]
+    return re.sub(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+", "#", "\n".join(lines)) + "\n"
+
+
+@pytest.mark.parametrize("name", [*ORDER, "lower-simulate", "lower-reference"])
+def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
+    golden = GOLDENS / f"{name}.txt"
+    found = text(passes()[name]())
+    if os.environ.get("GOLDENS") == "write":
+        golden.write_text(found)
+    assert found == golden.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "bug"),
+    [
+        ("canonicalize", "a factor of 2 is dropped as if it were 1"),
+        ("flag-skips", "the arms of a skip change roles"),
+        ("pair-layers", "a reader of a shared input is left out"),
+        ("absorb-scaling", "the bias is forgotten"),
+        ("insert-qdq", "one reader of three stays float"),
+        ("lower-reference", "the bias is lost"),
+    ],
+)
+def test_a_golden_sees_a_planted_bug(name: str, bug: str) -> None:
+    mutant = next(m for m in MUTANTS if (m.pass_name, m.name) == (name, bug))
+    assert text(mutant.make()) != (GOLDENS / f"{name}.txt").read_text()
+
+
+def test_numbers_of_the_machine_are_left_out() -> None:
+    assert not re.search(r"\d\.\d", "".join(file.read_text() for file in GOLDENS.glob("*.txt")))
