@@ -50,7 +50,7 @@ def main() -> None:
     started = time.perf_counter()
     program = capture(unet)
     seconds["capture"] = time.perf_counter() - started
-    program = quantize(program, PassContext(policy=policy, calibration=data))
+    _, program = quantize(program, PassContext(policy=policy, calibration=data))
     seconds.update({record.name: record.seconds for record in program.log})
     peak["passes done"] = peak_gigabytes()
     passes = time.perf_counter() - started

@@ -14,7 +14,7 @@ from dmqfx.frontend.capture import capture
 from dmqfx.frontend.signature import UNet
 from dmqfx.graph import registry
 from dmqfx.graph.facts import CALIBRATED
-from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime import targets
@@ -66,8 +66,8 @@ def compile(
     if data is not None:
         data.check(before.inputs)
     ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data))
-    after = quantize(before, ctx, verify=verify)
-    report = Report.measure(before, after, data, rows=report_rows, progress=bars)
+    scaled, after = quantize(before, ctx, verify=verify)
+    report = Report.measure(scaled, after, data, rows=report_rows, progress=bars)
     for miss in report.misses(chosen.expect) if report_rows else ():
         warnings.warn(miss, QualityWarning, stacklevel=2)
     origin = {
@@ -80,16 +80,22 @@ def compile(
     )
 
 
-def quantize(program: Program, ctx: PassContext, *, verify: bool = False) -> Program:
-    """Run the policy's pipeline on a captured program.
+def quantize(program: Program, ctx: PassContext, *, verify: bool = False) -> tuple[Program, Program]:
+    """Run the policy's pipeline on a captured program: the last float program, and the quantized one.
+
+    They differ by the lossy pass and what follows it, so their layers can be compared one by one.
 
     Raises: PipelineError, PolicyError, CalibrationError; VerifyError if `verify` finds a wrong pass.
     """
     if ctx.policy is None:
         raise PipelineError("quantize needs a policy in its context: PassContext(policy=Policy.load('w4a8'))")
     steps = registry.pipeline((step.name, step.keywords()) for step in ctx.policy.pipeline)
-    providers = tuple(registry.passes().values())
-    return steps.run(program, ctx, providers=providers, observe=checking() if verify else None)
+    providers, observe = tuple(registry.passes().values()), checking() if verify else None
+    steps.check(program, providers)
+    lossy = [k for k, step in enumerate(steps.steps) if step.preserves is Preserves.LOSSY]
+    first = lossy[0] if lossy else len(steps.steps)
+    exact = Pipeline(steps.steps[:first]).run(program, ctx, providers=providers, observe=observe)
+    return exact, Pipeline(steps.steps[first:]).run(exact, ctx, providers=providers, observe=observe)
 
 
 def needs_calibration(policy: Policy) -> bool:

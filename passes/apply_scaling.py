@@ -36,7 +36,7 @@ class ApplyScaling(Pass):
         table = program.table
         for site, scale in program.table.of(ChannelScale).items():
             pair = table.get(site, LayerPair)
-            if pair is None or not ctx.journal.apply(site, "scale", f"{len(pair.readers)} readers"):
+            if pair is None or not ctx.journal.apply(site, "scale", f"read by {len(pair.readers)}"):
                 continue
             _divide(rw, pair, scale.gamma, channel_axis(program, site))
             for reader in pair.readers:

@@ -34,7 +34,7 @@ class InsertObservers(Pass):
         rw = Rewriter(program, self.name(), ctx.journal)
         groups = GroupIndex(rw)
         for (_, axis, boundaries), sites in _watched(program).items():
-            if not ctx.journal.apply(sites[0], "observe", f"{len(sites)} sites"):
+            if not ctx.journal.apply(sites[0], "observe", f"read by {len(sites)}"):
                 break
             first = rw.node(sites[0].at)
             x = ops.tensor(first, sites[0].arg)

@@ -33,7 +33,7 @@ class PairLayers(Pass):
             if unfit is not None:
                 ctx.journal.refuse(sites[0], "pair", unfit)
                 continue
-            if not ctx.journal.apply(sites[0], "pair", f"{len(sites)} readers"):
+            if not ctx.journal.apply(sites[0], "pair", f"read by {len(sites)}"):
                 break
             found = absorber(source, channel_axis(program, sites[0]), table)
             others = [user for user, _ in readers(source) if Site(user.meta["address"], "input") not in sites]

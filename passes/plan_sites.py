@@ -38,7 +38,7 @@ class PlanSites(Pass):
         for site, plan in ctx.journal.fuelled(planned.items()):
             reason = _unquantizable(program, site) if plan.spec is not None else None
             if reason is not None:
-                ctx.journal.refuse(site, f"plan {site.arg}", reason)
+                ctx.journal.refuse(site, f"plan {site.arg}", f"{reason}; {plan.spec} was asked for")
                 plan = Planned(None, plan.rule)
             elif not ctx.journal.apply(site, f"plan {site.arg}", f"{plan.spec or 'float'} by {plan.rule}"):
                 break

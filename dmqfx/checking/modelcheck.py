@@ -70,7 +70,7 @@ def verify_policy(unet: UNet, policy: Policy, *, seed: int = 0, progress: bool =
     model = shrunk(unet, seed=seed) if narrow else unet
     data = _calibration(model, seed, progress) if needs_calibration(policy) else None
     ctx = PassContext(policy, data, seed, progress, train_timesteps(unet, data))
-    program = quantize(capture(model), ctx, verify=True)
+    _, program = quantize(capture(model), ctx, verify=True)
     lowered = [record for target in TARGETS for record in _lowered(program, target.passes, ctx)]
     return Checked(type(unet).__name__, policy.name, narrow, (*program.log, *lowered))
 
