@@ -385,7 +385,7 @@ def test_a_state_dict_comes_back(text: tuple[Model, CompiledUNet]) -> None:
 
 def test_a_pipeline_is_saved_and_loaded_with_its_compiled_unet(tmp_path: Path) -> None:
     model, program = captured("unconditional")
-    quantized = quantize(program, PassContext(policy=Policy.load("w8a16")))
+    _, quantized = quantize(program, PassContext(policy=Policy.load("w8a16")))
     pipe = DDIMPipeline(CompiledUNet(quantized, config=model.config), DDIMScheduler())
     pipe.save_pretrained(tmp_path / "pipe")
     again = DDIMPipeline.from_pretrained(tmp_path / "pipe")
