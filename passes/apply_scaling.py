@@ -27,7 +27,7 @@ class ApplyScaling(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({SCALED})
-    clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({LEARNED, ROUNDED})
     preserves: ClassVar[Preserves] = Preserves.EXACT
 
     def run(self, program: Program, ctx: PassContext) -> Program:

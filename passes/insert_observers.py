@@ -9,7 +9,7 @@ from torch import fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import OBSERVED, PLANNED, Fact
+from dmqfx.graph.facts import CALIBRATED, LEARNED, OBSERVED, PAIRED, PLANNED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
@@ -23,10 +23,14 @@ Watched = dict[tuple[fx.Node, int, tuple[float, ...]], list[Site]]
 
 @dataclass(frozen=True)
 class InsertObservers(Pass):
-    """x  ->  observe(x, group): sites that read one tensor on one axis share an observer."""
+    """x  ->  observe(x, group): sites that read one tensor on one axis share an observer.
+
+    Ranges, and the scales learned from them, no longer count once observing has begun anew.
+    """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED, PAIRED, LEARNED})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
 
     def run(self, program: Program, ctx: PassContext) -> Program:

@@ -11,6 +11,7 @@ from dmqfx.errors import PipelineError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CANONICAL, PLANNED, Fact
+from dmqfx.graph.modules import is_fixed
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import is_weight, operations
@@ -51,8 +52,8 @@ def _unquantizable(program: Program, site: Site) -> str | None:
     source = named.get(site.arg)
     if not isinstance(source, fx.Node):
         return f"{site.arg} is not a tensor"
-    if is_weight(site) and source.op != "get_attr":
-        return "the weight is computed in the graph, so it has no fixed codes"
+    if is_weight(site) and not is_fixed(source):
+        return "the weight depends on an input, so it has no fixed codes"
     if not source.meta["val"].dtype.is_floating_point:
         return f"{site.arg} is {source.meta['val'].dtype}, not a floating tensor"
     return None

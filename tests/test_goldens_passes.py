@@ -1,6 +1,6 @@
 """What each built-in pass does to the toy, as text to read; `GOLDENS=write pytest FILE` writes it anew.
 
-`#` stands for numbers with a decimal point, whose last digits depend on the machine: other tests hold the values.
+`#` stands for numbers with a decimal point, whose last digits depend on the machine; other tests hold them.
 """
 
 from __future__ import annotations

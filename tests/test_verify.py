@@ -125,7 +125,7 @@ def test_an_error_names_everything_and_can_be_seen_again() -> None:
     expected = (
         r"apply-scaling, rule 'scale' at upsample/conv2d: relative L2 error of sample, probe 1 \(3x3x8x12\), "
         r"in float64: [\d.e-]+, limit 1e-10\n"
-        r"  application \d+ of \d+ \(1 readers\), found in \d runs of the pass\n"
+        r"  application \d+ of \d+ \(read by 1\), found in \d runs of the pass\n"
         r"  see it again: from dmqfx.checking.verify import error_after; "
         rf"error_after\(program, step, ctx, fuel={error.fuel}, float64=True\)"
     )

@@ -98,9 +98,7 @@ class Rewriter:
         """
         path = near.meta["address"].path
         op = target._schema.name.partition("::")[2]
-        self._made[path, op] += 1
-        address = Address(path, op, 0, f"{self.step}.{self._made[path, op]}")
-        return self._create(target, named, address, f"{path}.{op}_".lstrip("."))
+        return self._create(target, named, self._made_here(path, op), f"{path}.{op}_".lstrip("."))
 
     def call_at(self, target: OpOverload, at: Address, /, **named: fx.node.Argument | Tensor) -> fx.Node:
         """Another operator at the same address; `replace` the old operation by it."""
@@ -115,13 +113,15 @@ class Rewriter:
         return self._create(node.target, {**ops.args(node), **changed}, address, prefix, old=node)
 
     def observer(self, x: fx.Node, module: nn.Module, name: str, at: Address, *more: fx.Node) -> fx.Node:
-        """An identity module call behind `x`, inserted at the current point."""
-        self._modules[name] = module
-        node = self.graph.call_module(name, (x, *more))
-        node.meta = {
-            "address": Address(at.path, "observe", at.call, f"{self.step}.{name.rpartition('_')[2]}")
-        }
-        node.meta["val"] = x.meta["val"]
+        """An identity module call behind `x`, inserted at the current point; `name` gets a suffix where it is taken."""
+        unique, k = name, 1
+        while unique in self._modules:
+            k += 1
+            unique = f"{name}_{k}"
+        self._modules[unique] = module
+        node = self.graph.call_module(unique, (x, *more))
+        node.meta = {"address": self._made_here(at.path, "observe"), "val": x.meta["val"]}
+        self._nodes[node.meta["address"]] = node
         return node
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
@@ -165,6 +165,14 @@ class Rewriter:
         except RuntimeError as error:
             raise RewriteError(f"{self.step} left a broken graph: {str(error).splitlines()[0]}") from error
         return replace(self._source, gm=gm)
+
+    def _made_here(self, path: str, op: str) -> Address:
+        """The next free address of an operation that this step makes."""
+        while True:
+            self._made[path, op] += 1
+            address = Address(path, op, 0, f"{self.step}.{self._made[path, op]}")
+            if address not in self._nodes:
+                return address
 
     def _create(
         self,
