@@ -76,8 +76,8 @@ def _measured(
 ) -> dict[Site, tuple[Tensor, Tensor]]:
     """Least and greatest value per group and channel, infinite where no row fell."""
     found: dict[Site, tuple[Tensor, Tensor]] = {}
-    for batch in calibration.batches(_ROWS):
-        inputs = {i.name: batch[i.name].to(program.device, i.dtype) for i in program.inputs.inputs}
+    for batch in calibration.batches(_ROWS, program.inputs, dtype=program.dtype):
+        inputs = {name: value.to(program.device) for name, value in batch.items()}
         for site, x in arguments(program, inputs, set(ranges)).items():
             seen = ranges[site]
             rows = x.movedim(seen.axis, 1).flatten(2) if x.dim() > 2 else x[:, :, None]

@@ -195,8 +195,9 @@ def _rows(program: Program, ctx: PassContext) -> list[dict[str, Tensor]]:
     """A few calibration rows, or probes where there is no calibration."""
     if ctx.calibration is None:
         return draw(program, ctx.generator())
-    rows = ctx.calibration.select(_SIGNAL_ROWS, ctx.generator()).batches(_SIGNAL_ROWS, dtype=program.dtype)
-    return [{name: value.to(program.device) for name, value in batch.items()} for batch in rows]
+    chosen = ctx.calibration.select(_SIGNAL_ROWS, ctx.generator())
+    batches = chosen.batches(_SIGNAL_ROWS, program.inputs, dtype=program.dtype)
+    return [{name: value.to(program.device) for name, value in batch.items()} for batch in batches]
 
 
 def _floor(ctx: PassContext) -> float | None:
