@@ -14,6 +14,8 @@ from torch import Tensor
 from dmqfx import emoji
 from dmqfx.compiler import compile
 from dmqfx.evaluation import emoji_calibration, mean_db, psnr_db
+from dmqfx.graph import registry
+from dmqfx.policy.policy import Policy
 from dmqfx.seeing import wording
 from dmqfx.seeing.report import Report
 
@@ -63,19 +65,21 @@ def run(
 
     It is written beside and renamed: an interrupted demo leaves no half file.
     """
+    chosen = [Policy.load(policy, check_step=registry.problem_with) for policy in policies]
     unet, prompts = emoji.load_unet(), emoji.demo_prompts(count)
     calibration = emoji_calibration(progress=progress, seed=seed)
     started = time.perf_counter()
     exact = emoji.decode(emoji.sample(unet, prompts, seed=seed, progress=progress))
     rows = [Row("float32", exact, (), None, 0.0, time.perf_counter() - started)]
-    for policy in policies:
+    for policy in chosen:
         started = time.perf_counter()
         q = compile(unet, policy, calibration=calibration, seed=seed, progress=progress)
         compiled = time.perf_counter()
         images = emoji.decode(emoji.sample(q, prompts, seed=seed, progress=progress))
         psnr = tuple(psnr_db(a, b) for a, b in zip(exact, images, strict=True))
-        name = q.policy.name if q.policy is not None else policy
-        rows.append(Row(name, images, psnr, q.report, compiled - started, time.perf_counter() - compiled))
+        rows.append(
+            Row(policy.name, images, psnr, q.report, compiled - started, time.perf_counter() - compiled)
+        )
     _write(draw(rows, [caption(prompt) for prompt in prompts]), out)
     return rows
 

@@ -180,7 +180,7 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def compile_(options: argparse.Namespace) -> int:
     """dmqfx compile."""
-    from dmqfx.compiler import QualityWarning
+    from dmqfx.compiler import QualityWarning, needs_calibration
     from dmqfx.compiler import compile as compile_unet
     from dmqfx.evaluation import emoji_calibration
     from dmqfx.graph import registry
@@ -191,7 +191,8 @@ def compile_(options: argparse.Namespace) -> int:
     refuse_foreign(Path(options.out))
     calibration = sources.load_calibration(options.calibration)
     unet = sources.load_unet(options.model)
-    if calibration is None and sources.is_emoji(options.model):
+    wanted = options.rows > 0 or needs_calibration(policy)
+    if calibration is None and wanted and sources.is_emoji(options.model):
         calibration = emoji_calibration(seed=options.seed, progress=bars())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)  # the gate says it

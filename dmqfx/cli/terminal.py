@@ -19,7 +19,7 @@ EXIT_CODES: Final = MappingProxyType(
         OK: "done",
         FAILED: "an error, said on standard error",
         WRONG_USE: "the command line is wrong",
-        MISSED: "a quality gate was missed (--min-sqnr, --min-psnr, `expect`), the result is written",
+        MISSED: "a quality gate was missed (--min-sqnr, --min-psnr, a policy's `expect`); results are kept",
         REFUTED: "verification found a wrong pass, or a saved model that is damaged",
         INTERRUPTED: "interrupted",
     }

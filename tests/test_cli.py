@@ -1,0 +1,510 @@
+"""The command line as its user meets it: what it prints, what it refuses and how, and its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import AutoencoderKL
+from handmade import compiled as handmade
+from models import one_level, randomize
+
+from dmqfx.calibration.calibration import CalibrationWarning
+from dmqfx.cli import build_parser, main, terminal
+from dmqfx.cli.make import TARGETS
+from dmqfx.errors import DmqfxError, VerifyError
+from dmqfx.runtime import targets
+
+ROOT = Path(__file__).parent.parent
+LAYER = "mid_block.resnets.0.conv1/conv2d"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """The standard output as JSON."""
+        return json.loads(self.out)
+
+
+Ask = Callable[..., Answer]
+
+
+@pytest.fixture
+def dmqfx(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """Runs a command, as the shell would, in a folder with a float UNet and a compiled one."""
+    monkeypatch.chdir(folder)
+
+    def ask(*arguments: str) -> Answer:
+        capsys.readouterr()
+        try:
+            code = main(arguments)
+        except SystemExit as stopped:  # argparse
+            code = int(stopped.code or 0)
+        told = capsys.readouterr()
+        return Answer(code, told.out, told.err)
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """unet/ in float, calibrated into cal/, compiled into w4a8/; prompts.txt, and a policy with a mistake."""
+    home = tmp_path_factory.mktemp("cli")
+    unet = one_level()
+    randomize(unet)
+    unet.save_pretrained(home / "unet")
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=2).save_pretrained(home / "vae")
+    handmade().save_pretrained(home / "handmade")
+    (home / "prompts.txt").write_text("a cat\n\na dog\n")
+    (home / "typo.yaml").write_text(
+        "schema: dmqfx.policy/1\nname: t\nextends: w4a8\ndefault:\n  weight: {bitts: 4}\n"
+    )
+    return home
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> dict[str, Answer]:
+    """The long commands, run once: calibrate, compile with and without checks, eval, verify."""
+    answers: dict[str, Answer] = {}
+
+    def once(name: str, *arguments: str) -> None:
+        out, err = (folder / f"{name}.out").open("w+"), (folder / f"{name}.err").open("w+")
+        before, sys.stdout, sys.stderr, here = (sys.stdout, sys.stderr), out, err, Path.cwd()
+        os.chdir(folder)
+        try:
+            code = main(arguments)
+        finally:
+            (sys.stdout, sys.stderr) = before
+            os.chdir(here)
+        out.close()
+        err.close()
+        texts = [(folder / f"{name}.{stream}").read_text() for stream in ("out", "err")]
+        answers[name] = Answer(code, *texts)
+
+    once("calibrate", "calibrate", "unet", "--steps", "3", "--trajectories", "1", "--out", "cal")
+    recorded = ("--calibration", "cal", "--rows", "3")
+    once("compile", "compile", "unet", "--out", "w4a8", "--min-sqnr", "90", *recorded)
+    once("eval", "eval", "w4a8", "unet", "--json", "--min-psnr", "1", *recorded)
+    once("verify", "verify", "unet", "--policy", "w8a16", "--json")
+    return answers
+
+
+# --- what is made
+
+
+def test_calibrate_records_and_says_that_random_prompts_are_a_fallback(made: dict[str, Answer]) -> None:
+    answer = made["calibrate"]
+    assert answer.code == 0
+    assert answer.out.startswith("3 rows  1 trajectories  3 timesteps")
+    assert "calibrating UNet2DConditionModel on random encoder_hidden_states" in answer.err
+
+
+def test_compile_saves_reports_and_fails_the_gate_that_it_misses(
+    made: dict[str, Answer], folder: Path
+) -> None:
+    answer = made["compile"]
+    assert answer.code == terminal.MISSED
+    assert (folder / "w4a8" / "dmqfx.json").is_file()
+    assert "48 of 48 sites as asked" in answer.out
+    assert re.search(
+        r"gate missed: the policy expects 90 dB of the output, and it has \d+\.\d dB", answer.err
+    )
+
+
+def test_a_long_command_says_what_each_pass_did_on_standard_error(made: dict[str, Answer]) -> None:
+    assert re.search(r"^insert-qdq +48 applied +0 refused", made["compile"].err, re.MULTILINE)
+
+
+def test_progress_bars_are_for_terminals_only(made: dict[str, Answer]) -> None:
+    assert [name for name, answer in made.items() if "it/s]" in answer.err or "row/s" in answer.err] == []
+
+
+def test_eval_measures_by_timestep_and_knows_when_there_are_no_pictures(made: dict[str, Answer]) -> None:
+    answer = made["eval"]
+    assert len(answer.data["output_db"]) == 3
+    assert 5 < answer.data["mean_output_db"] < 40
+    assert answer.code == terminal.MISSED
+    assert "gate missed: there are no pictures, and 1 dB PSNR of them are wanted" in answer.err
+
+
+def test_verify_names_every_pass_and_its_drift(made: dict[str, Answer]) -> None:
+    answer = made["verify"]
+    assert answer.code == 0
+    drifts = {each["name"]: each["drift"] for each in answer.data["passes"]}
+    assert list(drifts) == [
+        "canonicalize", "plan-sites", "round-weights", "insert-qdq", "lower-simulate", "lower-reference"
+    ]  # fmt: skip
+    assert drifts["canonicalize"] == 0
+    assert 0 < drifts["insert-qdq"] < 0.1
+    assert 0 <= drifts["lower-reference"] < 1e-5
+    assert not answer.data["narrow"]
+
+
+# --- what is looked at
+
+
+def test_inspect_of_a_float_model_lists_layers_and_draws(dmqfx: Ask, folder: Path) -> None:
+    answer = dmqfx("inspect", "unet", "--at", "mid_block.**", "--picture", "new/u.svg")
+    assert answer.code == 0
+    assert LAYER in answer.out
+    assert "conv_in/conv2d" not in answer.out
+    assert (folder / "new" / "u.svg").read_text().startswith("<svg")
+
+
+def test_inspect_of_a_compiled_model_tells_its_bits_and_what_was_lost(
+    dmqfx: Ask, made: dict[str, Answer]
+) -> None:
+    assert made["compile"].out
+    answer = dmqfx("inspect", "w4a8")
+    line = next(line for line in answer.out.splitlines() if line.startswith(LAYER))
+    assert line.endswith("input 8 (default)  weight 4 (default)")
+    assert "output SQNR" in answer.out
+    layers = dmqfx("inspect", "w4a8", "--json").data["layers"]
+    sites = next(each for each in layers if each["address"] == LAYER)["sites"]
+    assert sites["weight"] == {"asked": "4 bit symmetric per channel mse", "got_bits": 4, "rule": "default"}
+
+
+def test_show_prints_operations_and_as_json_their_parts(dmqfx: Ask) -> None:
+    answer = dmqfx("show", "handmade", "--at", "conv_in/conv2d")
+    assert answer.out.startswith("conv_in/conv2d  conv2d(input=")
+    (line,) = dmqfx("show", "handmade", "--at", "conv_in/conv2d", "--json").data
+    assert line["op"] == "conv2d"
+    assert line["arguments"]["padding"] == "[1, 1]"
+
+
+def test_looking_at_a_saved_model_says_nothing_else(dmqfx: Ask) -> None:
+    assert dmqfx("show", "handmade").err == ""
+
+
+def test_diff_of_a_model_with_itself_is_equal(dmqfx: Ask) -> None:
+    answer = dmqfx("diff", "handmade", "handmade", "--json")
+    assert answer.data["equal"] is True
+
+
+def test_diff_of_float_and_compiled_is_aligned(dmqfx: Ask, made: dict[str, Answer]) -> None:
+    assert made["compile"].out
+    answer = dmqfx("diff", "unet", "w4a8", "--at", f"{LAYER[:-7]}/*")
+    assert re.search(rf"^~ {LAYER}  .*weight: ", answer.out, re.MULTILINE)
+    assert answer.out.splitlines()[-1].endswith("as before")
+
+
+def test_why_tells_one_life(dmqfx: Ask, made: dict[str, Answer]) -> None:
+    assert made["compile"].out
+    answer = dmqfx("why", "w4a8", f"{LAYER}:weight")
+    assert answer.out.startswith(f"{LAYER}\n")
+    assert "asked  4 bit symmetric per channel mse, by rule 'default'" in answer.out
+
+
+def test_explain_prints_bits_and_rule_of_every_site_and_compiles_nothing(dmqfx: Ask) -> None:
+    answer = dmqfx("explain", "unet", "--policy", "w4a6", "--set", "rules.ends.weight.bits=8", "--json")
+    rows = {row["site"]: (row["bits"], row["rule"]) for row in answer.data}
+    assert rows["conv_in/conv2d:weight"] == ("8 bit symmetric per channel mse", "ends")
+    assert rows["conv_in/conv2d:input"] == ("float", "ends")
+    assert rows[f"{LAYER}:input"] == ("6 bit affine per tensor minmax x20", "default")
+
+
+def test_verify_of_a_saved_model_reads_its_files_and_runs_it(dmqfx: Ask, made: dict[str, Answer]) -> None:
+    assert made["compile"].out
+    answer = dmqfx("verify", "w4a8")
+    assert answer.code == 0
+    assert [line.split()[0] for line in answer.out.splitlines()] == ["files", "table", "output"]
+
+
+def test_passes_lists_the_built_in_ones_and_tells_one(dmqfx: Ask) -> None:
+    assert {"canonicalize", "insert-qdq"} <= dmqfx("passes", "--json").data.keys()
+    page = dmqfx("passes", "learn-scaling").out
+    assert "preserves  bitwise" in page
+    assert re.search(r"^  exponent: float = 0\.5$", page, re.MULTILINE)
+
+
+def test_policies_prints_a_yaml_to_start_from(dmqfx: Ask, folder: Path) -> None:
+    assert set(dmqfx("policies", "--json").data) == {"w8a8", "w4a8", "w4a6", "w8a16", "w4a16"}
+    text = dmqfx("policies", "w4a8.yaml").out
+    assert "# Symmetric weights need no zero point" in text
+    (folder / "mine.yaml").write_text(text)
+    assert dmqfx("policies", "mine.yaml").code == 0
+
+
+def test_env_names_what_a_bug_report_needs(dmqfx: Ask) -> None:
+    assert {"processor", "threads", "torch", "diffusers", "dmqfx", "python"} <= dmqfx(
+        "env", "--json"
+    ).data.keys()
+
+
+# --- one wrong input for each command: what, where, how to mend
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("", 2, "usage: dmqfx"),
+        ("complie unet", 2, "invalid choice: 'complie'"),
+        ("demo --out new", 1, "new is a folder; say the file to write"),
+        ("demo --policy w4a9", 1, "there is no policy 'w4a9'"),
+        ("demo --seed -1", 2, "argument --seed: must be a whole number of at least 0, not '-1'"),
+        ("calibrate unet", 2, "the following arguments are required: --out"),
+        ("calibrate unet --out prompts.txt", 1, "prompts.txt is a file; --out is a folder"),
+        (
+            "calibrate unet --out c --prompts prompts.txt",
+            1,
+            "unet is not a pipeline folder (no model_index.json)",
+        ),
+        ("calibrate unet --out c --guidance 3", 1, "--guidance is for a pipeline: say --prompts too"),
+        ("calibrate unet --out c --steps 0", 2, "argument --steps: must be a whole number of at least 1"),
+        (
+            "compile unet --out o --policy typo.yaml",
+            1,
+            "typo.yaml:5:12: unknown key 'bitts' in default.weight: did you mean 'bits'?",
+        ),
+        ("compile unet --out o --set default.wieght.bits=3", 1, "did you mean 'weight'?"),
+        (
+            "compile unet --out o --set pipeline.round-weights.method=neares",
+            1,
+            "method must be one of nearest",
+        ),
+        ("compile unet --out unet", 1, "unet holds files that dmqfx did not write"),
+        ("compile unet --out o --calibration nowhere", 1, "nowhere"),
+        ("compile handmade --out o", 1, "handmade is a compiled model; this command needs the float UNet"),
+        ("compile vae --out o", 1, "vae is AutoencoderKL; dmqfx takes UNet2DModel"),
+        ("compile nowhere --out o", 1, "there is no folder nowhere, and it is neither a hub id"),
+        ("compile prompts.txt --out o", 1, "prompts.txt is a file; MODEL is a diffusers folder"),
+        ("compile new --out o", 1, "new has neither config.json (a UNet) nor model_index.json"),
+        ("compile unet --out o --target int8", 2, "argument --target: invalid choice: 'int8'"),
+        ("eval unet unet", 1, "unet holds no dmqfx.json: it was not saved by dmqfx"),
+        ("eval handmade handmade", 1, "handmade is a compiled model"),
+        ("verify owner/name", 1, "there is no folder owner/name, and as a hub id it cannot be read"),
+        ("verify unet --policy w4a9", 1, "did you mean 'w4a8'?"),
+        (
+            "inspect handmade --at conv_on/*",
+            1,
+            "'conv_on/*' fits no operation of this program; nearest: conv_in",
+        ),
+        ("show handmade --at [", 1, "'[' in '[' fits no address"),
+        ("diff handmade nowhere", 1, "there is no folder nowhere"),
+        ("diff handmade handmade --context x", 2, "argument --context"),
+        ("why handmade conv_on/conv2d", 1, "nearest: conv_in/conv2d"),
+        ("explain handmade", 1, "rule 'time' matches no operation"),
+        ("passes rund-weights", 1, "did you mean 'round-weights'?"),
+        ("policies w4a9", 1, "did you mean 'w4a8'?"),
+        ("env --jason", 2, "unrecognized arguments: --jason"),
+    ],
+)
+def test_a_wrong_input_is_answered_with_what_where_and_how_to_mend(
+    dmqfx: Ask, folder: Path, line: str, code: int, words: str
+) -> None:
+    (folder / "new").mkdir(exist_ok=True)
+    answer = dmqfx(*shlex.split(line))
+    assert (answer.code, answer.out) == (code, "")
+    assert words in answer.err
+    assert "Traceback" not in answer.err
+    assert not (folder / "o").exists()
+
+
+def test_a_damaged_model_is_refused_and_verify_says_so_by_its_exit_code(dmqfx: Ask, folder: Path) -> None:
+    damaged = shutil.copytree(folder / "handmade", folder / "damaged", dirs_exist_ok=True)
+    with (damaged / "graph.json").open("a") as file:
+        file.write(" ")
+    assert dmqfx("show", "damaged").code == terminal.FAILED
+    answer = dmqfx("verify", "damaged")
+    assert answer.code == terminal.REFUTED
+    assert "graph.json was truncated or altered" in answer.err
+
+
+def test_a_model_whose_manifest_is_gone_is_still_known_as_a_compiled_one(dmqfx: Ask, folder: Path) -> None:
+    shutil.copytree(folder / "handmade", folder / "partial", dirs_exist_ok=True)
+    (folder / "partial" / "dmqfx.json").unlink()
+    answer = dmqfx("verify", "partial")
+    assert answer.code == terminal.REFUTED
+    assert "dmqfx.json" in answer.err
+
+
+# --- errors and results
+
+
+def options(**given: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"json": False, "verbose": False, **given})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            VerifyError("the bias is gone", step="absorb-scaling", address=LAYER),
+            4,
+            f"at {LAYER}: the bias is gone",
+        ),
+        (DmqfxError("no such thing"), 1, "dmqfx: no such thing"),
+        (PermissionError(13, "Permission denied", "out"), 1, "Permission denied: 'out'"),
+        (KeyboardInterrupt(), 130, "dmqfx: interrupted"),
+    ],
+)
+def test_an_error_becomes_one_message_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, words: str
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        raise error
+
+    assert terminal.complain(run, options()) == code
+    assert words in capsys.readouterr().err
+
+
+def test_our_warnings_are_lines_and_those_of_others_are_for_verbose(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        warnings.warn("random prompts", CalibrationWarning, stacklevel=1)
+        warnings.warn("use the other thing", FutureWarning, stacklevel=1)
+        return 0
+
+    assert terminal.complain(run, options()) == 0
+    assert capsys.readouterr().err == "dmqfx: random prompts\n"
+    with pytest.warns(FutureWarning, match="use the other thing"):
+        terminal.complain(run, options(verbose=True))
+
+
+def test_json_has_only_what_json_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.say(
+        options(json=True), "", {"sqnr": float("inf"), "nan": float("nan"), "at": Path("x"), "n": (1,)}
+    )
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "sqnr": "inf", "nan": "nan", "at": "x", "n": [1]
+    }  # fmt: skip
+
+
+# --- help
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Every command's parser."""
+    (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+COMMANDS = sorted(parsers())
+
+
+def examples_of(parser: argparse.ArgumentParser) -> Sequence[str]:
+    """The command lines below a help text, without what they do."""
+    listed = (parser.epilog or "").partition("examples:\n")[2].partition("\n\n")[0]
+    return [re.split(r"   +|(?<=\S)  (?=\S)", line.strip())[0] for line in listed.splitlines()]
+
+
+def test_there_are_these_commands() -> None:
+    assert set(COMMANDS) == set(
+        "demo inspect calibrate compile eval show diff why explain verify passes policies env".split()
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_of_a_help_text_is_a_legal_command_line(name: str) -> None:
+    found = examples_of(parsers()[name])
+    assert found
+    for line in found:
+        program, *arguments = shlex.split(line.partition(" | ")[0].partition(" > ")[0])
+        assert program == "dmqfx"
+        assert build_parser().parse_args(arguments).run is parsers()[name].get_default("run")
+
+
+def test_the_help_of_dmqfx_lists_examples_models_and_exit_codes(dmqfx: Ask) -> None:
+    answer = dmqfx("--help")
+    assert answer.code == 0
+    assert all(f"\n  {code}" in answer.out for code in terminal.EXIT_CODES)
+    assert "MODEL is a local diffusers folder" in answer.out
+    for line in examples_of(build_parser()):
+        build_parser().parse_args(shlex.split(line)[1:])
+
+
+def test_the_targets_of_the_command_line_are_those_there_are() -> None:
+    assert ("auto", *(target.name for target in targets.TARGETS)) == TARGETS
+
+
+# --- docs/cli.md
+
+PAGE = (ROOT / "docs" / "cli.md").read_text()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_page_has_a_section_with_the_options_that_the_command_has(name: str) -> None:
+    section = PAGE.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    usage = section.strip().splitlines()[0]
+    common = {"--help", "--json", "--quiet", "--verbose"}
+    actions = [action for action in parsers()[name]._actions if not {*action.option_strings} & common]
+    assert set(re.findall(r"--[a-z-]+", usage)) == {
+        option for action in actions for option in action.option_strings if option.startswith("--")
+    }
+    assert [
+        word for word in ("MODEL", "COMPILED", "BEFORE", "AFTER", "ADDRESS", "NAME") if word in usage
+    ] == sorted(
+        (a.metavar or a.dest.upper() for a in actions if not a.option_strings),
+        key="MODEL COMPILED BEFORE AFTER ADDRESS NAME".split().index,
+    )
+
+
+def test_the_page_lists_every_command_as_its_help_does() -> None:
+    rows = dict(re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \| (.*) \|$", PAGE, re.MULTILINE))
+    assert rows == {
+        name: parser.description[0].lower() + parser.description[1:-1] for name, parser in parsers().items()
+    }  # type: ignore[index]  # every command has one
+
+
+def test_the_page_lists_the_exit_codes() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", PAGE, re.MULTILINE)
+    assert [(int(code), meaning.replace("`", "")) for code, meaning in rows] == [
+        (code, meaning.replace("`", "")) for code, meaning in terminal.EXIT_CODES.items()
+    ]
+
+
+# --- as a process
+
+
+def process(*arguments: str, **more: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    look = (
+        "import sys, dmqfx.cli; dmqfx.cli.build_parser(); print(sys.modules.keys() & {'torch', 'diffusers'})"
+    )
+    assert process("-c", look).communicate()[0] == "set()\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
+    shown = process("-m", "dmqfx", "show", "handmade", cwd=folder)
+    assert shown.stdout is not None
+    shown.stdout.close()
+    assert shown.wait() == 0
+    assert shown.stderr is not None
+    assert shown.stderr.read() == ""
+
+
+def test_an_interrupted_compilation_leaves_nothing_and_says_so(folder: Path) -> None:
+    going = process("-m", "dmqfx", "compile", "unet", "--out", "cut", "--verbose", cwd=folder)
+    assert going.stderr is not None
+    while "captured" not in (line := going.stderr.readline()) and line:
+        time.sleep(0)
+    going.send_signal(signal.SIGINT)
+    assert going.wait() == terminal.INTERRUPTED
+    assert going.stderr.read().endswith("dmqfx: interrupted\n")
+    assert not [path for path in folder.iterdir() if "cut" in path.name]
