@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from handmade import program_of
 from hypothesis import given
 from hypothesis import strategies as st
 from planting import ORDER, POLICIES, context, edited, program_before
@@ -161,6 +162,19 @@ def test_a_weight_that_depends_on_an_input_stays_float() -> None:
     assert at == "mid.to_out/linear"
     assert reason.startswith("the weight depends on an input, so it has no fixed codes")
     assert not others
+
+
+def test_a_filter_that_takes_batch_and_channels_as_one_stays_float() -> None:
+    graph = fx.Graph()
+    sample, _ = graph.placeholder("sample"), graph.placeholder("timestep")
+    rows = graph.call_function(aten.reshape.default, (sample, [-1, 1, 6, 8]))
+    filtered = graph.call_function(aten.conv2d.default, (rows, graph.get_attr("kernel")))
+    graph.output(filtered)
+    program = program_of(graph, {"kernel": torch.ones(1, 1, 3, 3)})
+    ctx = PassContext(replace(POLICIES["layers"], rules=()))
+    result = run_step(create("plan-sites"), run_step(create("canonicalize"), program, ctx), ctx)
+    assert [entry.spec for entry in result.table.of(Planned).values()] == [None, None]
+    assert "does not work on a batch" in next(iter(refusals(result).values()))
 
 
 # --- observers
