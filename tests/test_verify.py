@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -19,7 +20,7 @@ from toys import SPEC, toy
 
 from dmqfx.checking import faked
 from dmqfx.checking.culprit import find_culprit
-from dmqfx.checking.judges import Close, Equal, SameCodes, distance
+from dmqfx.checking.judges import CLOSE, TIE, Close, Equal, SameCodes, distance
 from dmqfx.checking.probes import draw, outputs, sizes, strong
 from dmqfx.checking.shrink import shrunk
 from dmqfx.checking.verify import checking, error_after, verify
@@ -243,6 +244,26 @@ def test_a_fact_that_does_not_hold_is_refused() -> None:
         verify(program_before("insert-qdq"), LieAboutQdq(), context())
 
 
+@dataclass(frozen=True)
+class RefuseDoubles(Pass):
+    """A kernel that exists in float32 alone."""
+
+    preserves: ClassVar[Preserves] = Preserves.EXACT
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        if program.dtype == torch.float64:
+            raise RuntimeError("not implemented for 'Double'")
+        return program.fork()
+
+
+def test_a_pass_that_cannot_run_on_a_twin_is_checked_without_one() -> None:
+    with pytest.raises(
+        VerifyError, match=r"float64 twin \(not implemented for 'Double'\)\n  verify\(..., float64=False\)"
+    ):
+        verify(toy(), RefuseDoubles(), PassContext())
+    assert verify(toy(), RefuseDoubles(), PassContext(), float64=False).error == 0
+
+
 # --- probes
 
 
@@ -369,6 +390,20 @@ def test_distance_is_relative_and_never_hides_what_is_not_finite(
 ) -> None:
     assert distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected)
     assert distance(torch.zeros(2), torch.zeros(3)) == math.inf
+
+
+# --- what the page says
+
+
+def test_the_page_tells_the_limits_and_the_number_of_bugs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "verification.md").read_text()
+    assert f"{len(MUTANTS)} planted bugs" in page
+    told = {torch.float64: "1e-10", torch.float32: "1e-05", torch.float16: "0.01", torch.bfloat16: "0.05"}
+    assert {dtype: f"{limit:g}" for dtype, limit in CLOSE.items()} == told
+    for limit in told.values():
+        assert f" {limit} " in page
+    assert TIE == {torch.float64: 1e-9, torch.float32: 1e-4}
+    assert "1e-9 (float64) or 1e-4 (float32)" in page
 
 
 # --- shrunk models

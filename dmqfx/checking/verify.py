@@ -51,6 +51,14 @@ def verify(program: Program, step: Pass, ctx: PassContext | None = None, *, floa
     Without `float64` nothing is checked on a float64 twin: for programs that leave no room for one.
 
     Raises: VerifyError naming the step, the rule and the address at fault; RewriteError for a broken graph.
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> from dmqfx.frontend.capture import capture
+        >>> from dmqfx.graph.registry import create
+        >>> blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        >>> unet = UNet2DModel(8, block_out_channels=(4,), norm_num_groups=2, add_attention=False, **blocks)
+        >>> verify(capture(unet), create("canonicalize")).error
+        0.0
     """
     before = _fingerprint(program)
     verdict = _verify(program, step, ctx or PassContext(), None, float64)
@@ -100,13 +108,23 @@ class _Trial:
         """The judge's finding after so many applications, and what was applied."""
         applied = self.ctx.journal.applied
         if after is None:
-            after, journal = _run(self.step, self.program, self.ctx, fuel)
+            after, journal = self._run(fuel)
             applied = journal.applied
         try:
             return self.judge.judge(after), tuple(applied)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             gist = str(error).strip().splitlines()[0][:200]
             return Finding(math.inf, 0.0, f"the program does not run any more ({gist})"), tuple(applied)
+
+    def _run(self, fuel: int | None) -> tuple[Program, Journal]:
+        try:
+            return _run(self.step, self.program, self.ctx, fuel)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            if not self.twin:
+                raise
+            gist = str(error).strip().splitlines()[0][:200]
+            what = f"does not run on a float64 twin ({gist})"
+            raise VerifyError(what, step=self.step.name(), mend="verify(..., float64=False)") from error
 
     def refute(self, finding: Finding, applied: Sequence[Application]) -> VerifyError:
         """The error for a wrong finding, with the application at fault."""
