@@ -77,7 +77,7 @@ _HOME = {
     "verify": "checking.verify",
     "why": "seeing.why",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605  # a list, built from the table above
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:

@@ -74,7 +74,8 @@ class FixedGraphError(DmqfxError, AttributeError):
 
     def __init__(self, name: str, root: str) -> None:
         super().__init__(
-            f"{name} of {root} would change its layers, and a compiled graph is fixed\n  mend: do it to the float model, then compile"
+            f"{name} of {root} would change its layers, and a compiled graph is fixed\n"
+            "  mend: do it to the float model, then compile"
         )
 
 

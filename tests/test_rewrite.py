@@ -198,7 +198,9 @@ def test_redirect_moves_one_reader_only(rw: Rewriter) -> None:
 
 
 def test_a_computed_value_is_not_a_constant(rw: Rewriter) -> None:
-    with pytest.raises(RewriteError, match="my-pass: down/silu is computed from the inputs, it is no constant"):
+    with pytest.raises(
+        RewriteError, match="my-pass: down/silu is computed from the inputs, it is no constant"
+    ):
         rw.value(rw.node(SILU))
 
 

@@ -402,7 +402,7 @@ def test_the_page_tells_the_limits_and_the_number_of_bugs() -> None:
     assert {dtype: f"{limit:g}" for dtype, limit in CLOSE.items()} == told
     for limit in told.values():
         assert f" {limit} " in page
-    assert TIE == {torch.float64: 1e-9, torch.float32: 1e-4}
+    assert {torch.float64: 1e-9, torch.float32: 1e-4} == TIE
     assert "1e-9 (float64) or 1e-4 (float32)" in page
 
 

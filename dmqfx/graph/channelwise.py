@@ -7,6 +7,7 @@ producer are sent through them, and what arrives tells which row became which ch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx
@@ -68,7 +69,7 @@ def absorber(source: fx.Node, axis: int, table: Table) -> Absorber | Refuse:
 
 def _quantized_between(way: list[fx.Node], table: Table) -> Site | None:
     """The first site on the way (attention's value) that is planned to be quantized."""
-    for before, node in zip(way, way[1:], strict=False):
+    for before, node in pairwise(way):
         for arg, value in ops.args(node).items():
             planned = table.get(Site(node.meta["address"], arg), Planned) if value is before else None
             if planned is not None and planned.spec is not None:
@@ -133,7 +134,7 @@ def _send_rows(way: list[fx.Node]) -> Tensor:
     value: object = numbers.view([-1 if k == axis % len(shape) else 1 for k in range(len(shape))]).expand(
         shape
     )
-    for before, node in zip(way, way[1:], strict=False):
+    for before, node in pairwise(way):
         value = _carry(node, before, value)
     assert isinstance(value, Tensor)  # chunk is always followed by getitem
     return value

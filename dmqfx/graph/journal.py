@@ -42,7 +42,8 @@ class PassRecord:
 
     def __str__(self) -> str:
         drift = "" if self.drift is None else f"  drift {self.drift:.1e}"
-        return f"{self.name:<18} {len(self.applied):4d} applied  {len(self.refused):3d} refused  {self.seconds:6.1f} s{drift}"
+        counts = f"{len(self.applied):4d} applied  {len(self.refused):3d} refused"
+        return f"{self.name:<18} {counts}  {self.seconds:6.1f} s{drift}"
 
 
 @dataclass

@@ -7,7 +7,7 @@ is refused.
 from __future__ import annotations
 
 import inspect
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
@@ -35,9 +35,9 @@ class Pattern(ABC):
         """The same pattern, captured under a name."""
         return replace(self, name=name)
 
+    @abstractmethod
     def accepts(self, value: fx.node.Argument, found: Captures) -> bool:
         """Whether the value matches; captures go to `found`."""
-        raise TypeError(f"{type(self).__name__} does not say what it accepts")
 
     def match(self, value: fx.node.Argument, found: Captures) -> bool:
         """`accepts`, with the capture; a name used twice must capture the same value."""

@@ -102,8 +102,9 @@ class Pipeline:
                     f"step {k}, {step.name()}, does not declare what it preserves (BITWISE, EXACT or LOSSY)"
                 )
             for fact in sorted(step.requires - known, key=str):
+                hint = _hint(fact, self.steps, k, providers)
                 raise PipelineError(
-                    f"step {k}, {step.name()}, requires {fact.name!r} ({fact.meaning}); {_hint(fact, self.steps, k, providers)}"
+                    f"step {k}, {step.name()}, requires {fact.name!r} ({fact.meaning}); {hint}"
                 )
             known = (known - step.clears) | step.provides
 

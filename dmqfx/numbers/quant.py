@@ -94,10 +94,8 @@ def params_from_range(low: Tensor, high: Tensor, spec: QuantSpec, axis: int | No
     if spec.per == "tensor":
         low, high, axis = low.amin(1, keepdim=True), high.amax(1, keepdim=True), None
     qmin, qmax = qrange(spec)
-    if spec.grid == "affine":
-        step = high / (qmax - qmin) - low / (qmax - qmin)  # the difference of two huge bounds could overflow
-    else:
-        step = torch.maximum(high / qmax, low / qmin)
+    span = qmax - qmin  # each bound is divided on its own: the difference of two huge ones could overflow
+    step = high / span - low / span if spec.grid == "affine" else torch.maximum(high / qmax, low / qmin)
     scale = step.where(step > 0, 1.0).to(kept).clamp(min=torch.finfo(kept).tiny)
     if spec.grid == "affine":
         zero_point = (qmin - low / scale.double()).round().clamp(qmin, qmax).to(torch.int32)
