@@ -21,7 +21,8 @@ from dmqfx.policy.policy import resolve
 __all__ = ["contradictions"]
 
 _ROWS = 8
-_SLACK = 1e-4  # of the width of a range: sums in another order differ in their last digits
+_SLACK = 1e-4  # of the width of a range
+_ROUNDINGS = 20  # of the tensor's greatest value: sums in another order differ in their last digits
 
 
 def contradictions(before: Program, after: Program, ctx: PassContext) -> Iterator[Broken]:
@@ -60,7 +61,8 @@ def _ranges(program: Program, calibration: Calibration, *, tight: bool) -> Itera
         seen = ranges[site]
         rows = torch.isfinite(low).all(1)  # the groups that any row fell into
         low, high, was_low, was_high = (t[rows].double() for t in (low, high, seen.low, seen.high))
-        slack = _SLACK * (was_high - was_low).abs().clamp(min=1e-6)
+        greatest = torch.maximum(was_low.abs(), was_high.abs()).amax(1, keepdim=True)
+        slack = _SLACK * (was_high - was_low) + _ROUNDINGS * torch.finfo(program.dtype).eps * greatest
         beyond = torch.maximum(was_low - low, high - was_high) > slack
         inside = torch.maximum(low - was_low, was_high - high) > slack
         if bool(beyond.any()):
