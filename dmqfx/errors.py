@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 
 class DmqfxError(Exception):
-    """Root of every error that dmqfx raises on purpose."""
+    """Root of every error that dmqfx raises on purpose.
+
+    Example:
+        >>> issubclass(CaptureError, DmqfxError)
+        True
+    """
 
 
 class CaptureError(DmqfxError):

@@ -75,11 +75,11 @@ def strong(program: Program, generator: torch.Generator) -> Program:
     """
     rounded = set(program.table.of(Codes))
     weak = {
-        str(value.target)
+        str(read.target)
         for node in program.calls()
         for arg in ("weight", "bias")
         if Site(node.meta["address"], arg) not in rounded
-        if (value := _unscaled(ops.args(node).get(arg))) is not None
+        if (read := _unscaled(ops.args(node).get(arg))) is not None
     }
     changed: dict[str, Tensor] = {}
     for name in sorted(weak):

@@ -119,7 +119,7 @@ class _Trial:
     def _run(self, fuel: int | None) -> tuple[Program, Journal]:
         try:
             return _run(self.step, self.program, self.ctx, fuel)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError) as error:
             if not self.twin:
                 raise
             gist = str(error).strip().splitlines()[0][:200]

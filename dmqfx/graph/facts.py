@@ -31,7 +31,12 @@ def _always(program: Program) -> str | None:
 
 @dataclass(frozen=True)
 class Fact:
-    """A named property of a program; `broken` returns what contradicts it, or None while it holds."""
+    """A named property of a program; `broken` returns what contradicts it, or None while it holds.
+
+    Example:
+        >>> str(CANONICAL), CANONICAL == Fact("canonical", "other words")
+        ('canonical', True)
+    """
 
     name: str
     meaning: str = field(compare=False)

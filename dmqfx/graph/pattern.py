@@ -104,7 +104,12 @@ class Call(Pattern):
 
 
 class _Patterns:
-    """`p.conv2d(input=p.any("x"), weight=p.attr("w"))`: operators by name, arguments by schema name."""
+    """`p.conv2d(input=p.any("x"), weight=p.attr("w"))`: operators by name, arguments by schema name.
+
+    Example:
+        >>> p.silu(self=p.any("x")).names
+        ('silu',)
+    """
 
     def any(self, name: str = "") -> Pattern:
         """Any argument."""
@@ -158,7 +163,15 @@ class Rule:
 
 
 def rule(pattern: Pattern) -> Callable[[Callable[..., Outcome]], Rule]:
-    """Make a rule of the function below: parameters after the rewriter are named captures (and `root`)."""
+    """Make a rule of the function below: parameters after the rewriter are named captures (and `root`).
+
+    Example:
+        >>> @rule(p.mul(self=p.any("x"), other=p.value(1.0)))
+        ... def drop_one(rw, x):
+        ...     return x
+        >>> drop_one.name, drop_one.wants
+        ('drop_one', ('x',))
+    """
 
     def wrap(function: Callable[..., Outcome]) -> Rule:
         wants = tuple(inspect.signature(function).parameters)[1:]
@@ -169,7 +182,15 @@ def rule(pattern: Pattern) -> Callable[[Callable[..., Outcome]], Rule]:
 
 @dataclass(frozen=True)
 class RewritePass(Pass):
-    """A pass that is a list of rules, applied in graph order until none fires."""
+    """A pass that is a list of rules, applied in graph order until none fires.
+
+    Example:
+        >>> from dmqfx.graph.pipeline import Preserves
+        >>> class DropNothing(RewritePass):
+        ...     preserves = Preserves.BITWISE
+        >>> DropNothing().rules, DropNothing.name()
+        ((), 'drop-nothing')
+    """
 
     rules: ClassVar[tuple[Rule, ...]] = ()
 

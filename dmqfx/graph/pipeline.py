@@ -28,7 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 class Preserves(enum.Enum):
-    """What a pass promises about the program's output. There is no default: the author must say."""
+    """What a pass promises about the program's output. There is no default: the author must say.
+
+    Example:
+        >>> Preserves("exact") is Preserves.EXACT
+        True
+    """
 
     BITWISE = "bitwise"
     EXACT = "exact"
@@ -39,7 +44,11 @@ class Preserves(enum.Enum):
 class PassContext:
     """What a pass may read besides the program.
 
-    Units: seed starts every generator; fuel is the number of applications still allowed (None: no limit).
+    Units: seed starts every generator; the journal's fuel is the number of applications still allowed
+    (None: no limit).
+    Example:
+        >>> PassContext(seed=3).generator().initial_seed()
+        3
     """
 
     policy: Policy | None = None
@@ -58,7 +67,16 @@ class PassContext:
 class Pass(ABC):
     """A frozen value that maps a program to a program; its fields are its options.
 
-    `preserves` must be declared by every concrete pass: the class is refused without it.
+    `preserves` must be declared by every concrete pass: the pipeline refuses one without it.
+
+    Example:
+        >>> class LookAround(Pass):
+        ...     preserves = Preserves.BITWISE
+        ...
+        ...     def run(self, program, ctx):
+        ...         return program
+        >>> LookAround.name()
+        'look-around'
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset()

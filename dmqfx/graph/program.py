@@ -28,7 +28,17 @@ Outputs: TypeAlias = Tensor | tuple[Tensor, ...]
 class Program:
     """A captured UNet: graph, table, facts, log, inputs.
 
-    Never edited in place: `fork` gives a new graph over the same weight tensors, and only the Rewriter edits forks.
+    Never edited in place: `fork` gives a new graph over the same weight tensors, and only the Rewriter edits
+    forks.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> from dmqfx.frontend.capture import capture
+        >>> levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        >>> unet = UNet2DModel(block_out_channels=(8,), norm_num_groups=2, sample_size=8, **levels)
+        >>> program = capture(unet)
+        >>> program.fork().weights()["conv_in.weight"].data_ptr() == unet.conv_in.weight.data_ptr()
+        True
     """
 
     gm: fx.GraphModule

@@ -25,7 +25,12 @@ _MODULE = nn.Module()
 
 @dataclass(frozen=True)
 class Refuse:
-    """A rule's answer when it matched but must not fire."""
+    """A rule's answer when it matched but must not fire.
+
+    Example:
+        >>> Refuse("the scale is not per channel").reason
+        'the scale is not per channel'
+    """
 
     reason: str
     at: fx.Node | None = None
@@ -35,9 +40,16 @@ class Rewriter:
     """Edits a fork of a program on behalf of one pass; `finish` returns the new program.
 
     Example:
-        rw = Rewriter(program, "my-pass", journal)
-        with rw.before(conv):
-            half = rw.call(torch.ops.aten.mul.Tensor, near=conv, self=x, other=0.5)
+        >>> from diffusers import UNet2DModel
+        >>> from dmqfx.frontend.capture import capture
+        >>> levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        >>> unet = UNet2DModel(block_out_channels=(8,), norm_num_groups=2, sample_size=8, **levels)
+        >>> rw = Rewriter(capture(unet), "my-pass", Journal())
+        >>> conv = rw.node(Address("conv_out", "conv2d"))
+        >>> with rw.before(conv):
+        ...     half = rw.call(torch.ops.aten.mul.Tensor, near=conv, self=ops.tensor(conv, "input"), other=0.5)
+        >>> print(half.meta["address"])
+        conv_out/mul~my-pass.1
     """
 
     def __init__(self, program: Program, step: str, journal: Journal) -> None:

@@ -34,6 +34,9 @@ class QuantSpec:
 
     Shapes: boundaries is sorted and has G - 1 entries for G timestep groups; () is the static case.
     Units: bits 2..8; boundaries in timesteps as the UNet receives them.
+    Example:
+        >>> print(QuantSpec(4, "symmetric", "channel", "mse"))
+        4 bit symmetric per channel mse
     """
 
     bits: int
@@ -52,6 +55,11 @@ class QParams:
     """real = (code - zero_point) * scale, with code in [qmin, qmax].
 
     Shapes: scale, zero_point [G, C]: G timestep groups (1 = static), C channels on `axis` (1 = per tensor).
+
+    Example:
+        >>> params = params_from_range(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), QuantSpec(8), None)
+        >>> params.qmin, params.qmax, params.zero_point.tolist()
+        (0, 255, [[85]])
     """
 
     scale: Tensor
