@@ -27,6 +27,7 @@ from dmqfx.checking.verify import checking, error_after, verify
 from dmqfx.errors import RewriteError, VerifyError
 from dmqfx.frontend.capture import capture
 from dmqfx.graph.facts import QDQ, Fact
+from dmqfx.graph.inputs import Input
 from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import Pass, PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
@@ -272,6 +273,16 @@ def test_probes_differ_in_batch_in_height_and_width_and_in_timesteps() -> None:
     assert first["sample"].shape == (3, 3, 8, 12)
     assert second["sample"].shape == (1, 3, 10, 8)
     assert len(set(first["timestep"].tolist())) == 3
+
+
+def test_the_last_probe_has_no_residuals() -> None:
+    residual = Input("mid_residual", ("B", 8, "H/2", "W/2"), "residual")
+    spec = replace(SPEC, inputs=(*SPEC.inputs, residual))
+    first, second = (probe["mid_residual"] for probe in draw(replace(toy(), inputs=spec), generator()))
+    assert first.shape == (3, 8, 4, 6)
+    assert first.abs().min() > 0
+    assert second.shape == (1, 1, 1, 1)
+    assert not second.any()
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 8, 32])

@@ -42,12 +42,16 @@ def sizes(spec: InputSpec) -> tuple[dict[str, int], ...]:
 def draw(program: Program, generator: torch.Generator) -> list[dict[str, Tensor]]:
     """Random inputs in the program's own dtype, one set for each of `sizes`.
 
-    Where the plan has timestep groups, the first timestep lies on an edge and the second just below it.
+    Where the plan has timestep groups, the first timestep lies on an edge and the second just below it. The last
+    set has no residuals, which are then zeros that broadcast.
     """
     found = [
         program.inputs.draw(generator, dtype=program.dtype, device=str(program.device), **each)
         for each in sizes(program.inputs)
     ]
+    for i in program.inputs.inputs:
+        if i.optional:
+            found[-1][i.name] = torch.zeros_like(found[-1][i.name])[:1, :1, :1, :1]
     edges = sorted({e for p in program.table.of(Planned).values() if p.spec for e in p.spec.boundaries})
     if edges and "timestep" in found[0]:
         edge = edges[len(edges) // 2]
