@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from handmade import compiled as handmade
 from models import one_level, randomize
 
 from dmqfx.calibration.calibration import CalibrationWarning
-from dmqfx.cli import build_parser, main, terminal
+from dmqfx.cli import build_parser, main, sources, terminal
 from dmqfx.cli.make import TARGETS
 from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.runtime import targets
@@ -250,6 +252,45 @@ def test_env_names_what_a_bug_report_needs(dmqfx: Ask) -> None:
     assert {"processor", "threads", "torch", "diffusers", "dmqfx", "python"} <= dmqfx(
         "env", "--json"
     ).data.keys()
+
+
+def test_calibrate_runs_a_pipeline_on_the_prompts_of_a_file_and_is_quiet_about_it(
+    dmqfx: Ask, folder: Path
+) -> None:
+    tiny = runpy.run_path(str(ROOT / "examples" / "tiny_pipeline.py"))["tiny_pipeline"]()
+    tiny.save_pretrained(folder / "pipe")
+    answer = dmqfx("calibrate", "pipe", "--prompts", "prompts.txt", "--steps", "2", "--out", "pcal", "--json")
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.data["rows"] == 2 * 2 * 2, "prompts, steps, halves of guidance"
+
+
+# --- models on the hub
+
+CACHED, THERE = "cached", "on the hub"
+
+
+@pytest.mark.parametrize(
+    ("where", "files", "asked"),
+    [
+        (CACHED, ["unet/config.json"], ("unet", {"local_files_only": True})),
+        (CACHED, ["config.json"], ("", {"local_files_only": True})),
+        (THERE, ["model_index.json", "unet/config.json"], ("unet", {})),
+        (THERE, ["config.json"], ("", {})),
+    ],
+)
+def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
+    monkeypatch: pytest.MonkeyPatch, where: str, files: list[str], asked: tuple[str, dict[str, bool]]
+) -> None:
+    loaded: list[tuple[object, ...]] = []
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+    cached = files if where == CACHED else []
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda name, file: file if file in cached else None
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    monkeypatch.setattr(sources, "_pretrained", lambda *given, **more: loaded.append((*given, more)))
+    sources.load_unet("owner/name")
+    assert loaded == [("owner/name", *asked)]
 
 
 # --- one wrong input for each command: what, where, how to mend
@@ -491,7 +532,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
-    shown = process("-m", "dmqfx", "show", "handmade", cwd=folder)
+    shown = process("-m", "dmqfx", "policies", "w4a8", cwd=folder)
     assert shown.stdout is not None
     shown.stdout.close()
     assert shown.wait() == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmqfx.cli.terminal import bars
 from dmqfx.errors import DmqfxError
 
 if TYPE_CHECKING:
@@ -122,10 +124,25 @@ def load_pipeline(name: str) -> DiffusionPipeline:
 
     if not (Path(name) / "model_index.json").is_file():
         raise DmqfxError(f"{name} is not a pipeline folder (no model_index.json), and --prompts needs one")
+    _hush()
     try:
         return DiffusionPipeline.from_pretrained(name, local_files_only=True)
     except (ImportError, OSError, ValueError) as error:
         raise DmqfxError(f"cannot load the pipeline {name}: {error}") from error
+
+
+def _hush() -> None:
+    """Loading is announced by diffusers and transformers in bars and warnings; only who watches gets the bars."""
+    from diffusers.utils import is_transformers_available
+    from diffusers.utils import logging as of_diffusers
+
+    if not bars():
+        of_diffusers.disable_progress_bar()
+    if is_transformers_available():
+        of_transformers = import_module("transformers.utils.logging")
+        of_transformers.set_verbosity_error()
+        if not bars():
+            of_transformers.disable_progress_bar()
 
 
 def _from_hub(name: str) -> UNet:
