@@ -58,6 +58,23 @@ def test_what_is_measured_is_the_output_itself(unet: UNet, q: CompiledUNet, rows
         assert found.output_db[timestep.item()] == pytest.approx(db, abs=0.01)
 
 
+def test_the_compiled_model_runs_as_its_target_does(unet: UNet, q: CompiledUNet, rows: Calibration) -> None:
+    exact, other = evaluate(unet, q, rows), evaluate(unet, q.retarget("reference"), rows)
+    assert other.mean_output_db == pytest.approx(exact.mean_output_db, abs=0.01)
+
+
+def test_a_model_in_training_mode_is_evaluated_and_left_in_it(
+    unet: UNet, q: CompiledUNet, rows: Calibration
+) -> None:
+    found = evaluate(unet, q, rows)
+    unet.train()
+    try:
+        assert evaluate(unet, q, rows) == found
+        assert unet.training
+    finally:
+        unet.eval()
+
+
 def test_calls_of_another_model_are_refused(unet: UNet, q: CompiledUNet) -> None:
     wider = unconditional(in_channels=4, out_channels=4)
     with pytest.raises(CalibrationError, match="sample"):

@@ -24,7 +24,7 @@ from dmqfx.graph.address import Address
 from dmqfx.graph.inputs import Input, InputSpec
 from dmqfx.graph.program import Program
 
-__all__ = ["capture"]
+__all__ = ["Canonical", "capture", "evaluating"]
 
 _log = logging.getLogger(__name__)
 _PREFIX = "unet."
@@ -49,7 +49,7 @@ def capture(unet: UNet, *, residuals: bool = False) -> Program:
     refuse(unet)
     started = time.perf_counter()
     spec = signature(unet, residuals=residuals)
-    with _evaluating(unet), torch.no_grad():
+    with evaluating(unet), torch.no_grad():
         if isinstance(unet, UNet2DConditionModel):
             spec, found = _export_any_size(unet, spec)
         else:
@@ -106,7 +106,7 @@ def _seen(residual: Input, gm: fx.GraphModule, spec: InputSpec) -> Input:
     return replace(residual, dims=("B", channels, f"H{halved}", f"W{halved}"))
 
 
-class _Canonical(nn.Module):
+class Canonical(nn.Module):
     """A UNet that takes its inputs as a flat list of tensors and returns a flat list of tensors."""
 
     def __init__(self, unet: UNet, names: tuple[str, ...]) -> None:
@@ -150,7 +150,7 @@ def _export_any_size(unet: UNet2DConditionModel, spec: InputSpec) -> tuple[Input
 
 def _export(unet: UNet, spec: InputSpec, *, larger: int = 1) -> ExportedProgram:
     examples, dims = _examples(unet, spec, larger)
-    wrapper = _Canonical(unet, tuple(i.name for i in spec.inputs)).eval()
+    wrapper = Canonical(unet, tuple(i.name for i in spec.inputs)).eval()
     try:
         return export(wrapper, examples, dynamic_shapes=(dims,), strict=False)
     except Exception as error:  # whatever export meets, the user gets one kind of error with a place
@@ -178,7 +178,7 @@ def _examples(
 
 
 @contextmanager
-def _evaluating(unet: nn.Module) -> Iterator[None]:
+def evaluating(unet: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module is in the mode it had."""
     modes = [(module, module.training) for module in unet.modules()]
     unet.eval()
