@@ -18,6 +18,7 @@ from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime import targets
+from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.report import Report
 from dmqfx.storage.provenance import provenance
@@ -34,7 +35,7 @@ def compile(
     policy: str | PathLike[str] | Mapping[str, object] | Policy = "w4a8",
     *,
     calibration: Calibration | None = None,
-    target: str = "auto",
+    target: str | Target = "auto",
     overrides: Sequence[str] = (),
     verify: bool = False,
     seed: int = 0,

@@ -27,7 +27,7 @@ from models import one_level, randomize
 
 from dmqfx.calibration.calibration import CalibrationWarning
 from dmqfx.cli import build_parser, main, sources, terminal
-from dmqfx.cli.make import TARGETS
+from dmqfx.cli.judge import TARGETS
 from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.runtime import targets
 
@@ -331,7 +331,7 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
         ("compile nowhere --out o", 1, "there is no folder nowhere, and it is neither a hub id"),
         ("compile prompts.txt --out o", 1, "prompts.txt is a file; MODEL is a diffusers folder"),
         ("compile new --out o", 1, "new has neither config.json (a UNet) nor model_index.json"),
-        ("compile unet --out o --target int8", 2, "argument --target: invalid choice: 'int8'"),
+        ("eval handmade unet --target int8", 2, "argument --target: invalid choice: 'int8'"),
         ("eval unet unet", 1, "unet holds no dmqfx.json: it was not saved by dmqfx"),
         ("eval handmade handmade", 1, "handmade is a compiled model"),
         ("verify owner/name", 1, "there is no folder owner/name, and as a hub id it cannot be read"),

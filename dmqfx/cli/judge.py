@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from dmqfx.cli import sources, terminal
-from dmqfx.cli.make import add_target
 from dmqfx.cli.terminal import Commands, bars, command, whole
+
+TARGETS = ("auto", "simulate", "reference")
 
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -35,7 +36,12 @@ def _eval(commands: Commands[argparse.ArgumentParser]) -> None:
         "--calibration", metavar="FOLDER", help="recorded calls to compare on; best not those of compiling"
     )
     parser.add_argument("--rows", type=whole(1), default=64, help="how many of them [64]")
-    add_target(parser)
+    parser.add_argument(
+        "--target",
+        default="auto",
+        choices=TARGETS,
+        help="what the layers run as; auto is the best there is [auto]",
+    )
     parser.add_argument(
         "--seed", type=whole(0), default=1, help="of what is recorded without --calibration [1]"
     )

@@ -13,24 +13,12 @@ from dmqfx.cli.terminal import Commands, bars, command, whole
 if TYPE_CHECKING:
     from dmqfx.calibration.calibration import Calibration
 
-TARGETS = ("auto", "simulate", "reference")
-
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     """Declare the commands of this file."""
     _demo(commands)
     _calibrate(commands)
     _compile(commands)
-
-
-def add_target(parser: argparse.ArgumentParser) -> None:
-    """--target."""
-    parser.add_argument(
-        "--target",
-        default="auto",
-        choices=TARGETS,
-        help="what the layers run as; auto is the best there is [auto]",
-    )
 
 
 def _demo(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -167,7 +155,6 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--calibration", metavar="FOLDER", help="of `dmqfx calibrate` [made from the model itself]"
     )
-    add_target(parser)
     parser.add_argument("--verify", action="store_true", help="check every pass as it runs")
     parser.add_argument("--seed", type=whole(0), default=0, help="of everything random [0]")
     parser.add_argument(
@@ -200,7 +187,7 @@ def compile_(options: argparse.Namespace) -> int:
             unet,
             policy,
             calibration=calibration,
-            target=options.target,
+            target=sources.unlowered(),  # it is saved and not run, so its weights need not be unpacked
             verify=options.verify,
             seed=options.seed,
             progress=bars(),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dmqfx.calibration.calibration import Calibration
     from dmqfx.frontend.signature import UNet
     from dmqfx.graph.program import Program
+    from dmqfx.runtime.targets import Target
     from dmqfx.runtime.unet import CompiledUNet
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "load_program",
     "load_stored",
     "load_unet",
+    "unlowered",
 ]
 
 
@@ -87,10 +89,16 @@ def load_stored(name: str) -> CompiledUNet:
 
     Raises: StoreError if the folder is not a whole one.
     """
-    from dmqfx.runtime.targets import Target
     from dmqfx.storage.store import load
 
-    return load(name, target=Target("stored", (), "the portable program as it was saved"))
+    return load(name, target=unlowered())
+
+
+def unlowered() -> Target:
+    """The target of a model that is looked at or saved and never run: the portable program as it is."""
+    from dmqfx.runtime.targets import Target
+
+    return Target("stored", (), "the portable program as it is saved")
 
 
 def load_program(name: str) -> Program:
