@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
+
+import torch
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.verify import checking
@@ -22,6 +25,8 @@ from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.report import Report
 from dmqfx.storage.provenance import provenance
+
+logger = logging.getLogger(__name__)
 
 MEASURED_ROWS = 16
 
@@ -63,7 +68,7 @@ def compile(
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
-    before = capture(unet, residuals=data is not None and has_residuals(data))
+    before = computing(capture(unet, residuals=data is not None and has_residuals(data)))
     if data is not None:
         data.check(before.inputs)
     ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data))
@@ -79,6 +84,17 @@ def compile(
     return CompiledUNet(
         after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
+
+
+def computing(program: Program) -> Program:
+    """The program in a dtype that scales can be exact in: half precision becomes float32, in tensors of its own.
+
+    A caller still passes and gets its own dtype; see CompiledUNet.forward.
+    """
+    if program.dtype not in (torch.float16, torch.bfloat16):
+        return program
+    logger.info("the UNet is %s; it is compiled in float32, and callers get their own dtype", program.dtype)
+    return program.astype(torch.float32)
 
 
 def quantize(program: Program, ctx: PassContext, *, verify: bool = False) -> tuple[Program, Program]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
@@ -569,17 +568,3 @@ def test_a_model_that_gives_no_numbers_is_refused() -> None:
         CalibrationError, match="UNet2DModel gives values that are not finite at timestep 999"
     ):
         Calibration.synthesize(broken, steps=1, trajectories=1)
-
-
-# --- the documentation
-
-PAGE = (Path(__file__).parent.parent / "docs" / "calibration.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_an_example_of_the_documentation_makes_a_calibration(example: str) -> None:
-    names: dict[str, object] = {}
-    exec(example, names)
-    assert isinstance(names["calibration"], Calibration)
-    assert len(EXAMPLES) == 3
