@@ -422,8 +422,10 @@ def test_a_trajectory_does_not_depend_on_how_many_there_are() -> None:
         for n in (1, 6)
     )
     assert sorted(pairs(six)) == [(t, s) for t in range(6) for s in range(3)]
-    first = six.groups[0].take((six.trajectories() == 0).nonzero()[:, 0])
-    torch.testing.assert_close(first.tensors(slice(None)), one.groups[0].tensors(slice(None)))
+    first, alone = six.groups[0].take((six.trajectories() == 0).nonzero()[:, 0]), one.groups[0]
+    assert torch.equal(first.tensors(slice(1))["sample"], alone.tensors(slice(1))["sample"])  # the noise
+    # Convolutions sum in another order for another batch size, and every step builds on the one before.
+    torch.testing.assert_close(first.tensors(slice(None)), alone.tensors(slice(None)), rtol=1e-4, atol=1e-4)
 
 
 def test_sampling_leaves_unet_scheduler_and_global_generator_alone() -> None:
