@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CALIBRATED",
     "CANONICAL",
+    "FITTED",
     "FLAGGED",
     "INTEGER",
     "LEARNED",
@@ -83,6 +84,7 @@ FLAGGED = Fact("flagged", "decoder concatenations of long skips are in the table
 PLANNED = Fact("planned", "every quantizable site has its spec, or float, from the policy")
 OBSERVED = Fact("observed", "identity observers stand at the planned activation sites", _no_observer)
 CALIBRATED = Fact("calibrated", "planned activation sites have their ranges in the table")
+FITTED = Fact("fitted", "planned activation sites have their scale and zero point in the table")
 PAIRED = Fact("paired", "layers that share an input share one equivalent scale")
 LEARNED = Fact("learned", "pairs have their equivalent scale in the table")
 SCALED = Fact("scaled", "x / gamma stands before scaled layers and gamma in their weights")

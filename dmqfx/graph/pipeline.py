@@ -7,8 +7,9 @@ import logging
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -44,7 +45,8 @@ class Preserves(enum.Enum):
 class PassContext:
     """What a pass may read besides the program.
 
-    Units: seed starts every generator; the journal's fuel is the number of applications still allowed
+    Units: seed starts every generator; a sweep takes `chunk` calibration rows at a time and keeps at most
+    `memory` bytes of activations; the journal's fuel is the number of applications still allowed
     (None: no limit).
     Example:
         >>> PassContext(seed=3).generator().initial_seed()
@@ -56,6 +58,8 @@ class PassContext:
     seed: int = 0
     progress: bool = False
     train_timesteps: int = 1000
+    memory: int = 6 * 2**30
+    chunk: int = 16
     journal: Journal = field(default_factory=Journal)
 
     def generator(self) -> torch.Generator:
@@ -92,6 +96,23 @@ class Pass(ABC):
     def name(cls) -> str:
         """The pass's name in policies: the class name in kebab case."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+
+
+@dataclass(frozen=True)
+class JointPass(Pass):
+    """A pass that can share one walk over the data with its neighbours in a pipeline.
+
+    Neighbours are consecutive passes with the same `run_jointly`; each has its own context and journal.
+    """
+
+    @classmethod
+    @abstractmethod
+    def run_jointly(cls, steps: Sequence[tuple[JointPass, PassContext]], program: Program) -> Program:
+        """The program after all of them."""
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """The program after this one alone."""
+        return self.run_jointly([(self, ctx)], program)
 
 
 Observe = Callable[[Pass, Program, Program, PassContext], float | None]
@@ -140,9 +161,45 @@ class Pipeline:
         Raises: PipelineError for a wrong order; RewriteError when a pass breaks a structural rule.
         """
         self.check(program, providers)
-        for step in self.steps:
-            program = run_step(step, program, ctx, observe)
+        for together in _neighbours(self.steps):
+            program = run_steps(together, program, ctx, observe)
         return program
+
+
+def run_steps(
+    steps: Sequence[Pass], program: Program, ctx: PassContext, observe: Observe | None = None
+) -> Program:
+    """One pass, or several that share a walk, on one program: run, structural checks, facts, log.
+
+    Raises: RewriteError when a pass breaks a structural rule.
+    """
+    started = time.perf_counter()
+    locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
+    first = steps[0]
+    if isinstance(first, JointPass):
+        joint = [
+            (step, local) for step, local in zip(steps, locals_, strict=True) if isinstance(step, JointPass)
+        ]
+        after = first.run_jointly(joint, program)
+    else:
+        after = first.run(program, locals_[0])
+    facts = program.facts
+    for step in steps:
+        facts = (facts - step.clears) | step.provides
+    after = replace(after, facts=facts)
+    names = ", ".join(step.name() for step in steps)
+    check_structure(after, names, program, facts=ctx.journal.fuel is None)
+    seconds = (time.perf_counter() - started) / len(steps)
+    records = []
+    for step, local in zip(steps, locals_, strict=True):
+        drift = observe(step, program, after, local) if observe is not None else None
+        journal = local.journal
+        record = PassRecord(
+            step.name(), step.preserves.value, tuple(journal.applied), tuple(journal.refused), seconds, drift
+        )
+        logger.info("%s", record)
+        records.append(record)
+    return replace(after, log=(*program.log, *records))
 
 
 def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | None = None) -> Program:
@@ -150,19 +207,13 @@ def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | 
 
     Raises: RewriteError when the pass breaks a structural rule.
     """
-    started = time.perf_counter()
-    local = replace(ctx, journal=Journal(fuel=ctx.journal.fuel))
-    after = step.run(program, local)
-    after = replace(after, facts=(program.facts - step.clears) | step.provides)
-    check_structure(after, step.name(), program, facts=local.journal.fuel is None)
-    seconds = time.perf_counter() - started
-    drift = observe(step, program, after, local) if observe is not None else None
-    journal = local.journal
-    record = PassRecord(
-        step.name(), step.preserves.value, tuple(journal.applied), tuple(journal.refused), seconds, drift
-    )
-    logger.info("%s", record)
-    return replace(after, log=(*program.log, record))
+    return run_steps((step,), program, ctx, observe)
+
+
+def _neighbours(steps: Sequence[Pass]) -> Iterator[tuple[Pass, ...]]:
+    """Consecutive passes that run jointly, and every other pass alone."""
+    for kind, group in groupby(steps, lambda step: step.run_jointly if isinstance(step, JointPass) else None):
+        yield from [tuple(group)] if kind is not None else ((step,) for step in group)
 
 
 def check_structure(
