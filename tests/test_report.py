@@ -358,13 +358,11 @@ def test_a_damaged_report_is_a_store_error(text: str) -> None:
 
 def test_an_expectation_is_missed_in_words_and_reached_in_silence() -> None:
     assert small().misses(Expect()) == small().misses(Expect(12.5)) == []
-    assert small().misses(Expect(13.0)) == ["the policy expects 13 dB of the output, and it has 12.5 dB"]
+    assert small().misses(Expect(13.0)) == ["the output has 12.5 dB SQNR, 13 dB are wanted"]
     broken = replace(small(), output_db={1.0: math.nan})
-    assert broken.misses(Expect(1.0)) == ["the policy expects 1 dB of the output, and it has nan dB"]
+    assert broken.misses(Expect(1.0)) == ["the output has nan dB SQNR, 1 dB are wanted"]
     unmeasured = replace(small(), output_db={})
-    assert unmeasured.misses(Expect(1.0)) == [
-        "the policy expects 1 dB of the output, and nothing was measured"
-    ]
+    assert unmeasured.misses(Expect(1.0)) == ["nothing was measured, and 1 dB are wanted"]
 
 
 def test_a_layer_that_is_not_there_is_an_error_with_the_nearest() -> None:

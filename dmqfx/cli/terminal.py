@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -78,8 +79,11 @@ def complain(run: Run, options: argparse.Namespace) -> int:
         return _said(str(error), REFUTED)
     except PolicyError as error:
         return _said("\n".join(str(p) if p.line else p.message for p in error.problems), FAILED)
-    except (DmqfxError, OSError) as error:
+    except DmqfxError as error:
         return _said(str(error), FAILED)
+    except OSError as error:
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _said(where, FAILED)
     except KeyboardInterrupt:
         return _said("interrupted", INTERRUPTED)
 
@@ -104,10 +108,17 @@ def bars() -> bool:
     return sys.stderr.isatty()
 
 
-def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
-    """The MODEL argument."""
-    about = "diffusers folder, saved dmqfx folder, hub id, or `emoji`"
+def add_model(parser: argparse.ArgumentParser, name: str = "model", *, compiled: bool = True) -> None:
+    """The MODEL argument; `compiled` says that a saved compiled model makes sense too."""
+    saved = "saved dmqfx folder, " if compiled else ""
+    about = f"diffusers folder, {saved}hub id, or `emoji`"
     parser.add_argument(name, metavar=name.upper(), help=about)
+
+
+def add_glob(parser: argparse.ArgumentParser) -> None:
+    """--at."""
+    about = "addresses: * stays inside one name, ** crosses names, re: starts a regular expression [**]"
+    parser.add_argument("--at", type=_glob, metavar="GLOB", default="**", help=about)
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
@@ -141,24 +152,43 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def to_be_file(name: str) -> Path:
-    """The path of a file to write, its folder made, before anything long is computed for it.
+    """The path of a file to write, looked at before anything long is computed for it.
 
-    Raises: DmqfxError if a folder has this name; OSError if the folder cannot be made.
+    Raises: DmqfxError if a folder has this name, or nothing can be written there.
     """
     from dmqfx.errors import DmqfxError
 
     path = Path(name)
     if path.is_dir():
         raise DmqfxError(f"{name} is a folder; say the file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    return _writable(path)
+
+
+def to_be_folder(name: str) -> Path:
+    """The path of a folder to write, looked at before anything long is computed for it.
+
+    Raises: DmqfxError if a file has this name, or nothing can be written there.
+    """
+    from dmqfx.errors import DmqfxError
+
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise DmqfxError(f"{name} is a file; say a folder")
+    return _writable(path)
+
+
+def _writable(path: Path) -> Path:
+    """The path, if the nearest folder above it takes files."""
+    from dmqfx.errors import DmqfxError
+
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir():
+        raise DmqfxError(f"{path} cannot be written: {nearest} is a file, not a folder")
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise DmqfxError(f"{path} cannot be written: {nearest} takes no files ({error.strerror})") from error
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file that is the old one or the new one, never half of it."""
-    half = path.with_name(path.name + ".part")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)
 
 
 def read_text(name: str) -> str:
@@ -172,6 +202,15 @@ def read_text(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DmqfxError(f"{name} is not a text file in UTF-8: {error}") from error
+
+
+def _glob(text: str) -> str:
+    """The type of --at: a pattern that is legal, whatever it fits."""
+    from dmqfx.globs import problem_with_glob
+
+    if problem := problem_with_glob(text):
+        raise argparse.ArgumentTypeError(problem)
+    return text
 
 
 def _said(message: str, code: int) -> int:

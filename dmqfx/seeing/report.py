@@ -178,13 +178,14 @@ class Report:
         return known[find(known, address)]
 
     def misses(self, expect: Expect) -> list[str]:
-        """What the policy expects and this result does not reach, in words."""
+        """What is expected and not reached, in words."""
         if expect.sqnr_db is None:
             return []
-        wanted = f"the policy expects {expect.sqnr_db:g} dB of the output"
+        wanted = f"{expect.sqnr_db:g} dB are wanted"
         if self.mean_db is None:
-            return [f"{wanted}, and nothing was measured"]
-        return [] if self.mean_db >= expect.sqnr_db else [f"{wanted}, and it has {self.mean_db:.1f} dB"]
+            return [f"nothing was measured, and {wanted}"]
+        reached = self.mean_db >= expect.sqnr_db
+        return [] if reached else [f"the output has {self.mean_db:.1f} dB SQNR, {wanted}"]
 
     def summary(self) -> str:
         """Size, bits and loss, in a few lines."""
