@@ -21,6 +21,7 @@ from dmqfx.policy.policy import Policy
 from dmqfx.seeing.explain import explain, explanations
 from dmqfx.seeing.selection import AddressError
 from dmqfx.seeing.show import diff, show, why
+from dmqfx.seeing.why import _spans
 
 
 def test_show_prints_a_line_for_each_operation_with_arguments_by_name() -> None:
@@ -155,8 +156,8 @@ def test_why_tells_the_life_of_an_address() -> None:
         "  input",
         "    asked  8 bit affine per tensor minmax x2, by rule 'default'",
         "    got    8 bit, quantized by conv_in/quantize~insert-qdq.1",
-        "    seen   t <= 500  range [-2, 3]  scale 0.0196  zero point 102  18 values",
-        "    seen    500 < t  range [-1, 1.5]  scale 0.0098  zero point 102  "
+        "    seen    t < 500  range [-2, 3]  scale 0.0196  zero point 102  18 values",
+        "    seen   500 <= t  range [-1, 1.5]  scale 0.0098  zero point 102  "
         "no rows: taken from the nearest group",
         "    pair   one gamma for 1 reader, stays: an input feeds it",
         "    gamma  0.5 over 1 channel",
@@ -171,6 +172,22 @@ def test_why_tells_the_life_of_an_address() -> None:
         "    insert-qdq         qdq: 8 bit affine per tensor minmax x2",
         "    insert-qdq         qdq: 4 bit symmetric per channel minmax",
     ]
+
+
+def test_why_of_a_model_without_ranges_tells_the_scales_that_it_uses() -> None:
+    saved = quantized().with_table(quantized().table.drop(Range))
+    assert [line for line in why(saved, "conv_in/conv2d").splitlines() if "scale 0.0" in line][:2] == [
+        "    used    t < 500  scale 0.0196  zero point 102",
+        "    used   500 <= t  scale 0.0098  zero point 102",
+    ]
+
+
+def test_why_puts_a_timestep_into_the_group_that_the_graph_does() -> None:
+    edges = (50.0, 500.0)
+    for t in (0.0, 49.5, 50.0, 499.0, 500.0, 999.0):
+        group = torch.ops.dmqfx.timestep_group(torch.tensor([t]), torch.tensor(edges)).item()
+        said = [eval(span, {"t": t}) for span in map(str.strip, _spans(edges))]
+        assert said == [k == group for k in range(3)]
 
 
 def test_why_says_before_quantization_only_what_is_known() -> None:

@@ -226,7 +226,10 @@ class Report:
             raise StoreError(f"this is not a whole report: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
-        return f"{self.summary()}\n\n{self.table(worst_first=True, limit=12)}"
+        from dmqfx.seeing.reporttable import refusals, timesteps
+
+        parts = (self.summary(), timesteps(self), self.table(worst_first=True, limit=12), refusals(self))
+        return "\n\n".join(part for part in parts if part)
 
 
 def badness(db: float | None) -> float:
