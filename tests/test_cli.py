@@ -196,6 +196,15 @@ def test_inspect_of_a_compiled_model_tells_its_bits_and_what_was_lost(
     assert sites["weight"] == {"asked": "4 bit symmetric per channel mse", "got_bits": 4, "rule": "default"}
 
 
+def test_the_picture_has_the_skips_of_a_model_whose_policy_did_not_flag_them(
+    dmqfx: Ask, folder: Path
+) -> None:
+    assert dmqfx("compile", "unet", "--policy", "w8a16", "--rows", "0", "--out", "w8a16").code == 0
+    answer = dmqfx("inspect", "w8a16", "--picture", "w8a16.svg", "--json")
+    assert answer.data["picture"] == str(folder / "w8a16.svg")
+    assert "arcs: long skips" in (folder / "w8a16.svg").read_text()
+
+
 def test_show_prints_operations_and_as_json_their_parts(dmqfx: Ask) -> None:
     answer = dmqfx("show", "handmade", "--at", "conv_in/conv2d")
     assert answer.out.startswith("conv_in/conv2d  conv2d(input=")

@@ -57,7 +57,7 @@ def inspect(options: argparse.Namespace) -> int:
         text += f"\n\n{report.summary()}"
     if drawing is not None:
         with replacing_file(drawing) as file:
-            file.write_text(picture(program, report), encoding="utf-8")
+            file.write_text(picture(sources.flagged(program), report), encoding="utf-8")
         text += f"\n\npicture: {drawing.resolve()}"
     data = {
         "layers": [_item(item) for item in items],

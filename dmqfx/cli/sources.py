@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dmqfx.runtime.unet import CompiledUNet
 
 __all__ = [
+    "flagged",
     "is_compiled",
     "is_emoji",
     "load_calibration",
@@ -111,12 +112,24 @@ def load_captured(name: str) -> Program:
 
 
 def load_program(name: str) -> Program:
-    """The program of a compiled folder, or the canonical program of a float UNet."""
+    """The program of a compiled folder, or the canonical program of a float UNet with its skips flagged."""
     from dmqfx.graph.pipeline import PassContext
     from dmqfx.graph.registry import pipeline
 
-    steps = pipeline([] if is_compiled(name) else [("canonicalize", {}), ("flag-skips", {})])
-    return steps.run(load_captured(name), PassContext())
+    if is_compiled(name):
+        return load_stored(name).program
+    return flagged(pipeline([("canonicalize", {})]).run(load_captured(name), PassContext()))
+
+
+def flagged(program: Program) -> Program:
+    """The program with its long skips in the table: not every policy runs flag-skips."""
+    from dmqfx.graph.facts import FLAGGED
+    from dmqfx.graph.pipeline import PassContext
+    from dmqfx.graph.registry import pipeline
+
+    if FLAGGED in program.facts:
+        return program
+    return pipeline([("flag-skips", {})]).run(program, PassContext())
 
 
 def load_calibration(name: str | None) -> Calibration | None:
