@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from dmqfx.cli import sources, terminal
+from dmqfx.cli import files, sources, terminal
 from dmqfx.cli.terminal import Commands, command, whole
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def inspect(options: argparse.Namespace) -> int:
     from dmqfx.seeing.picture import picture
     from dmqfx.storage.atomic import replacing_file
 
-    drawing = terminal.to_be_file(options.picture) if options.picture else None
+    drawing = files.to_be_file(options.picture) if options.picture else None
     compiled = sources.load_stored(options.model) if sources.is_compiled(options.model) else None
     program = compiled.program if compiled is not None else sources.load_program(options.model)
     report = compiled.report if compiled is not None else None

@@ -6,7 +6,7 @@ import argparse
 import warnings
 from typing import TYPE_CHECKING
 
-from dmqfx.cli import sources, terminal
+from dmqfx.cli import files, sources, terminal
 from dmqfx.cli.terminal import Commands, bars, command, whole
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def demo(options: argparse.Namespace) -> int:
     """dmqfx demo."""
     from dmqfx import demo as show
 
-    out = terminal.to_be_file(options.out)
+    out = files.to_be_file(options.out)
     rows = show.run(options.policy or ["w4a8", "w4a6"], out, seed=options.seed, progress=bars())
     text = "\n\n".join([show.table(rows), *show.remarks(rows), f"picture: {out.resolve()}"])
     terminal.say(options, text, {"picture": str(out.resolve()), "rows": [row.to_data() for row in rows]})
@@ -86,7 +86,7 @@ def calibrate(options: argparse.Namespace) -> int:
     """dmqfx calibrate."""
     from dmqfx.errors import DmqfxError
 
-    out = terminal.to_be_folder(options.out)
+    out = files.to_be_folder(options.out)
     if options.guidance is not None and not options.prompts:
         raise DmqfxError("--guidance is for a pipeline: say --prompts too")
     if options.trajectories is not None and options.prompts:
@@ -108,7 +108,7 @@ def _recorded(options: argparse.Namespace) -> Calibration:
     from dmqfx.evaluation import emoji_calibration
 
     if options.prompts:
-        lines = [line.strip() for line in terminal.read_text(options.prompts).splitlines()]
+        lines = [line.strip() for line in files.read_text(options.prompts).splitlines()]
         prompts = [line for line in lines if line]
         if not prompts:
             raise DmqfxError(f"{options.prompts} holds no prompt; write one a line")
@@ -190,7 +190,7 @@ def compile_(options: argparse.Namespace) -> int:
     from dmqfx.storage.store import refuse_foreign
 
     policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
-    out = terminal.to_be_folder(options.out)
+    out = files.to_be_folder(options.out)
     refuse_foreign(out)
     floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]
     if floors and not options.rows:
