@@ -562,6 +562,36 @@ def test_the_page_lists_every_command_as_its_help_does() -> None:
     }  # type: ignore[index]  # every command has one
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("inspect", "inspect handmade"),
+        ("show", "show handmade"),
+        ("diff", "diff handmade handmade"),
+        ("why", "why handmade conv_in/conv2d"),
+        ("explain", "explain unet"),
+        ("passes", "passes canonicalize"),
+        ("policies", "policies w4a8"),
+    ],
+)
+def test_the_page_lists_the_keys_of_the_json(dmqfx: Ask, name: str, line: str) -> None:
+    data = dmqfx(*line.split(), "--json").data
+    assert set(data[0] if isinstance(data, list) else data) == json_keys()[name]
+
+
+def json_keys() -> dict[str, set[str]]:
+    """What the page says of each command's JSON."""
+    section = PAGE.partition("\n## JSON\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE)
+    return {name: set(re.findall(r"`(\w+)`", words)) for name, words in rows}
+
+
+def test_the_page_lists_the_keys_of_long_commands(made: dict[str, Answer]) -> None:
+    assert set(json_keys()) == set(COMMANDS)
+    assert set(made["eval"].data) == json_keys()["eval"]
+    assert set(made["verify"].data) | {"files", "table", "output"} == json_keys()["verify"]
+
+
 def test_the_page_lists_the_exit_codes() -> None:
     rows = re.findall(r"^\| (\d+) \| (.*) \|$", PAGE, re.MULTILINE)
     assert [(int(code), meaning.replace("`", "")) for code, meaning in rows] == [
