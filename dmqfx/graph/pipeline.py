@@ -129,12 +129,14 @@ class Pipeline:
 
     steps: tuple[Pass, ...]
 
-    def check(self, program: Program, providers: Sequence[type[Pass]] = ()) -> None:
+    def check(self, program: Program | None, providers: Sequence[type[Pass]] = ()) -> None:
         """Refuse an order in which a pass lacks what it requires, before anything runs.
+
+        Without a program it is checked for one that was just captured, of which nothing is known.
 
         Raises: PipelineError naming the step, the fact and the pass that would help.
         """
-        known = set(program.facts)
+        known = set(program.facts) if program is not None else set()
         for k, step in enumerate(self.steps, 1):
             if not hasattr(step, "preserves"):
                 raise PipelineError(
