@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 import dmqfx
+from dmqfx.errors import CaptureError
 
 
 def small(dtype: torch.dtype) -> UNet2DModel:
@@ -39,3 +40,10 @@ def test_a_half_precision_unet_is_compiled_in_float32_and_gives_back_its_own_dty
 def test_an_unknown_target_is_refused_before_anything_runs() -> None:
     with pytest.raises(dmqfx.DmqfxError, match=r"there is no target 'refrence'.*reference"):
         dmqfx.compile(small(torch.float32), target="refrence")
+
+
+def test_what_cannot_be_captured_is_refused_before_it_is_calibrated() -> None:
+    unet = small(torch.float32)
+    unet.conv_in._hf_hook = object()
+    with pytest.raises(CaptureError, match="cannot capture at conv_in"):
+        dmqfx.compile(unet)
