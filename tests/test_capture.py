@@ -312,6 +312,22 @@ def test_residual_sizes_are_told_apart_even_where_the_example_is_one_pixel() -> 
     assert dims == ["H", "H", "H/2", "H/2", "H/4", "H/4", "H/4"]
 
 
+def test_residuals_of_an_encoder_that_rounds_down_are_taken_at_sizes_that_halve_evenly() -> None:
+    unet = conditional(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D",) * 2,
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",) * 2,
+        downsample_padding=0,
+    )
+    randomize(unet)
+    with_residuals, without = (capture(unet.eval(), residuals=flag) for flag in (True, False))
+    assert (with_residuals.inputs.multiple_of, without.inputs.multiple_of) == (2, 1)
+    assert [i.dims[2] for i in with_residuals.inputs.inputs if i.optional] == ["H", "H", "H/2", "H/2", "H/2"]
+    for program in (with_residuals, without):
+        assert_equals_eager(unet, program, {"B": 2, "H": 3, "W": 5, "T": 2})
+
+
 def test_other_attention_processors_are_captured_as_they_are() -> None:
     unet = fresh()
     unet.set_attn_processor(AttnProcessor())

@@ -418,6 +418,25 @@ def test_a_pipeline_is_saved_and_loaded_with_its_compiled_unet(tmp_path: Path) -
     assert torch.equal(alone(latents(3, 16), 7).sample, pipe.unet(latents(3, 16), 7).sample)
 
 
+def test_a_pipeline_is_saved_and_loaded_with_its_compiled_controlnet(
+    words: CLIPTokenizer, tmp_path: Path
+) -> None:
+    parts = dict[str, CompiledUNet]()
+    for part, name, residuals in (("unet", "conditional", True), ("controlnet", "control", False)):
+        model, program = captured(name, residuals) if residuals else captured(name)
+        _, quantized = quantize(program, PassContext(policy=Policy.load("w8a16")))
+        parts[part] = CompiledUNet(quantized, config=model.config)
+    components = {**stable_diffusion(parts["unet"], words, ddim()).components, "vae": vae(levels=3), **parts}
+    pipe = StableDiffusionControlNetPipeline(**components, requires_safety_checker=False)
+    hint = torch.rand(1, 3, 32, 32, generator=noise())
+    expected = draw(pipe, image=hint)
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "pipe", safety_checker=None)
+    assert isinstance(again.controlnet, ControlNetModel)
+    assert isinstance(again.controlnet, CompiledUNet)
+    assert torch.equal(draw(again, image=hint), expected)
+
+
 # --- targets
 
 

@@ -82,30 +82,48 @@ def _program(graph: fx.Graph, weights: Mapping[str, Tensor], spec: InputSpec) ->
         spec = replace(spec, outputs=names)
     gm = modules.build(graph, weights)
     if any(i.optional for i in read):
-        roomy = replace(spec, sizes={**spec.sizes, "H": 1024, "W": 1536})  # ten halvings can be told apart
-        modules.propagate(gm, roomy)
-        spec = replace(spec, inputs=tuple(_seen(i, gm, roomy) if i.optional else i for i in spec.inputs))
+        spec = _with_residuals(gm, spec)
     modules.propagate(gm, spec)
     return Program(gm, spec)
 
 
-def _seen(residual: Input, gm: fx.GraphModule, spec: InputSpec) -> Input:
-    """A residual with the sizes of what it is added to: the latent's, over a power of two."""
-    placeholder = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.target == residual.name)
-    _, channels, height, width = next(iter(placeholder.users)).meta["val"].shape
-    fits = (
-        d
-        for d in (2**k for k in range(16))
-        if (-(-spec.sizes["H"] // d), -(-spec.sizes["W"] // d)) == (height, width)
-    )
-    divisor = next(fits, None)
-    if divisor is None:
+def _with_residuals(gm: fx.GraphModule, spec: InputSpec) -> InputSpec:
+    """Residuals have the sizes of skips: the latent's, halved and rounded up, if need be only where halves are even.
+
+    Raises: CaptureError if a skip is no power of two smaller than the latent.
+    """
+    any_size = (
+        _seen(gm, spec, 1023, 1025) if spec.multiple_of == 1 else None
+    )  # all halves differ if rounded down
+    if any_size is not None:
+        return replace(spec, inputs=any_size)
+    even = _seen(gm, spec, 1024, 1536)
+    if even is None:
         raise CaptureError(
-            f"{residual.name} is {height} x {width}, which is not the latent's size over a power of two",
+            "a skip connection has not the latent's size over a power of two",
             mend="capture without residuals=True",
         )
-    halved = f"/{divisor}" if divisor > 1 else ""
-    return replace(residual, dims=("B", channels, f"H{halved}", f"W{halved}"))
+    multiple = max(
+        spec.multiple_of, 1024 // min(i.shape({"B": 1, "H": 1024, "W": 1024})[2] for i in even if i.optional)
+    )
+    return replace(spec, inputs=even, multiple_of=multiple, sizes=rounded_up(spec.sizes, multiple))
+
+
+def _seen(gm: fx.GraphModule, spec: InputSpec, height: int, width: int) -> tuple[Input, ...] | None:
+    """The inputs, with the sizes that residuals must have at this latent; None if one is no rounded up part of it."""
+    modules.propagate(gm, replace(spec, sizes={**spec.sizes, "H": height, "W": width}))
+    parts = {(-(-height // 2**k), -(-width // 2**k)): f"/{2**k}" * (k > 0) for k in range(10)}
+    found = list[Input]()
+    for i in spec.inputs:
+        if i.optional:
+            placeholder = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.target == i.name)
+            _, channels, *sides = next(iter(placeholder.users)).meta["val"].shape
+            if tuple(sides) not in parts:
+                return None
+            part = parts[tuple(sides)]
+            i = replace(i, dims=("B", channels, f"H{part}", f"W{part}"))
+        found.append(i)
+    return tuple(found)
 
 
 class Canonical(nn.Module):

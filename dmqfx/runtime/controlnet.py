@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  # a pipeline that is loaded looks for it here
 
 from dmqfx.runtime.fixed import refuse_inherited
 from dmqfx.runtime.unet import CompiledUNet
