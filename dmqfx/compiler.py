@@ -14,6 +14,7 @@ from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.verify import checking
 from dmqfx.errors import PipelineError
 from dmqfx.frontend.capture import capture
+from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import UNet
 from dmqfx.graph import registry
 from dmqfx.graph.facts import CALIBRATED
@@ -62,6 +63,7 @@ def compile(
         >>> q.report.layer("mid_block.resnets.0.conv1/conv2d").got("weight")
         8
     """
+    refuse(unet)
     bars = sys.stderr.isatty() if progress is None else progress
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problem_with)

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 
 import dmqfx
 from dmqfx.compiler import QualityWarning
-from dmqfx.errors import PipelineError
+from dmqfx.errors import CaptureError, PipelineError
 
 
 def small(dtype: torch.dtype) -> UNet2DModel:
@@ -75,3 +75,10 @@ def test_what_a_policy_expects_and_gets_is_none() -> None:
             overrides=["expect.sqnr_db=5"],
             progress=False,
         )
+
+
+def test_what_cannot_be_captured_is_refused_before_it_is_calibrated() -> None:
+    unet = small(torch.float32)
+    unet.conv_in._hf_hook = object()
+    with pytest.raises(CaptureError, match="cannot capture at conv_in"):
+        dmqfx.compile(unet)

@@ -77,6 +77,19 @@ def test_canonicalize_computes_what_depends_on_no_input() -> None:
     torch.testing.assert_close(frequencies[0], 1000 ** (-torch.arange(4) / 4))
 
 
+def test_canonicalize_keeps_a_view_that_straightens_the_strides_of_a_dim_of_one() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("sample")
+    graph.placeholder("timestep")
+    one = graph.call_function(aten.sum.dim_IntList, (x, [1]))
+    last = graph.call_function(aten.unsqueeze.default, (one, -1))
+    first = graph.call_function(aten.permute.default, (last, [0, 3, 1, 2]))
+    sizes = [graph.call_function(aten.sym_size.int, (first, k)) for k in range(4)]
+    graph.output(graph.call_function(aten.reshape.default, (first, sizes)))
+    kept = run_step(create("canonicalize"), program_of(graph, {}), PassContext())
+    assert operators(kept)[-1] == "reshape"
+
+
 def test_canonicalize_spells_arguments_in_schema_order() -> None:
     for node in after("canonicalize").calls("conv2d", "linear", "group_norm", "cat"):
         assert not node.kwargs

@@ -12,21 +12,25 @@ import components
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     SchedulerMixin,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
-from models import MODELS, control, eager, model, randomize, unconditional
+from models import MODELS, captured, control, eager, model, randomize, unconditional
 from torch import Tensor
 
 from dmqfx import emoji
@@ -34,6 +38,8 @@ from dmqfx.calibration.calibration import Calibration, CalibrationWarning
 from dmqfx.calibration.recording import recording
 from dmqfx.errors import CalibrationError, CallError
 from dmqfx.frontend.signature import signature
+from dmqfx.runtime.targets import Target
+from dmqfx.runtime.unet import CompiledUNet
 
 SCHEDULERS: dict[str, Callable[[], SchedulerMixin]] = {
     "DDIM": partial(DDIMScheduler, steps_offset=1, clip_sample=False),
@@ -41,6 +47,10 @@ SCHEDULERS: dict[str, Callable[[], SchedulerMixin]] = {
     "DPM++": DPMSolverMultistepScheduler,
     "LCM": partial(LCMScheduler, steps_offset=1),
     "Heun": partial(HeunDiscreteScheduler, steps_offset=1),
+    "UniPC": UniPCMultistepScheduler,
+    "PNDM with Runge-Kutta steps": partial(PNDMScheduler, steps_offset=1),
+    "ancestral Euler": partial(EulerAncestralDiscreteScheduler, steps_offset=1),
+    "inverse DDIM": partial(DDIMInverseScheduler, steps_offset=1, clip_sample=False),
 }
 
 
@@ -87,11 +97,11 @@ def pairs(calibration: Calibration) -> list[tuple[int, int]]:
 def test_rows_replayed_through_the_unet_give_the_pipeline_s_own_outputs(name: str, folder: Path) -> None:
     pipe = stable_diffusion(folder, SCHEDULERS[name]())
     outputs, handle = outputs_of(pipe.unet)
-    calibration = Calibration.record(pipe, prompts=["cat", "dog"], steps=3, guidance_scale=5.0)
+    calibration = Calibration.record(pipe, prompts=["cat", "dog"], steps=4, guidance_scale=5.0)
     handle.remove()
     calibration.check(signature(pipe.unet))
     replayed = [eager(pipe.unet, batch)[0] for batch in calibration.batches(2)]
-    assert len(replayed) == len(outputs) >= 6
+    assert len(replayed) == len(outputs) >= 8
     assert all(torch.equal(a, b) for a, b in zip(replayed, outputs, strict=True))
 
 
@@ -293,6 +303,27 @@ def test_a_tape_sees_where_trajectories_begin() -> None:
         (3, 1),
     ]
     assert pairs(tape.calibration()) == [*numbered, (4, 0)]
+
+
+def test_who_says_where_trajectories_begin_may_run_time_backwards() -> None:
+    unet = model("conditional")
+    with recording(unet) as tape, torch.no_grad():
+        for times in ((100, 900), (500, 600)):
+            tape.start()
+            for time in times:
+                call(unet, time, rows=1)
+    assert pairs(tape.calibration()) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_what_is_compiled_already_is_not_recorded() -> None:
+    unet, program = captured("control")
+    q = CompiledUNet(program, config=unet.config, target=Target("float", (), ""))
+    with pytest.raises(CalibrationError, match="CompiledControlNet cannot be recorded"), recording(q):
+        pass
+    with pytest.raises(CalibrationError, match="CompiledControlNet cannot be recorded"):
+        Calibration.synthesize(q)
+    with pytest.raises(CalibrationError, match="Linear cannot be recorded"):
+        Calibration.record(torch.nn.Linear(1, 1), scheduler=DDIMScheduler())
 
 
 def test_rows_of_two_sizes_live_side_by_side() -> None:

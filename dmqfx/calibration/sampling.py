@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from dmqfx.calibration.calibration import Calibration, CalibrationWarning
 from dmqfx.calibration.denoising import CONCAT, MOST_TRAJECTORIES, Denoising, latent_channels
-from dmqfx.calibration.recording import Tape, recording
+from dmqfx.calibration.recording import Tape, recording, refuse_others
 from dmqfx.errors import CalibrationError
-from dmqfx.frontend.signature import SUPPORTED, UNet, signature
+from dmqfx.frontend.signature import UNet, is_supported, signature
 
 __all__ = ["from_pipeline", "from_sampler", "synthetic"]
 
@@ -72,6 +72,7 @@ def from_sampler(
     Shapes: conditioning and concat have one row for each trajectory or one for all.
     Raises: CalibrationError if the conditioning does not fit the UNet.
     """
+    refuse_others(unet)
     given = {**(conditioning or {}), **({} if concat is None else {CONCAT: concat})}
     count = trajectories or max((len(rows) for rows in given.values()), default=MOST_TRAJECTORIES)
     halves = (given,) if guidance_scale is None else ({**given, **(unconditional or {})}, given)
@@ -97,6 +98,7 @@ def synthetic(
 
     Raises: CalibrationError if the UNet gives values that are not finite.
     """
+    refuse_others(unet)
     drawn = _drawn(unet, trajectories or MOST_TRAJECTORIES, seed)
     chosen, notes = scheduler or _usual_scheduler(unet), list[str]()
     plan = Denoising(
@@ -165,10 +167,8 @@ def _size(unet: UNet) -> tuple[int, int]:
 
 def _unet_of(pipe: DiffusionPipeline) -> UNet:
     unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, SUPPORTED):
-        names = (
-            ", ".join(name for name, part in pipe.components.items() if isinstance(part, SUPPORTED)) or "none"
-        )
+    if not is_supported(unet):
+        names = ", ".join(name for name, part in pipe.components.items() if is_supported(part)) or "none"
         compiled = " (record before torch.compile, or with module=pipe.unet._orig_mod)"
         raise CalibrationError(
             f"{type(pipe).__name__}.unet is {type(unet).__name__}, which cannot be recorded\n"
