@@ -113,6 +113,18 @@ def test_a_half_precision_program_is_held_to_what_its_dtype_can_do() -> None:
         verify(half, THOUSANDTH.make(), replace(context(), calibration=None))
 
 
+@pytest.mark.parametrize("groups", [3, (-0.7, 0.1, 333.3333)])
+def test_edges_that_float32_cannot_hold_are_no_fault_of_a_pass(groups: int | tuple[float, ...]) -> None:
+    default = POLICIES["layers"].default
+    policy = replace(
+        POLICIES["layers"], default=replace(default, input=replace(default.input, groups=groups))
+    )
+    names = "canonicalize plan-sites insert-observers freeze-observers round-weights insert-qdq".split()
+    steps = tuple(passes()[name]() for name in names)
+    after = Pipeline(steps).run(toy(), replace(context(), policy=policy), observe=checking())
+    assert QDQ in after.facts
+
+
 # --- what an error says
 
 

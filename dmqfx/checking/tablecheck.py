@@ -74,7 +74,7 @@ def _unobserved(program: Program) -> Iterator[Broken]:
         if observer.boundaries != edges or observer.axis != CHANNEL_AXIS[ops.name(program.node(site.at))]:
             seen = f"boundaries {observer.boundaries} on axis {observer.axis}"
             yield Broken(site, "Observer", f"it has {seen}, the plan has {edges}")
-        elif edges and _edges(program, node.args[-1]) != edges:
+        elif edges and _edges(program, node.args[-1]) != _as_held(edges, program.dtype):
             yield Broken(
                 site, "Observer", "its group index is not made from the timestep and the plan's boundaries"
             )
@@ -88,6 +88,11 @@ def _edges(program: Program, group: fx.node.Argument) -> tuple[float, ...] | Non
     if timestep.target != "timestep" or edges.op != "get_attr":
         return None
     return tuple(constant(program.gm, str(edges.target)).tolist())
+
+
+def _as_held(edges: tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
+    """The nearest numbers to the plan's edges that the timestep's dtype has."""
+    return tuple(torch.tensor(edges, dtype=dtype).tolist())
 
 
 def _against(program: Program, site: Site, entry: object) -> Iterator[str]:
