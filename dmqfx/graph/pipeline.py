@@ -150,11 +150,16 @@ def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | 
 
     Raises: RewriteError when the pass breaks a structural rule.
     """
-    started = time.perf_counter()
+    started, versions = time.perf_counter(), _versions(program)
     local = replace(ctx, journal=Journal(fuel=ctx.journal.fuel))
     after = step.run(program, local)
+    for name, version in _versions(program).items():
+        if version != versions[name]:
+            raise RewriteError(f"{step.name()} wrote into {name}, which it shares with the program before it")
     after = replace(after, facts=(program.facts - step.clears) | step.provides)
-    check_structure(after, step.name(), program, facts=local.journal.fuel is None)
+    check_structure(after, step.name(), program)
+    if local.journal.fuel is None:
+        check_facts(after, step.name())
     seconds = time.perf_counter() - started
     drift = observe(step, program, after, local) if observe is not None else None
     journal = local.journal
@@ -165,10 +170,13 @@ def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | 
     return replace(after, log=(*program.log, record))
 
 
-def check_structure(
-    program: Program, step: str, before: Program | None = None, *, facts: bool = True
-) -> None:
-    """What must hold after every pass: lint, unique addresses, live table sites, output shapes, facts.
+def _versions(program: Program) -> dict[str, int]:
+    """How often each weight has been written into, as far as torch counts it."""
+    return {name: w._version for name, w in program.weights().items() if not w.is_inference()}
+
+
+def check_structure(program: Program, step: str, before: Program | None = None) -> None:
+    """What must hold after every pass: lint, unique addresses, live table sites, output shapes.
 
     Raises: RewriteError naming the pass and the address.
     """
@@ -193,7 +201,14 @@ def check_structure(
             raise RewriteError(f"{step} left a table entry for {site}, but that operation is gone")
     if before is not None and _shapes(program) != _shapes(before):
         raise RewriteError(f"{step} changed the outputs from {_shapes(before)} to {_shapes(program)}")
-    for fact in program.facts if facts else ():
+
+
+def check_facts(program: Program, step: str) -> None:
+    """What a program is said to be must be so, as far as a fact can be checked.
+
+    Raises: RewriteError naming the pass, the fact and what contradicts it.
+    """
+    for fact in sorted(program.facts, key=str):
         if why := fact.broken(program):
             raise RewriteError(f"after {step} the fact {fact.name!r} ({fact.meaning}) does not hold: {why}")
 
