@@ -102,7 +102,10 @@ class Canonicalize(Pass):
 
 
 def _idle_views(program: Program) -> set[object]:
-    """Addresses of reshapes that keep the shape, at the example sizes and at others: not by chance."""
+    """Addresses of reshapes that keep the shape, at the example sizes and at others: not by chance.
+
+    One with a dimension of size 1 may give it another stride, by which convolutions choose their kernel.
+    """
     views = {"view", "reshape", "expand", "_unsafe_view", "flatten", "unflatten"}
     there = _same_shape(program.gm, views)
     return there & _same_shape(_elsewhere(program), views) if there else there
@@ -110,7 +113,10 @@ def _idle_views(program: Program) -> set[object]:
 
 def _same_shape(gm: fx.GraphModule, names: set[str]) -> set[object]:
     calls = [n for n in gm.graph.nodes if ops.is_call(n, *names)]
-    return {n.meta["address"] for n in calls if n.meta["val"].shape == n.all_input_nodes[0].meta["val"].shape}
+    shapes = {
+        n.meta["address"]: [each.meta["val"].shape for each in (n, n.all_input_nodes[0])] for n in calls
+    }
+    return {address for address, (new, old) in shapes.items() if new == old and 1 not in new}
 
 
 def _elsewhere(program: Program) -> fx.GraphModule:

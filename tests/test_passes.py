@@ -77,6 +77,17 @@ def test_canonicalize_computes_what_depends_on_no_input() -> None:
     torch.testing.assert_close(frequencies[0], 1000 ** (-torch.arange(4) / 4))
 
 
+def test_canonicalize_keeps_a_reshape_that_may_change_a_stride() -> None:
+    graph = fx.Graph()
+    sample, _ = graph.placeholder("sample"), graph.placeholder("timestep")
+    last = graph.call_function(aten.reshape.default, (sample, [-1, 6, 8, 1]))
+    first = graph.call_function(aten.permute.default, (last, [0, 3, 1, 2]))
+    same = graph.call_function(aten.reshape.default, (first, [-1, 1, 6, 8]))
+    graph.output(graph.call_function(aten.conv2d.default, (same, graph.get_attr("kernel"))))
+    program = program_of(graph, {"kernel": torch.ones(1, 1, 3, 3)})
+    assert operators(create("canonicalize").run(program, PassContext())) == operators(program)
+
+
 def test_canonicalize_spells_arguments_in_schema_order() -> None:
     for node in after("canonicalize").calls("conv2d", "linear", "group_norm", "cat"):
         assert not node.kwargs
