@@ -21,6 +21,7 @@ from planting import (
     without_entry,
 )
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from dmqfx.graph import channelwise, ops, timesteps
 from dmqfx.graph.address import Address
@@ -288,10 +289,10 @@ def other_rows(honest: Function) -> Function:
     return lambda self, factor: honest(self, factor).flip(0)
 
 
-@rule(p.div(self=p.any("x"), other=p.attr("gamma")))
-def leave_the_division(rw: Rewriter, root: fx.Node, x: fx.Node, gamma: fx.Node) -> Outcome:
+@rule(p.div(other=p.attr("gamma")))
+def leave_the_division(rw: Rewriter, root: fx.Node, gamma: fx.Node) -> Outcome:
     """The honest rule, but the division stays, spelt as a product."""
-    honest = passes()["absorb-scaling"].rules[0].function(rw, x, gamma)
+    honest = passes()["absorb-scaling"].rules[0].function(rw, root)
     if not isinstance(honest, fx.Node):
         return honest
     return rw.call_at(aten.mul.Tensor, root.meta["address"], self=honest, other=1 / rw.value(gamma))
@@ -417,11 +418,14 @@ def group_of_the_first(honest: Function) -> Function:
 
 
 def inverse_step(honest: Function) -> Function:
-    def division(rw: Rewriter, x: fx.Node) -> tuple[fx.Node, Tensor] | None:
-        found = honest(rw, x)
-        return found and (found[0], 1 / found[1])
+    def call(self: Rewriter, target: OpOverload, **named: object) -> fx.Node:
+        scale = named.get("scale")
+        if "x" in named and isinstance(scale, fx.Node) and str(scale.target).endswith("_step"):
+            step, whole = self.value(scale), self.value(scale).mean(1, keepdim=True)
+            named["scale"] = self.constant("step", whole.square() / step)
+        return honest(self, target, **named)
 
-    return division
+    return call
 
 
 def leave_a_reader(honest: Function) -> Function:
@@ -776,7 +780,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "time_embedding.linear_1/linear",
             ),
             "the step takes the scale the wrong way round": (
-                patched("_division", inverse_step),
+                patched("call", inverse_step, where=Rewriter),
                 "time_embedding.linear_1/linear",
             ),
             "one reader of three stays float": (

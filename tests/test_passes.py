@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -17,6 +17,7 @@ from toys import rows, toy
 
 from dmqfx.checking.faked import real, unpacked
 from dmqfx.checking.probes import at_edges, outputs
+from dmqfx.checking.verify import verify
 from dmqfx.errors import CalibrationError, PassNotFoundError, PipelineError, PolicyError, RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
@@ -338,6 +339,45 @@ def test_absorbed_scales_leave_no_division() -> None:
         assert f"{absorbed}/div~apply-scaling.1" not in left
     assert "down.conv1/div~apply-scaling.1" in left
     assert set(refusals(after("absorb-scaling"))) == left - {"up.1/div"}
+
+
+def scaled(make: Callable[[fx.Graph, fx.Node], fx.Node], gamma: torch.Tensor) -> Program:
+    """conv -> something -> / gamma -> conv, as apply-scaling leaves it."""
+    graph = fx.Graph()
+    sample, _ = graph.placeholder("sample"), graph.placeholder("timestep")
+    first = graph.call_function(aten.conv2d.default, (sample, graph.get_attr("w")))
+    divided = graph.call_function(aten.div.Tensor, (make(graph, first), graph.get_attr("gamma")))
+    graph.output(graph.call_function(aten.conv2d.default, (divided, graph.get_attr("w"))))
+    return program_of(graph, {"w": torch.randn(4, 4, 1, 1), "gamma": gamma})
+
+
+def test_a_value_that_is_read_twice_by_one_operation_takes_no_scale() -> None:
+    squared = scaled(lambda graph, x: graph.call_function(aten.mul.Tensor, (x, x)), torch.rand(4, 1, 1) + 0.5)
+    result = run_step(create("absorb-scaling"), squared, PassContext())
+    assert refusals(result) == {"block/div#2": "block/mul#1 reads block/conv2d more than once"}
+    verify(squared, create("absorb-scaling"))
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1, 1)])
+def test_a_divisor_per_channel_is_absorbed_however_it_is_laid_out(shape: tuple[int, ...]) -> None:
+    program = scaled(lambda graph, x: x, torch.rand(shape) + 0.5)
+    verify(program, create("absorb-scaling"))
+    assert not list(run_step(create("absorb-scaling"), program, PassContext()).calls("div"))
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 1), (1, 6, 1), (8,), (4, 6, 8)])
+def test_a_divisor_that_is_not_per_channel_is_left_alone(shape: tuple[int, ...]) -> None:
+    program = scaled(lambda graph, x: x, torch.rand(shape) + 0.5)
+    assert list(run_step(create("absorb-scaling"), program, PassContext()).calls("div"))
+
+
+def test_only_a_divisor_per_channel_joins_the_quantize_step() -> None:
+    names = "canonicalize plan-sites insert-observers freeze-observers round-weights insert-qdq".split()
+    for shape, joins in (((4, 1, 1), True), ((4, 6, 1), False)):
+        program = scaled(lambda graph, x: x, torch.rand(shape) + 0.5)
+        ctx = PassContext(replace(POLICIES["layers"], rules=()), rows(spec=program.inputs))
+        result = Pipeline(tuple(map(create, names))).run(program, ctx)
+        assert any(result.calls("div")) != joins
 
 
 def test_a_quantized_value_keeps_its_range() -> None:
