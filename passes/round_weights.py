@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from tqdm import tqdm
 
+from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import PLANNED, ROUNDED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
@@ -32,7 +33,10 @@ class RoundWeights(Pass):
     method: Literal["nearest"] = "nearest"
 
     def run(self, program: Program, ctx: PassContext) -> Program:
-        """Search the range, round, pack."""
+        """Search the range, round, pack.
+
+        Raises: CalibrationError naming the site of a weight that is not finite.
+        """
         found: dict[Site, Codes] = {}
         planned = {
             s: p.spec for s, p in program.table.of(Planned).items() if is_weight(s) and p.spec is not None
@@ -40,7 +44,10 @@ class RoundWeights(Pass):
         for site, spec in tqdm(planned.items(), desc="round weights", unit="layer", disable=not ctx.progress):
             if not ctx.journal.apply(site, self.method, str(spec)):
                 break
-            found[site] = nearest(program.constant_at(site).detach(), spec)
+            try:
+                found[site] = nearest(program.constant_at(site).detach(), spec)
+            except CalibrationError as error:
+                raise CalibrationError(f"{site}: {error}") from error
         return program.with_table(program.table.put_all(found))
 
 
