@@ -29,13 +29,14 @@ def sizes(spec: InputSpec) -> tuple[dict[str, int], ...]:
     Example:
         >>> spec = InputSpec("UNet2DModel", (), {"B": 2, "H": 64, "W": 64}, multiple_of=8)
         >>> sizes(spec)
-        ({'B': 3, 'H': 16, 'W': 24}, {'B': 1, 'H': 72, 'W': 8})
+        ({'B': 3, 'H': 16, 'W': 24}, {'B': 1, 'H': 72, 'W': 16})
     """
     step, height = spec.multiple_of, _height(spec, _LARGEST)
     first = {"B": 3, "H": height, "W": height + _round_up(height // 2, step)}
-    beyond, below = max(spec.sizes["H"], height) + step, max(height - step, step)
-    if step == 1:  # an odd number
-        beyond, below = beyond + 1 - beyond % 2, max(below - 1 + below % 2, 1)
+    beyond, below = max(spec.sizes["H"], height) + step, max(height - step, 2 * step)
+    beyond += step * (beyond == below)
+    if step == 1:  # odd numbers
+        beyond, below = beyond + 1 - beyond % 2, below - 1 + below % 2
     second = {"B": 1, "H": _round_up(beyond, step), "W": below}
     if "T" in spec.sizes:
         first["T"], second["T"] = 5, spec.sizes["T"] + 1
