@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
+from dmqfx.graph.channelwise import divisor
 from dmqfx.graph.facts import PLANNED, QDQ, ROUNDED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
@@ -139,10 +140,9 @@ class _Activations:
                 rw.constant(f"{stem}_{k}", getattr(params, k)) for k in ("scale", "zero_point")
             )
             source, step, step_axis = x, scale, axis
-            if (divided := _division(rw, x)) is not None:
-                source, gamma = divided
-                step_axis = 1 if gamma.dim() == 3 else -1
-                step = rw.constant(f"{stem}_step", params.scale * gamma.flatten().to(params.scale))
+            if (division := divisor(x)) is not None:
+                source, gamma, step_axis = division
+                step = rw.constant(f"{stem}_step", params.scale * rw.value(gamma).flatten().to(params.scale))
             codes = rw.call(
                 OPS.quantize.default, near=reader, x=source, scale=step, zero_point=zero_point, group=group,
                 axis=step_axis, qmin=params.qmin, qmax=params.qmax,
@@ -156,17 +156,6 @@ class _Activations:
                 group=group,
                 axis=axis,
             )
-
-
-def _division(rw: Rewriter, x: fx.Node) -> tuple[fx.Node, Tensor] | None:
-    """(x, gamma) of a per-channel division by a constant."""
-    if not ops.is_call(x, "div"):
-        return None
-    source, gamma = ops.args(x)["self"], ops.args(x)["other"]
-    if not isinstance(source, fx.Node) or not isinstance(gamma, fx.Node) or gamma.op != "get_attr":
-        return None
-    value = rw.value(gamma)
-    return (source, value) if value.dim() in (1, 3) and value.numel() == max(value.shape) else None
 
 
 def _equal(a: QParams, b: QParams) -> bool:

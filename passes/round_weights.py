@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
+from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import PLANNED, ROUNDED, Fact
 from dmqfx.graph.pipeline import PassContext
@@ -43,16 +43,22 @@ class RoundWeights(SweepPass):
         return self.method != "nearest"
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
-        """Search the range, round, pack."""
+        """Search the range, round, pack.
+
+        Raises: CalibrationError naming the site of a weight that is not finite.
+        """
         for reader in turn.readers:
             if reader.weight is None or reader.weight_spec is None:
                 continue
             if not ctx.journal.apply(reader.weight, self.method, str(reader.weight_spec)):
                 return
-            if self.method == "nearest" or reader.groups > 1:
-                yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec)
-            else:
-                yield from self._reconstructed(turn, reader, reader.weight, reader.weight_spec)
+            try:
+                if self.method == "nearest" or reader.groups > 1:
+                    yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec)
+                else:
+                    yield from self._reconstructed(turn, reader, reader.weight, reader.weight_spec)
+            except CalibrationError as error:
+                raise CalibrationError(f"{reader.weight}: {error}") from error
 
     def _reconstructed(
         self, turn: Turn, reader: Reader, at: Site, spec: QuantSpec

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
-from dmqfx.graph import ops
-from dmqfx.graph.address import Site
 from dmqfx.graph.modules import call_with, constant
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Table
