@@ -21,6 +21,7 @@ __all__ = [
     "LayerPair",
     "Planned",
     "Range",
+    "Sensitivity",
     "Shift",
     "SkipConcat",
     "Table",
@@ -118,6 +119,28 @@ class Bias:
 
 
 @dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """How much the UNet's output feels an error e of a layer's output: the expectation of e' metric e.
+
+    `metric` is None for layers too wide for one. `weight` is the layer's share by timestep group, 1 in the mean.
+
+    Shapes: weight [G]; metric [O, O], positive semidefinite.
+    """
+
+    weight: Tensor
+    metric: Tensor | None
+    boundaries: tuple[float, ...] = ()
+
+    def of(self, timestep: Tensor) -> Tensor:
+        """The weight of each timestep's group.
+
+        Shapes: timestep, result [N].
+        """
+        edges = torch.tensor(self.boundaries, device=timestep.device)
+        return self.weight.to(timestep.device)[torch.bucketize(timestep.to(edges), edges, right=True)]
+
+
+@dataclass(frozen=True, eq=False)
 class Codes:
     """Integer codes of a weight and their meaning.
 
@@ -129,8 +152,12 @@ class Codes:
     qparams: QParams
 
 
-Entry: TypeAlias = Planned | Range | SkipConcat | LayerPair | ChannelScale | Shift | Bias | Codes | QParams
-_Kind = TypeVar("_Kind", Planned, Range, SkipConcat, LayerPair, ChannelScale, Shift, Bias, Codes, QParams)
+Entry: TypeAlias = (
+    Planned | Range | SkipConcat | LayerPair | ChannelScale | Shift | Bias | Sensitivity | Codes | QParams
+)
+_Kind = TypeVar(
+    "_Kind", Planned, Range, SkipConcat, LayerPair, ChannelScale, Shift, Bias, Sensitivity, Codes, QParams
+)
 
 
 @dataclass(frozen=True, eq=False)
