@@ -96,10 +96,12 @@ class Report:
     the float UNet's output and y_q the quantized one's; empty where nothing was measured. Bytes are those of
     all constants.
     Example:
-        >>> report = Report("UNet2DModel", (), {981.0: 12.5, 1.0: float("inf")}, 2, 4000, 1000, ())
+        >>> layer = LayerReport("conv_in/conv2d", (SiteReport("weight", 4, 4, "4 bit", "default"),))
+        >>> report = Report("UNet2DModel", (layer,), {981.0: 12.5, 1.0: float("inf")}, 2, 4000, 1000, ())
         >>> print(report.summary())
         UNet2DModel: 4 kB -> 1 kB, 4x smaller
-        bits    0 of 0 sites as asked
+        bits    1 of 1 sites as asked
+                only weights are quantized: memory only, no speed claim
         loss    output SQNR 12.5 dB in the mean of 2 timesteps, worst 12.5 dB at t = 981 (2 rows)
         >>> Report.from_json(report.to_json()) == report
         True
