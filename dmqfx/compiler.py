@@ -67,6 +67,7 @@ def compile(
     bars = sys.stderr.isatty() if progress is None else progress
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problem_with)
+    _steps(chosen).check(None, tuple(registry.passes().values()))
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
@@ -76,7 +77,7 @@ def compile(
     ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data))
     scaled, after = quantize(before, ctx, verify=verify)
     report = Report.measure(scaled, after, data, rows=report_rows, progress=bars)
-    for miss in report.misses(chosen.expect) if report_rows else ():
+    for miss in report.misses(chosen.expect):
         warnings.warn(miss, QualityWarning, stacklevel=2)
     origin = {
         **provenance(before),
@@ -108,13 +109,17 @@ def quantize(program: Program, ctx: PassContext, *, verify: bool = False) -> tup
     """
     if ctx.policy is None:
         raise PipelineError("quantize needs a policy in its context: PassContext(policy=Policy.load('w4a8'))")
-    steps = registry.pipeline((step.name, step.keywords()) for step in ctx.policy.pipeline)
+    steps = _steps(ctx.policy)
     providers, observe = tuple(registry.passes().values()), checking() if verify else None
     steps.check(program, providers)
     lossy = [k for k, step in enumerate(steps.steps) if step.preserves is Preserves.LOSSY]
     first = lossy[0] if lossy else len(steps.steps)
     exact = Pipeline(steps.steps[:first]).run(program, ctx, providers=providers, observe=observe)
     return exact, Pipeline(steps.steps[first:]).run(exact, ctx, providers=providers, observe=observe)
+
+
+def _steps(policy: Policy) -> Pipeline:
+    return registry.pipeline((step.name, step.keywords()) for step in policy.pipeline)
 
 
 def needs_calibration(policy: Policy) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor
 
 from dmqfx.graph import ops
-from dmqfx.graph.facts import LEARNED, ROUNDED, SCALED, Fact
+from dmqfx.graph.facts import LEARNED, SCALED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.graph.sites import channel_axis
 from dmqfx.graph.table import ChannelScale, LayerPair, Range
+from dmqfx.numbers.scaling import column_factor
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ApplyScaling(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({SCALED})
-    clears: ClassVar[frozenset[Fact]] = frozenset({LEARNED, ROUNDED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
     preserves: ClassVar[Preserves] = Preserves.EXACT
 
     def run(self, program: Program, ctx: PassContext) -> Program:
@@ -49,18 +49,6 @@ class ApplyScaling(Pass):
                 seen = table.get(reader, Range)
                 table = table if seen is None else table.put(reader, _divided(seen, scale.gamma))
         return rw.finish().with_table(table)
-
-
-def column_factor(shape: Sequence[int], gamma: Tensor) -> Tensor:
-    """gamma, laid out so that W * factor scales the columns of each input channel.
-
-    Shapes: shape of the weight [O, C / groups, ...]; gamma [C]; result [1 or O, C / groups, 1, ...].
-    """
-    rows, per_group = shape[0], shape[1]
-    groups = gamma.numel() // per_group
-    factor = gamma.view(groups, 1, per_group)
-    factor = factor if groups == 1 else factor.expand(-1, rows // groups, -1)
-    return factor.reshape(-1, per_group, *[1] * (len(shape) - 2))
 
 
 def _divide(rw: Rewriter, pair: LayerPair, gamma: Tensor, axis: int) -> None:

@@ -102,7 +102,10 @@ class Canonicalize(Pass):
 
 
 def _idle_views(program: Program) -> set[object]:
-    """Addresses of reshapes that keep the shape, at the example sizes and at others: not by chance."""
+    """Addresses of reshapes that keep the shape, at the example sizes and at others: not by chance.
+
+    One with a dimension of size 1 may give it another stride, by which convolutions choose their kernel.
+    """
     views = {"view", "reshape", "expand", "_unsafe_view", "flatten", "unflatten"}
     there = _same_shape(program.gm, views)
     return there & _same_shape(_elsewhere(program), views) if there else there

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
-from dmqfx.graph.address import Site
+from dmqfx.graph.address import Address, Site
+from dmqfx.graph.channelwise import divisor
 from dmqfx.graph.facts import PLANNED, QDQ, ROUNDED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.graph.sites import is_weight
-from dmqfx.graph.table import Codes, Planned, Range, Table
+from dmqfx.graph.table import Bias, Codes, Planned, Range, Table
 from dmqfx.graph.timesteps import GroupIndex
 from dmqfx.numbers.quant import QParams, QuantSpec, params_from_range
 from dmqfx.runtime.operators import OPS
@@ -47,11 +48,11 @@ class InsertQdq(Pass):
         for site, planned in table.of(Planned).items():
             if planned.spec is None or not ctx.journal.apply(site, "qdq", str(planned.spec)):
                 continue
-            codes, seen = table.get(site, Codes), table.get(site, Range)
+            codes = table.get(site, Codes)
             if codes is not None:
                 _weight(rw, site, codes, planned.spec)
-            elif seen is not None:
-                params = params_from_range(seen.low, seen.high, planned.spec, seen.axis)
+                _bias(rw, site.at, table.get(Site(site.at, "bias"), Bias))
+            elif (params := _params(table, site, planned.spec)) is not None:
                 activations.quantize(site, params)
                 table = table.put(site, params)
         return rw.finish().with_table(table)
@@ -60,10 +61,31 @@ class InsertQdq(Pass):
         for site, planned in table.of(Planned).items():
             if planned.spec is None:
                 continue
-            missing = table.get(site, Codes) is None if is_weight(site) else table.get(site, Range) is None
-            if missing:
-                what = "codes; run round-weights" if is_weight(site) else "range; run freeze-observers"
+            known = table.get(site, Codes) if is_weight(site) else _params(table, site, planned.spec)
+            if known is None:
+                what = (
+                    "codes; run round-weights"
+                    if is_weight(site)
+                    else "range; run fit-ranges or freeze-observers"
+                )
                 raise RewriteError(f"insert-qdq: {site} is planned but has no {what} before")
+
+
+def _params(table: Table, site: Site, spec: QuantSpec) -> QParams | None:
+    """What was fitted to an activation, or else what reaches over the range that was observed."""
+    fitted, seen = table.get(site, QParams), table.get(site, Range)
+    if fitted is not None or seen is None:
+        return fitted
+    return params_from_range(seen.low, seen.high, spec, seen.axis)
+
+
+def _bias(rw: Rewriter, at: Address, corrected: Bias | None) -> None:
+    """A layer's bias is replaced where the rounding of its weight came with another one."""
+    if corrected is None:
+        return
+    node = rw.node(at)
+    with rw.before(node):
+        rw.replace(node, rw.like(node, bias=corrected.value))
 
 
 def _weight(rw: Rewriter, site: Site, codes: Codes, spec: QuantSpec) -> None:
@@ -118,10 +140,9 @@ class _Activations:
                 rw.constant(f"{stem}_{k}", getattr(params, k)) for k in ("scale", "zero_point")
             )
             source, step, step_axis = x, scale, axis
-            if (divided := _division(rw, x)) is not None:
-                source, gamma = divided
-                step_axis = 1 if gamma.dim() == 3 else -1
-                step = rw.constant(f"{stem}_step", params.scale * gamma.flatten().to(params.scale))
+            if (division := divisor(x)) is not None:
+                source, gamma, step_axis = division
+                step = rw.constant(f"{stem}_step", params.scale * rw.value(gamma).flatten().to(params.scale))
             codes = rw.call(
                 OPS.quantize.default, near=reader, x=source, scale=step, zero_point=zero_point, group=group,
                 axis=step_axis, qmin=params.qmin, qmax=params.qmax,
@@ -135,17 +156,6 @@ class _Activations:
                 group=group,
                 axis=axis,
             )
-
-
-def _division(rw: Rewriter, x: fx.Node) -> tuple[fx.Node, Tensor] | None:
-    """(x, gamma) of a per-channel division by a constant."""
-    if not ops.is_call(x, "div"):
-        return None
-    source, gamma = ops.args(x)["self"], ops.args(x)["other"]
-    if not isinstance(source, fx.Node) or not isinstance(gamma, fx.Node) or gamma.op != "get_attr":
-        return None
-    value = rw.value(gamma)
-    return (source, value) if value.dim() in (1, 3) and value.numel() == max(value.shape) else None
 
 
 def _equal(a: QParams, b: QParams) -> bool:

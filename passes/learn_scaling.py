@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, LEARNED, PAIRED, Fact
+from dmqfx.graph.facts import CALIBRATED, FITTED, LEARNED, PAIRED, ROUNDED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import ChannelScale, LayerPair, Range
@@ -27,6 +27,7 @@ class LearnScaling(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PAIRED, CALIBRATED})
     provides: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED, FITTED})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
     method: Literal["smoothquant"] = "smoothquant"
     exponent: float = 0.5

@@ -9,19 +9,19 @@ from torch import fx
 
 from dmqfx.graph.address import Site
 from dmqfx.graph.channelwise import absorber
-from dmqfx.graph.facts import CALIBRATED, PAIRED, Fact
+from dmqfx.graph.facts import PAIRED, PLANNED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse
 from dmqfx.graph.sites import channel_axis, readers
-from dmqfx.graph.table import LayerPair, Planned, Range
+from dmqfx.graph.table import LayerPair, Planned
 
 
 @dataclass(frozen=True)
 class PairLayers(Pass):
     """One LayerPair per tensor that quantized layers read; it stands at the first reader's input site."""
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({PAIRED})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
 
@@ -63,10 +63,6 @@ def _by_source(program: Program) -> dict[fx.Node, list[Site]]:
 
 def _unfit(program: Program, sites: list[Site]) -> str | None:
     """Why these readers cannot share a scale, or None."""
-    ranges = [program.table.get(site, Range) for site in sites]
-    if any(seen is None for seen in ranges):
-        return "the input has no calibrated range"
-    axes = {seen.axis for seen in ranges if seen is not None}
-    if len(axes) > 1:
+    if len({channel_axis(program, site) for site in sites}) > 1:
         return "the readers count channels on different axes"
     return None

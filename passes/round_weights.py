@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from tqdm import tqdm
 
+from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import PLANNED, ROUNDED, Fact
-from dmqfx.graph.pipeline import Pass, PassContext, Preserves
-from dmqfx.graph.program import Program
-from dmqfx.graph.sites import is_weight
-from dmqfx.graph.table import Codes, Planned
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.table import Bias, Codes, Entry
 from dmqfx.numbers.packing import pack
 from dmqfx.numbers.quant import QuantSpec, quantize
 from dmqfx.numbers.ranges import search_range
+from dmqfx.numbers.rounding import Reconstruction, reconstruct
+from dmqfx.sweep.sweep import SweepPass
+from dmqfx.sweep.turn import Reader, Turn
 
 
 @dataclass(frozen=True)
-class RoundWeights(Pass):
+class RoundWeights(SweepPass):
     """Write Codes for every planned weight; the float weight stays in the graph until insert-qdq.
 
-    Source: `nearest` rounds to the nearest code; ranges come from the policy (`range: minmax` or `mse`).
+    Units: `rows` output positions make up a layer's local problem; damping is relative to the mean energy
+    of an input; `asymmetric` aims at the float layer's output on its float input.
+    Source: `nearest` rounds to the nearest code; `gptq` minds the layer's output (arXiv 2210.17323).
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
-    preserves: ClassVar[Preserves] = Preserves.BITWISE
-    method: Literal["nearest"] = "nearest"
+    method: Literal["nearest", "gptq"] = "nearest"
+    rows: int = 8192
+    damping: float = 0.1
+    asymmetric: bool = True
 
-    def run(self, program: Program, ctx: PassContext) -> Program:
-        """Search the range, round, pack."""
-        found: dict[Site, Codes] = {}
-        planned = {
-            s: p.spec for s, p in program.table.of(Planned).items() if is_weight(s) and p.spec is not None
-        }
-        for site, spec in tqdm(planned.items(), desc="round weights", unit="layer", disable=not ctx.progress):
-            if not ctx.journal.apply(site, self.method, str(spec)):
-                break
-            found[site] = nearest(program.constant_at(site).detach(), spec)
-        return program.with_table(program.table.put_all(found))
+    @property
+    def needs_rows(self) -> bool:
+        """Only `nearest` looks at no activations."""
+        return self.method != "nearest"
+
+    def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
+        """Search the range, round, pack.
+
+        Raises: CalibrationError naming the site of a weight that is not finite.
+        """
+        for reader in turn.readers:
+            if reader.weight is None or reader.weight_spec is None:
+                continue
+            if not ctx.journal.apply(reader.weight, self.method, str(reader.weight_spec)):
+                return
+            try:
+                if self.method == "nearest" or reader.groups > 1:
+                    yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec)
+                else:
+                    yield from self._reconstructed(turn, reader, reader.weight, reader.weight_spec)
+            except CalibrationError as error:
+                raise CalibrationError(f"{reader.weight}: {error}") from error
+
+    def _reconstructed(
+        self, turn: Turn, reader: Reader, at: Site, spec: QuantSpec
+    ) -> Iterator[tuple[Site, Entry]]:
+        weight, bias = turn.scaled_weight(reader), turn.bias(reader)
+        rows = turn.rows(reader, self.rows)
+        given = turn.deployed(reader, rows)
+        wanted = rows.real.double() @ turn.weight(reader).flatten(1).double().T
+        if not self.asymmetric:
+            wanted = given.double() @ weight.flatten(1).double().T
+        found = reconstruct(Reconstruction(given, wanted, weight, spec, self.damping))
+        yield at, Codes(pack(found.codes, spec.bits), tuple(weight.shape), found.params)
+        shift = found.offset.to(weight.dtype)
+        yield Site(reader.site.at, "bias"), Bias(shift if bias is None else bias + shift)
 
 
 def nearest(weight: Tensor, spec: QuantSpec) -> Codes:

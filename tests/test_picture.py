@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -15,6 +15,8 @@ from tiny import OUT, plain, planned, quantized
 from torch import fx
 from toys import toy
 
+import dmqfx
+from dmqfx import emoji
 from dmqfx.graph import registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.inputs import Input, InputSpec
@@ -123,6 +125,16 @@ def test_long_skips_are_arcs_from_where_they_are_made_to_where_they_are_read() -
 def test_a_program_whose_skips_are_not_flagged_has_no_arcs() -> None:
     assert u_shape(toy()).arcs == ()
     assert not [words for words in legend(picture(toy())) if "skips" in words]
+
+
+def test_the_names_of_blocks_do_not_run_into_each_other() -> None:
+    """In a wide font, where a letter of size 9 takes 6 pixels."""
+    root = ElementTree.fromstring(picture(dmqfx.capture(emoji.load_unet())))
+    names = [each for each in root.iter(f"{SVG}text") if each.attrib.get("text-anchor") == "middle"]
+    assert {"conv_in", "down_blocks.0", "mid_block", "up_blocks.2", "conv_out"} <= {e.text for e in names}
+    spans = [(float(e.attrib["y"]), float(e.attrib["x"]), 3 * len(e.text or "")) for e in names]
+    for (y, x, half), (v, u, other) in combinations(spans, 2):
+        assert y != v or abs(x - u) >= half + other
 
 
 def test_an_uneven_skip_has_a_colour_of_its_own() -> None:

@@ -324,7 +324,33 @@ def test_the_summary_tells_size_bits_and_loss() -> None:
         "bits    1 of 2 sites as asked, 1 not",
         "loss    output SQNR 12.5 dB in the mean of 2 timesteps, worst 12.5 dB at t = 981 (2 rows)",
     ]
-    assert str(small()).startswith(small().summary())
+
+
+def test_a_printed_report_is_summary_timesteps_worst_layers_and_refusals() -> None:
+    parts = str(small()).split("\n\n")
+    assert parts[0] == small().summary()
+    assert parts[1].splitlines() == ["at t     981     1", "dB      12.5   inf"]
+    assert parts[2] == small().table(worst_first=True, limit=12)
+    assert parts[3].splitlines() == ["refused by       the first", "canonicalize  1  a/cat: no"]
+    assert len(parts) == 4
+
+
+def test_a_printed_report_has_no_part_without_content() -> None:
+    assert str(replace(small(), output_db={}, passes=())).count("\n\n") == 1
+
+
+def test_timesteps_are_ten_to_a_line_under_each_other() -> None:
+    many = replace(small(), output_db={float(t): 20 + t / 1000 for t in range(999, 0, -90)})
+    lines = str(many).split("\n\n")[1].splitlines()
+    assert [len(line.split()) for line in lines] == [2 + 10, 1 + 10, 2 + 2, 1 + 2]
+    assert len(lines[0]) == len(lines[1])
+    assert lines[2].index("99") + 2 == lines[0].index("999") + 3, "right-aligned"
+
+
+def test_where_nothing_was_asked_the_summary_says_that_all_is_float() -> None:
+    report = Report.measure(plain(), plain(), None)
+    assert "nothing was asked to be quantized: every layer is float" in report.summary()
+    assert "nothing was asked" not in small().summary()
 
 
 def test_a_report_comes_back_from_json_as_it_was(compiled: tuple[Program, Program, Program]) -> None:
@@ -358,13 +384,11 @@ def test_a_damaged_report_is_a_store_error(text: str) -> None:
 
 def test_an_expectation_is_missed_in_words_and_reached_in_silence() -> None:
     assert small().misses(Expect()) == small().misses(Expect(12.5)) == []
-    assert small().misses(Expect(13.0)) == ["the policy expects 13 dB of the output, and it has 12.5 dB"]
+    assert small().misses(Expect(13.0)) == ["the output has 12.5 dB SQNR, 13 dB are wanted"]
     broken = replace(small(), output_db={1.0: math.nan})
-    assert broken.misses(Expect(1.0)) == ["the policy expects 1 dB of the output, and it has nan dB"]
+    assert broken.misses(Expect(1.0)) == ["the output has nan dB SQNR, 1 dB are wanted"]
     unmeasured = replace(small(), output_db={})
-    assert unmeasured.misses(Expect(1.0)) == [
-        "the policy expects 1 dB of the output, and nothing was measured"
-    ]
+    assert unmeasured.misses(Expect(1.0)) == ["nothing was measured, and 1 dB are wanted"]
 
 
 def test_a_layer_that_is_not_there_is_an_error_with_the_nearest() -> None:

@@ -182,7 +182,8 @@ def _warning(unet: UNet, names: Sequence[str]) -> str:
         f"calibrating {type(unet).__name__} on random {', '.join(names)}: "
         "the ranges may not be those of real use\n"
         "  mend: calibration=Calibration.record(pipe, prompts=[...]), or\n"
-        "        calibration=Calibration.record(unet, scheduler=..., conditioning={...})"
+        "        calibration=Calibration.record(unet, scheduler=..., conditioning={...}), or\n"
+        "        dmqfx calibrate PIPELINE --prompts FILE --out cal/, then --calibration cal/"
     )
 
 

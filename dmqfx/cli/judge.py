@@ -31,7 +31,7 @@ def _eval(commands: Commands[argparse.ArgumentParser]) -> None:
         ),
     )
     parser.add_argument("compiled", metavar="COMPILED", help="folder of `dmqfx compile`")
-    terminal.add_model(parser)
+    terminal.add_model(parser, compiled=False)
     parser.add_argument(
         "--calibration", metavar="FOLDER", help="recorded calls to compare on; best not those of compiling"
     )
@@ -106,7 +106,7 @@ def verify(options: argparse.Namespace) -> int:
         except StoreError as error:
             raise VerifyError(str(error), step="load") from error
         found = verify_saved(compiled, seed=options.seed)
-        terminal.say(options, "\n".join(found), list(found))
+        terminal.say(options, "\n".join(found), dict(line.split(maxsplit=1) for line in found))
         return terminal.OK
     policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
     checked = verify_policy(sources.load_unet(options.model), policy, seed=options.seed, progress=bars())

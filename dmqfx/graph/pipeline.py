@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -44,7 +44,8 @@ class Preserves(enum.Enum):
 class PassContext:
     """What a pass may read besides the program.
 
-    Units: seed starts every generator; the journal's fuel is the number of applications still allowed
+    Units: seed starts every generator; a sweep takes `chunk` calibration rows at a time and keeps at most
+    `memory` bytes of activations; the journal's fuel is the number of applications still allowed
     (None: no limit).
     Example:
         >>> PassContext(seed=3).generator().initial_seed()
@@ -56,6 +57,8 @@ class PassContext:
     seed: int = 0
     progress: bool = False
     train_timesteps: int = 1000
+    memory: int = 6 * 2**30
+    chunk: int = 16
     journal: Journal = field(default_factory=Journal)
 
     def generator(self) -> torch.Generator:
@@ -94,6 +97,23 @@ class Pass(ABC):
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
 
 
+@dataclass(frozen=True)
+class JointPass(Pass):
+    """A pass that can share one walk over the data with its neighbours in a pipeline.
+
+    Neighbours are consecutive passes with the same `run_jointly`; each has its own context and journal.
+    """
+
+    @classmethod
+    @abstractmethod
+    def run_jointly(cls, steps: Sequence[tuple[JointPass, PassContext]], program: Program) -> Program:
+        """The program after all of them."""
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """The program after this one alone."""
+        return self.run_jointly([(self, ctx)], program)
+
+
 Observe = Callable[[Pass, Program, Program, PassContext], float | None]
 
 
@@ -108,12 +128,14 @@ class Pipeline:
 
     steps: tuple[Pass, ...]
 
-    def check(self, program: Program, providers: Sequence[type[Pass]] = ()) -> None:
+    def check(self, program: Program | None, providers: Sequence[type[Pass]] = ()) -> None:
         """Refuse an order in which a pass lacks what it requires, before anything runs.
+
+        Without a program it is checked for one that was just captured, of which nothing is known.
 
         Raises: PipelineError naming the step, the fact and the pass that would help.
         """
-        known = set(program.facts)
+        known = set(program.facts) if program is not None else set()
         for k, step in enumerate(self.steps, 1):
             if not hasattr(step, "preserves"):
                 raise PipelineError(
@@ -140,9 +162,50 @@ class Pipeline:
         Raises: PipelineError for a wrong order; RewriteError when a pass breaks a structural rule.
         """
         self.check(program, providers)
-        for step in self.steps:
-            program = run_step(step, program, ctx, observe)
+        for together in _neighbours(self.steps):
+            program = run_steps(together, program, ctx, observe)
         return program
+
+
+def run_steps(
+    steps: Sequence[Pass], program: Program, ctx: PassContext, observe: Observe | None = None
+) -> Program:
+    """One pass, or several that share a walk, on one program: run, structural checks, facts, log.
+
+    Raises: RewriteError when a pass breaks a structural rule.
+    """
+    started, versions = time.perf_counter(), _versions(program)
+    locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
+    first = steps[0]
+    if isinstance(first, JointPass):
+        joint = [
+            (step, local) for step, local in zip(steps, locals_, strict=True) if isinstance(step, JointPass)
+        ]
+        after = first.run_jointly(joint, program)
+    else:
+        after = first.run(program, locals_[0])
+    names = ", ".join(step.name() for step in steps)
+    for name, version in _versions(program).items():
+        if version != versions[name]:
+            raise RewriteError(f"{names} wrote into {name}, which it shares with the program before it")
+    facts = program.facts
+    for step in steps:
+        facts = (facts - step.clears) | step.provides
+    after = replace(after, facts=facts)
+    check_structure(after, names, program)
+    if ctx.journal.fuel is None:
+        check_facts(after, names)
+    seconds = (time.perf_counter() - started) / len(steps)
+    records = []
+    for step, local in zip(steps, locals_, strict=True):
+        drift = observe(step, program, after, local) if observe is not None else None
+        journal = local.journal
+        record = PassRecord(
+            step.name(), step.preserves.value, tuple(journal.applied), tuple(journal.refused), seconds, drift
+        )
+        logger.info("%s", record)
+        records.append(record)
+    return replace(after, log=(*program.log, *records))
 
 
 def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | None = None) -> Program:
@@ -150,25 +213,29 @@ def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | 
 
     Raises: RewriteError when the pass breaks a structural rule.
     """
-    started = time.perf_counter()
-    local = replace(ctx, journal=Journal(fuel=ctx.journal.fuel))
-    after = step.run(program, local)
-    after = replace(after, facts=(program.facts - step.clears) | step.provides)
-    check_structure(after, step.name(), program, facts=local.journal.fuel is None)
-    seconds = time.perf_counter() - started
-    drift = observe(step, program, after, local) if observe is not None else None
-    journal = local.journal
-    record = PassRecord(
-        step.name(), step.preserves.value, tuple(journal.applied), tuple(journal.refused), seconds, drift
-    )
-    logger.info("%s", record)
-    return replace(after, log=(*program.log, record))
+    return run_steps((step,), program, ctx, observe)
 
 
-def check_structure(
-    program: Program, step: str, before: Program | None = None, *, facts: bool = True
-) -> None:
-    """What must hold after every pass: lint, unique addresses, live table sites, output shapes, facts.
+def _neighbours(steps: Sequence[Pass]) -> Iterator[tuple[Pass, ...]]:
+    """Consecutive passes that run jointly, and every other pass alone."""
+    run: list[Pass] = []
+    for step in steps:
+        joins = isinstance(step, JointPass)
+        if run and not (joins and isinstance(run[-1], JointPass) and run[-1].run_jointly == step.run_jointly):
+            yield tuple(run)
+            run = []
+        run.append(step)
+    if run:
+        yield tuple(run)
+
+
+def _versions(program: Program) -> dict[str, int]:
+    """How often each weight has been written into, as far as torch counts it."""
+    return {name: w._version for name, w in program.weights().items() if not w.is_inference()}
+
+
+def check_structure(program: Program, step: str, before: Program | None = None) -> None:
+    """What must hold after every pass: lint, unique addresses, live table sites, output shapes.
 
     Raises: RewriteError naming the pass and the address.
     """
@@ -193,7 +260,14 @@ def check_structure(
             raise RewriteError(f"{step} left a table entry for {site}, but that operation is gone")
     if before is not None and _shapes(program) != _shapes(before):
         raise RewriteError(f"{step} changed the outputs from {_shapes(before)} to {_shapes(program)}")
-    for fact in program.facts if facts else ():
+
+
+def check_facts(program: Program, step: str) -> None:
+    """What a program is said to be must be so, as far as a fact can be checked.
+
+    Raises: RewriteError naming the pass, the fact and what contradicts it.
+    """
+    for fact in sorted(program.facts, key=str):
         if why := fact.broken(program):
             raise RewriteError(f"after {step} the fact {fact.name!r} ({fact.meaning}) does not hold: {why}")
 

@@ -7,12 +7,24 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from dmqfx.graph.address import Address, Site
 from dmqfx.numbers.quant import QParams, QuantSpec
 
-__all__ = ["ChannelScale", "Codes", "Entry", "LayerPair", "Planned", "Range", "SkipConcat", "Table"]
+__all__ = [
+    "Bias",
+    "ChannelScale",
+    "Codes",
+    "Entry",
+    "LayerPair",
+    "Planned",
+    "Range",
+    "Shift",
+    "SkipConcat",
+    "Table",
+]
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,31 @@ class ChannelScale:
 
 
 @dataclass(frozen=True, eq=False)
+class Shift:
+    """Power-of-two scaling of an input site: channel c has the step scale * 2^exponent[g, c].
+
+    Shapes: exponent uint8 [G, C] or [1, C], 0 for the finest step. Source: DMQ, channel-wise power-of-two scaling.
+    """
+
+    exponent: Tensor
+
+    @property
+    def factor(self) -> Tensor:
+        """2^exponent in float32."""
+        return torch.exp2(self.exponent.float())
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """The bias of a layer that makes up for what quantization adds to its output's mean.
+
+    Shapes: value [O].
+    """
+
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Codes:
     """Integer codes of a weight and their meaning.
 
@@ -92,8 +129,8 @@ class Codes:
     qparams: QParams
 
 
-Entry: TypeAlias = Planned | Range | SkipConcat | LayerPair | ChannelScale | Codes | QParams
-_Kind = TypeVar("_Kind", Planned, Range, SkipConcat, LayerPair, ChannelScale, Codes, QParams)
+Entry: TypeAlias = Planned | Range | SkipConcat | LayerPair | ChannelScale | Shift | Bias | Codes | QParams
+_Kind = TypeVar("_Kind", Planned, Range, SkipConcat, LayerPair, ChannelScale, Shift, Bias, Codes, QParams)
 
 
 @dataclass(frozen=True, eq=False)

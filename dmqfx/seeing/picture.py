@@ -176,7 +176,7 @@ def _blocks(place: UShape) -> Iterator[str]:
     for units in sorted(runs, key=lambda units: units[0].x - units[-1].x - units[-1].width):
         block, y = units[0].block, bottoms[units[0].size] - 17
         left, right = units[0].x, units[-1].x + units[-1].width
-        middle, half = (left + right) / 2, 2.6 * len(block)
+        middle, half = (left + right) / 2, 3.0 * len(block)
         free = all(y != v or middle + half < low or high < middle - half for low, high, v in taken)
         if free and (len(units) > 1 or len(units[0].layers) > 1 or units[0].name == block):
             taken.append((middle - half, middle + half, y))

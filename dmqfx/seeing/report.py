@@ -178,13 +178,14 @@ class Report:
         return known[find(known, address)]
 
     def misses(self, expect: Expect) -> list[str]:
-        """What the policy expects and this result does not reach, in words."""
+        """What is expected and not reached, in words."""
         if expect.sqnr_db is None:
             return []
-        wanted = f"the policy expects {expect.sqnr_db:g} dB of the output"
+        wanted = f"{expect.sqnr_db:g} dB are wanted"
         if self.mean_db is None:
-            return [f"{wanted}, and nothing was measured"]
-        return [] if self.mean_db >= expect.sqnr_db else [f"{wanted}, and it has {self.mean_db:.1f} dB"]
+            return [f"nothing was measured, and {wanted}"]
+        reached = self.mean_db >= expect.sqnr_db
+        return [] if reached else [f"the output has {self.mean_db:.1f} dB SQNR, {wanted}"]
 
     def summary(self) -> str:
         """Size, bits and loss, in a few lines."""
@@ -225,7 +226,10 @@ class Report:
             raise StoreError(f"this is not a whole report: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
-        return f"{self.summary()}\n\n{self.table(worst_first=True, limit=12)}"
+        from dmqfx.seeing.reporttable import refusals, timesteps
+
+        parts = (self.summary(), timesteps(self), self.table(worst_first=True, limit=12), refusals(self))
+        return "\n\n".join(part for part in parts if part)
 
 
 def badness(db: float | None) -> float:

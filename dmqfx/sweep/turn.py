@@ -1,0 +1,210 @@
+"""A turn of the sweep: one tensor, and the planned layers that read it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.program import Program
+from dmqfx.graph.sites import channel_axis
+from dmqfx.graph.table import Planned, Range, Shift, Table
+from dmqfx.numbers.observers import Observer
+from dmqfx.numbers.quant import QParams, QuantSpec
+from dmqfx.numbers.scaling import column_factor
+from dmqfx.runtime.operators import timestep_group
+from dmqfx.sweep.deploy import deployed_input, pending_scale
+from dmqfx.sweep.rows import Geometry, Rows
+
+__all__ = ["Batch", "Reader", "Turn", "turns"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The tensor of a turn on one chunk of calibration rows.
+
+    Shapes: real, quantized [B, ...]; timestep [B].
+    """
+
+    real: Tensor
+    quantized: Tensor
+    timestep: Tensor
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A planned operation that reads the tensor: its input site and spec, its weight's, and its window."""
+
+    site: Site
+    spec: QuantSpec | None
+    weight: Site | None = None
+    weight_spec: QuantSpec | None = None
+    geometry: Geometry = field(default_factory=Geometry)
+    groups: int = 1
+
+
+@dataclass(eq=False)
+class Turn:
+    """What a pass sees when a tensor's turn comes: the float and the quantized-so-far value on every row.
+
+    `table` is what is known by now, entries that passes of this sweep wrote in this turn included.
+    """
+
+    program: Program
+    table: Table
+    source: fx.Node
+    axis: int
+    readers: tuple[Reader, ...]
+    batches: Sequence[Batch]
+    seed: int = 0
+
+    @property
+    def site(self) -> Site:
+        """The first reader's input site, by which the turn is known."""
+        return self.readers[0].site
+
+    def generator(self) -> torch.Generator:
+        """A generator of this turn's own: what it draws does not depend on the turns before."""
+        return torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(str(self.site).encode()))
+
+    def weight(self, reader: Reader) -> Tensor:
+        """The float weight of a reader, as it stands in the graph.
+
+        Shapes: [O, C / groups, ...].
+        """
+        assert reader.weight is not None  # who asks looked
+        return self.program.constant_at(reader.weight).detach()
+
+    def scaled_weight(self, reader: Reader) -> Tensor:
+        """The weight as it will be rounded: times the equivalent scale that is learned and not yet in the graph."""
+        weight, gamma = self.weight(reader), self.gamma(reader)
+        return weight if gamma is None else weight * column_factor(weight.shape, gamma.to(weight))
+
+    def deployed(self, reader: Reader, rows: Rows) -> Tensor:
+        """The rows' quantized-so-far values as the layer will see them: scaled, rounded to the planned grid.
+
+        Shapes: [N, C * taps].
+        """
+        params, gamma = self.table.get(reader.site, QParams), self.gamma(reader)
+        x = rows.quantized.view(len(rows.quantized), -1, rows.taps)
+        if params is None:
+            return (x if gamma is None else x / gamma[:, None]).flatten(1)
+        shift = self.table.get(reader.site, Shift)
+        return deployed_input(x, params, gamma, shift, rows.timestep, 1).flatten(1)
+
+    def bias(self, reader: Reader) -> Tensor | None:
+        """The float bias of a reader, or None."""
+        named = ops.args(self.program.node(reader.site.at))
+        return None if named.get("bias") is None else self.program.constant_at(Site(reader.site.at, "bias"))
+
+    def gamma(self, reader: Reader) -> Tensor | None:
+        """The equivalent scale of a reader's input that is learned and not yet in the graph, or None.
+
+        Shapes: [C].
+        """
+        return pending_scale(self.program, self.table, reader.site)
+
+    @cached_property
+    def channels(self) -> int:
+        """Channels of the tensor."""
+        return int(self.source.meta["val"].shape[self.axis])
+
+    def range(self, boundaries: tuple[float, ...] = ()) -> Range:
+        """Extremes and moments of the quantized-so-far tensor, per timestep group and channel."""
+        key = ("range", boundaries)
+        if key not in self._cache:
+            observer = Observer(str(self.site), self.axis, boundaries)
+            edges = torch.tensor(boundaries)
+            for batch in self.batches:
+                group = timestep_group(batch.timestep, edges) if boundaries else None
+                observer(batch.quantized, group)
+            self._cache[key] = observer.result()
+        found = self._cache[key]
+        assert isinstance(found, Range)
+        return found
+
+    def rows(self, reader: Reader, count: int) -> Rows:
+        """About `count` output positions, drawn so that every calibration row has its share."""
+        key = (reader.geometry, count)
+        if key not in self._cache:
+            self._cache[key] = _sampled(self.batches, reader.geometry, count, self.generator())
+        found = self._cache[key]
+        assert isinstance(found, Rows)
+        return found
+
+    _cache: dict[object, object] = field(default_factory=dict, repr=False)
+
+
+def turns(program: Program) -> dict[fx.Node, list[tuple[int, tuple[Reader, ...]]]]:
+    """The planned readers of every tensor that has some, by channel axis, in execution order."""
+    found: dict[fx.Node, dict[int, list[Reader]]] = {}
+    for node in program.calls():
+        for site, source in _read_sites(program, node):
+            axis = channel_axis(program, site)
+            found.setdefault(source, {}).setdefault(axis, []).append(_reader(program, site))
+    return {
+        source: [(axis, tuple(readers)) for axis, readers in by_axis.items()]
+        for source, by_axis in found.items()
+    }
+
+
+def _read_sites(program: Program, node: fx.Node) -> Iterator[tuple[Site, fx.Node]]:
+    """Activation sites of an operation where it, or the weight beside it, is to be quantized."""
+    at = node.meta["address"]
+    weight = program.table.get(Site(at, "weight"), Planned)
+    for arg, value in ops.args(node).items():
+        planned = program.table.get(Site(at, arg), Planned) if arg != "weight" else None
+        if planned is None or not isinstance(value, fx.Node):
+            continue
+        if planned.spec is not None or (weight is not None and weight.spec is not None):
+            yield Site(at, arg), value
+
+
+def _reader(program: Program, site: Site) -> Reader:
+    node, planned = program.node(site.at), program.table.get(site, Planned)
+    weight = Site(site.at, "weight")
+    asked = program.table.get(weight, Planned) if site.arg == "input" else None
+    named = ops.args(node)
+    geometry, groups = Geometry(), 1
+    if ops.is_call(node, "conv2d"):
+        shape = ops.tensor(node, "weight").meta["val"].shape
+        geometry = Geometry(
+            (shape[2], shape[3]), _two(named["stride"]), _two(named["padding"]), _two(named["dilation"])
+        )
+        groups = int(str(named["groups"]))
+    spec = planned.spec if planned is not None else None
+    if asked is None:
+        return Reader(site, spec)
+    return Reader(site, spec, weight, asked.spec, geometry, groups)
+
+
+def _two(value: object) -> tuple[int, int]:
+    assert isinstance(value, (list, tuple))  # canonicalize spells them out
+    return int(value[0]), int(value[-1])
+
+
+def _sampled(batches: Sequence[Batch], geometry: Geometry, count: int, generator: torch.Generator) -> Rows:
+    """The same number of positions from every calibration row; which ones is drawn for each."""
+    total = sum(len(batch.timestep) for batch in batches)
+    each = max(1, -(-count // total))
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    before = 0
+    for batch in batches:
+        size = len(batch.timestep)
+        possible = geometry.positions(batch.real.shape)
+        drawn = torch.randint(possible, (size * min(each, possible),), generator=generator)
+        sample = torch.arange(size).repeat_interleave(min(each, possible))
+        here, there = sample.to(batch.real.device), drawn.to(batch.real.device)
+        real = geometry.gather(batch.real, here, there)
+        same = batch.quantized is batch.real
+        quantized = real if same else geometry.gather(batch.quantized, here, there)
+        parts.append((real, quantized, batch.timestep[here], sample + before))
+        before += size
+    real, quantized, timestep, sample = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Rows(real, quantized, timestep, sample, geometry.taps)
