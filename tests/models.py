@@ -269,6 +269,7 @@ MODELS: Mapping[str, Callable[[], Model]] = {
     "hinted": partial(
         conditional,
         in_channels=8,
+        norm_num_groups=4,
         block_out_channels=(8, 8, 8, 16),
         down_block_types=("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",

@@ -497,8 +497,29 @@ def test_conditioning_that_does_not_fit_is_refused() -> None:
         record(conditioning={"encoder_hidden_states": context}, trajectories=2)
     with pytest.raises(CalibrationError, match=r"guidance needs unconditional=\{...\}"):
         record(conditioning={"encoder_hidden_states": context}, guidance_scale=3.0)
+    words = {"encoder_hidden_states": context}
+    with pytest.raises(CalibrationError, match="unconditional= without guidance_scale= changes nothing"):
+        record(conditioning=words, unconditional=words)
     with pytest.raises(CalibrationError, match=r"module=pipe\.controlnet"):
         Calibration.record(model("control"), scheduler=DDIMScheduler())
+
+
+def test_options_that_a_unet_does_not_take_are_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"missing a required argument: 'scheduler'.*; it takes sched"):
+        Calibration.record(model("conditional"))
+    with pytest.raises(CalibrationError, match="unexpected keyword argument 'prompts'"):
+        Calibration.record(model("conditional"), scheduler=DDIMScheduler(), prompts=["cat"])
+    with pytest.raises(CalibrationError, match="a pipeline or a UNet, not str"):
+        Calibration.record("a-pipeline")
+
+
+def test_a_model_trained_on_fewer_timesteps_is_asked_for_no_others() -> None:
+    unet = unconditional(
+        block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        time_embedding_type="learned", num_train_timesteps=50,
+    )  # fmt: skip
+    randomize(unet)
+    assert Calibration.synthesize(unet, steps=2, trajectories=1).timesteps().max() < 50
 
 
 def test_half_precision_is_recorded_as_it_was_and_read_in_float() -> None:

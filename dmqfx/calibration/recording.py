@@ -115,12 +115,12 @@ class Tape:
     def _place(self, timestep: Tensor) -> None:
         """Find out which trajectories, and which step of them, a call is."""
         last, self._last = self._last, timestep
-        same = last is not None and len(last) == len(timestep)
-        if same and (self._told or bool((timestep <= last).all())):
-            self._step += 1
-        else:
+        if begins := last is None or len(last) != len(timestep) or self._runs_backwards(last, timestep):
             self._numbers = range(self._numbers.stop, self._numbers.stop + len(timestep))
-            self._step = 0
+        self._step = 0 if begins else self._step + 1
+
+    def _runs_backwards(self, last: Tensor, timestep: Tensor) -> bool:
+        return not self._told and bool((timestep > last).any())
 
 
 def refuse_others(module: object) -> None:

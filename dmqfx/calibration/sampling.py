@@ -19,7 +19,25 @@ from dmqfx.calibration.recording import Tape, recording, refuse_others
 from dmqfx.errors import CalibrationError
 from dmqfx.frontend.signature import UNet, is_supported, signature
 
-__all__ = ["from_pipeline", "from_sampler", "synthetic"]
+__all__ = ["record", "synthetic"]
+
+
+def record(source: DiffusionPipeline | UNet, options: Mapping[str, object]) -> Calibration:
+    """Run a pipeline, or denoise with a UNet, and record it: see Calibration.record.
+
+    Raises: CalibrationError for another object, or options that it does not take.
+    """
+    if isinstance(source, DiffusionPipeline):
+        return from_pipeline(source, **options)  # type: ignore[arg-type]  # see the overloads of Calibration.record
+    if not isinstance(source, torch.nn.Module):
+        raise CalibrationError(f"what is recorded is a pipeline or a UNet, not {type(source).__name__}")
+    taken = inspect.signature(from_sampler)
+    try:
+        taken.bind(source, **options)
+    except TypeError as error:
+        names = ", ".join(list(taken.parameters)[1:])
+        raise CalibrationError(f"recording {type(source).__name__}: {error}; it takes {names}") from error
+    return from_sampler(source, **options)  # type: ignore[arg-type]  # see the overloads of Calibration.record
 
 
 def from_pipeline(
@@ -74,6 +92,10 @@ def from_sampler(
     """
     refuse_others(unet)
     given = {**(conditioning or {}), **({} if concat is None else {CONCAT: concat})}
+    if unconditional and guidance_scale is None:
+        raise CalibrationError(
+            "unconditional= without guidance_scale= changes nothing; say how strong guidance is"
+        )
     count = trajectories or max((len(rows) for rows in given.values()), default=MOST_TRAJECTORIES)
     halves = (given,) if guidance_scale is None else ({**given, **(unconditional or {})}, given)
     _refuse_conditioning(unet, halves, count)
@@ -128,10 +150,15 @@ def _usual_scheduler(unet: UNet) -> DDIMScheduler:
     spacing = "linspace"
     if unet.config.get("time_embedding_type") == "fourier":
         spacing = "trailing"  # these divide by the time, and linspace ends at 0
+    common = {
+        "clip_sample": False,
+        "timestep_spacing": spacing,
+        "num_train_timesteps": unet.config.get("num_train_timesteps") or 1000,
+    }
     if isinstance(unet, UNet2DModel):
-        return DDIMScheduler(clip_sample=False, timestep_spacing=spacing)
+        return DDIMScheduler(**common)
     stable_diffusion = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    return DDIMScheduler(clip_sample=False, timestep_spacing=spacing, **stable_diffusion)
+    return DDIMScheduler(**common, **stable_diffusion)
 
 
 def _drawn(unet: UNet, trajectories: int, seed: int) -> dict[str, Tensor]:
