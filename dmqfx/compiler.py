@@ -64,7 +64,7 @@ def compile(
     """
     bars = sys.stderr.isatty() if progress is None else progress
     lowered = targets.resolve(target)
-    chosen = Policy.load(policy, overrides, check_step=registry.problem_with)
+    chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)

@@ -190,7 +190,7 @@ def explain(options: argparse.Namespace) -> int:
     from dmqfx.seeing import wording
     from dmqfx.seeing.selection import select
 
-    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
+    policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
     found = explanations(policy, operations(sources.load_program(options.model)))
     wanted = select(dict.fromkeys(each.site.at for each in found), options.at)
     rows = [["site", "bits", "rule", "overrides"]]

@@ -174,7 +174,7 @@ def compile_(options: argparse.Namespace) -> int:
     from dmqfx.policy.policy import Expect, Policy
     from dmqfx.storage.store import refuse_foreign
 
-    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
+    policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
     refuse_foreign(Path(options.out))
     calibration = sources.load_calibration(options.calibration)
     unet = sources.load_unet(options.model)
