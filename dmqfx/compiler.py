@@ -66,7 +66,7 @@ def compile(
     refuse(unet)
     bars = sys.stderr.isatty() if progress is None else progress
     lowered = targets.resolve(target)
-    chosen = Policy.load(policy, overrides, check_step=registry.problem_with)
+    chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
     _steps(chosen).check(None, tuple(registry.passes().values()))
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):

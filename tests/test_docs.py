@@ -109,7 +109,7 @@ def test_a_whole_policy_on_a_page_is_a_legal_policy(page: Path) -> None:
     for text in blocks(page, "yaml"):
         found = yaml.safe_load(text)
         if isinstance(found, dict) and "schema" in found and "split-concat" not in text:
-            Policy.load(found, check_step=registry.problem_with)
+            Policy.load(found, check_step=registry.problems_with)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -189,7 +189,7 @@ def compile_(options: argparse.Namespace) -> int:
     from dmqfx.policy.policy import Expect, Policy
     from dmqfx.storage.store import refuse_foreign
 
-    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
+    policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
     out = files.to_be_folder(options.out)
     refuse_foreign(out)
     floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]
