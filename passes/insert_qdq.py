@@ -15,8 +15,8 @@ from dmqfx.graph.facts import PLANNED, QDQ, ROUNDED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
-from dmqfx.graph.sites import is_weight
-from dmqfx.graph.table import Bias, Codes, Planned, Range, Table
+from dmqfx.graph.sites import CHANNEL_AXIS, is_weight
+from dmqfx.graph.table import Bias, Codes, Planned, Range, Shift, Table
 from dmqfx.graph.timesteps import GroupIndex
 from dmqfx.numbers.quant import QParams, QuantSpec, params_from_range
 from dmqfx.runtime.operators import OPS
@@ -27,8 +27,9 @@ class InsertQdq(Pass):
     """w  ->  dequantize(unpack(codes));  x  ->  dequantize(quantize(x)).
 
     A division by an equivalent scale gamma in front of a quantize joins its step: quantize(x / gamma, s)
-    is quantize(x, gamma * s), and the integer product never sees gamma. Sites that read one tensor with
-    one set of parameters share the quantize. Activations become QParams entries of the table.
+    is quantize(x, gamma * s), and the integer product never sees gamma. Shifted channels are quantized in
+    their own steps, s / 2^D * 2^e, and the integer product sees the shift e alone. Sites that read one tensor
+    with one set of parameters share the quantize. Activations become QParams entries of the table.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED, ROUNDED})
@@ -52,7 +53,7 @@ class InsertQdq(Pass):
                 _weight(rw, site, codes, planned.spec)
                 _bias(rw, site.at, table.get(Site(site.at, "bias"), Bias))
             elif (params := _params(table, site, planned.spec)) is not None:
-                activations.quantize(site, params)
+                activations.quantize(site, params, table.get(site, Shift))
                 table = table.put(site, params)
         return rw.finish().with_table(table)
 
@@ -117,45 +118,57 @@ class _Activations:
 
     def __init__(self, rw: Rewriter) -> None:
         self.rw, self.groups = rw, GroupIndex(rw)
-        self.made: dict[fx.Node, list[tuple[QParams, fx.Node]]] = {}
+        self.made: dict[fx.Node, list[tuple[QParams, Shift | None, fx.Node]]] = {}
 
-    def quantize(self, site: Site, params: QParams) -> None:
+    def quantize(self, site: Site, params: QParams, shift: Shift | None) -> None:
         """Put quantize and dequantize in front of one site."""
         reader = self.rw.node(site.at)
         x = ops.tensor(reader, site.arg)
-        real = next((node for known, node in self.made.get(x, []) if _equal(known, params)), None)
+        alike = (
+            node
+            for known, steps, node in self.made.get(x, [])
+            if _equal(known, params) and _alike(steps, shift)
+        )
+        real = next(alike, None)
         if real is None:
-            real = self._insert(site, x, reader, params)
-            self.made.setdefault(x, []).append((params, real))
+            real = self._insert(site, x, reader, params, shift)
+            self.made.setdefault(x, []).append((params, shift, real))
         self.rw.redirect(reader, x, real)
 
-    def _insert(self, site: Site, x: fx.Node, reader: fx.Node, params: QParams) -> fx.Node:
+    def _insert(
+        self, site: Site, x: fx.Node, reader: fx.Node, params: QParams, shift: Shift | None
+    ) -> fx.Node:
         rw, axis = self.rw, params.axis if params.axis is not None else 1
         group = self.groups.node(params.boundaries, reader)
         first = min((user for user in x.users), key=list(rw.graph.nodes).index)
         stem = f"{site.at.path}.{site.arg}".lstrip(".")
         with rw.before(first):
             scale, zero_point = (
-                rw.constant(f"{stem}_{k}", getattr(params, k)) for k in ("scale", "zero_point")
+                rw.constant(f"{stem}_{k}", value)
+                for k, value in (("scale", _finest(params, shift)), ("zero_point", params.zero_point))
             )
-            source, step, step_axis = x, scale, axis
+            source, step, exponent = x, params.scale, None
+            if shift is not None:
+                axis, step = CHANNEL_AXIS[ops.name(reader)], step * shift.factor.to(step)
+                exponent = rw.constant(f"{stem}_shift", shift.exponent)
+            step_axis = axis
             if (divided := _division(rw, x)) is not None:
                 source, gamma = divided
-                step_axis = 1 if gamma.dim() == 3 else -1
-                step = rw.constant(f"{stem}_step", params.scale * gamma.flatten().to(params.scale))
+                step_axis, step = 1 if gamma.dim() == 3 else -1, step * gamma.flatten().to(step)
+            steps = scale if step is params.scale else rw.constant(f"{stem}_step", step)
             codes = rw.call(
-                OPS.quantize.default, near=reader, x=source, scale=step, zero_point=zero_point, group=group,
+                OPS.quantize.default, near=reader, x=source, scale=steps, zero_point=zero_point, group=group,
                 axis=step_axis, qmin=params.qmin, qmax=params.qmax,
             )  # fmt: skip
             return rw.call(
-                OPS.dequantize.default,
-                near=reader,
-                codes=codes,
-                scale=scale,
-                zero_point=zero_point,
-                group=group,
-                axis=axis,
-            )
+                OPS.dequantize.default, near=reader, codes=codes, scale=scale, zero_point=zero_point,
+                group=group, axis=axis, shift=exponent,
+            )  # fmt: skip
+
+
+def _finest(params: QParams, shift: Shift | None) -> Tensor:
+    """The step of which all others are a power of two."""
+    return params.scale if shift is None else params.scale / 2**shift.largest
 
 
 def _division(rw: Rewriter, x: fx.Node) -> tuple[fx.Node, Tensor] | None:
@@ -172,3 +185,9 @@ def _division(rw: Rewriter, x: fx.Node) -> tuple[fx.Node, Tensor] | None:
 def _equal(a: QParams, b: QParams) -> bool:
     same = (a.qmin, a.qmax, a.axis, a.boundaries) == (b.qmin, b.qmax, b.axis, b.boundaries)
     return same and torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)
+
+
+def _alike(a: Shift | None, b: Shift | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.largest == b.largest and torch.equal(a.exponent, b.exponent)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 
 from dmqfx.graph.address import Address, Site
-from dmqfx.numbers.quant import QParams, QuantSpec
+from dmqfx.numbers.quant import QParams, QuantSpec, powers_of_two
 
 __all__ = [
     "Bias",
@@ -22,6 +21,7 @@ __all__ = [
     "Planned",
     "Range",
     "Shift",
+    "SkipArm",
     "SkipConcat",
     "Table",
 ]
@@ -70,6 +70,18 @@ class SkipConcat:
 
 
 @dataclass(frozen=True)
+class SkipArm:
+    """The input of a convolution that reads one arm of what was a long skip's concatenation.
+
+    `concat` names the concatenation; it may be gone, if nothing else read it. `uneven` is what flag-skips said.
+    """
+
+    arm: Literal["deep", "skip"]
+    concat: Address
+    uneven: bool = False
+
+
+@dataclass(frozen=True)
 class LayerPair:
     """Layers that read one tensor and therefore share one equivalent scale, and who could absorb it.
 
@@ -94,17 +106,22 @@ class ChannelScale:
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """Power-of-two scaling of an input site: channel c has the step scale * 2^exponent[g, c].
+    """Power-of-two scaling of an input site: channel c has the step scale * 2^(exponent[g, c] - largest).
 
-    Shapes: exponent uint8 [G, C] or [1, C], 0 for the finest step. Source: DMQ, channel-wise power-of-two scaling.
+    So a channel with the largest exponent has the site's own step, and no channel a coarser one. In the graph
+    the finest step, scale / 2^largest, is the scale, and an integer is shifted to the left by the exponent.
+
+    Shapes: exponent uint8 [G, C], 0..largest, for the site's QParams [G, 1] and C channels.
+    Source: DMQ, channel-wise power-of-two scaling (the published code's steps; the text has no fallback that is safe).
     """
 
     exponent: Tensor
+    largest: int
 
     @property
     def factor(self) -> Tensor:
-        """2^exponent in float32."""
-        return torch.exp2(self.exponent.float())
+        """What the site's step is multiplied by, exactly: 1, 1/2, 1/4, ... in float32 [G, C]."""
+        return powers_of_two(self.exponent).float().div(2**self.largest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +146,12 @@ class Codes:
     qparams: QParams
 
 
-Entry: TypeAlias = Planned | Range | SkipConcat | LayerPair | ChannelScale | Shift | Bias | Codes | QParams
-_Kind = TypeVar("_Kind", Planned, Range, SkipConcat, LayerPair, ChannelScale, Shift, Bias, Codes, QParams)
+Entry: TypeAlias = (
+    Planned | Range | SkipConcat | SkipArm | LayerPair | ChannelScale | Shift | Bias | Codes | QParams
+)
+_Kind = TypeVar(
+    "_Kind", Planned, Range, SkipConcat, SkipArm, LayerPair, ChannelScale, Shift, Bias, Codes, QParams
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +188,10 @@ class Table:
     def drop(self, kind: type) -> Table:
         """This table without any entry of a kind."""
         return Table(MappingProxyType({key: e for key, e in self._rows.items() if key[0] is not kind}))
+
+    def without(self, site: Site, kind: type) -> Table:
+        """This table without a site's entry of a kind."""
+        return Table(MappingProxyType({key: e for key, e in self._rows.items() if key != (kind, site)}))
 
     def sites(self) -> list[Site]:
         """Every site that has an entry of any kind, once each."""
