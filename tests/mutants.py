@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from mutants_skips import MUTANTS as OF_SKIPS
 from planting import (
     Function,
     Mutant,
@@ -668,4 +669,5 @@ MUTANTS: tuple[Mutant, ...] = (
             "the group index is forgotten": (operands(group=nothing), "time_embedding.linear_1/linear"),
         },
     ),
+    *OF_SKIPS,
 )

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.faked import arguments, group_of
+from dmqfx.checking.recount import miscounted
 from dmqfx.checking.tablecheck import Broken
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, INTEGER, PLANNED, QDQ
-from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.facts import CALIBRATED, INTEGER, PLANNED, QDQ, SHIFTED
+from dmqfx.graph.pipeline import Pass, PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import operations
 from dmqfx.graph.table import Planned, Range
@@ -25,10 +26,12 @@ _SLACK = 1e-4  # of the width of a range
 _ROUNDINGS = 20  # of the tensor's greatest value: sums in another order differ in their last digits
 
 
-def contradictions(before: Program, after: Program, ctx: PassContext) -> Iterator[Broken]:
+def contradictions(before: Program, after: Program, step: Pass, ctx: PassContext) -> Iterator[Broken]:
     """Entries that a pass wrote, or left, against the policy or the calibration rows."""
     if PLANNED in after.facts - before.facts and ctx.policy is not None:
         yield from _plan(after, ctx)
+    if SHIFTED in step.provides:
+        yield from miscounted(after, step, ctx)
     if ctx.calibration is None or CALIBRATED not in after.facts or {QDQ, INTEGER} & after.facts:
         return
     if CALIBRATED not in before.facts:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx
 
 from dmqfx.checking.faked import steps, unpacked
+from dmqfx.checking.stepclaims import arm_claims, depth, shift_claims
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, INTEGER, OBSERVED, PLANNED, QDQ, ROUNDED
 from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, readers
-from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
+from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, Shift, SkipArm, SkipConcat
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.policy.policy import KIND_OF_OPERATOR, OPERANDS
@@ -99,6 +100,10 @@ def _against(program: Program, site: Site, entry: object) -> Iterator[str]:
             return _range(program, site, entry)
         case SkipConcat():
             return _skip(program, site, entry)
+        case SkipArm():
+            return arm_claims(program, site, entry)
+        case Shift():
+            return shift_claims(program, site, entry)
         case LayerPair():
             return _pair(program, site, entry)
         case ChannelScale():
@@ -157,7 +162,7 @@ def _skip(program: Program, site: Site, entry: SkipConcat) -> Iterator[str]:
         yield f"the arms have {counts} channels, not {claimed}"
         return
     deep, skip = nodes if entry.skip_last else nodes[::-1]
-    if _depth(deep) <= _depth(skip):
+    if depth(deep) <= depth(skip):
         yield f"{label(deep)} is called deep, but {label(skip)} has as many convolutions behind it"
 
 
@@ -290,14 +295,3 @@ def _quantized_layer(program: Program, site: Site) -> bool:
     """Whether a site is the input of a layer whose input and weight are both planned to be quantized."""
     plans = [program.table.get(s, Planned) for s in (site, Site(site.at, "weight"))]
     return site.arg == "input" and all(plan is not None and plan.spec is not None for plan in plans)
-
-
-def _depth(node: fx.Node) -> int:
-    """How many convolutions lie behind a value."""
-    seen, todo = set[fx.Node](), [node]
-    while todo:
-        here = todo.pop()
-        if here not in seen:
-            seen.add(here)
-            todo += here.all_input_nodes
-    return sum(1 for each in seen if ops.is_call(each, "conv2d", "qconv2d"))

@@ -177,7 +177,7 @@ def _verify(program: Program, step: Pass, ctx: PassContext, after: Program | Non
         if finding.wrong:
             raise trial.refute(finding, applied)
         findings.append(finding)
-    for broken in contradictions(program, after, ctx):
+    for broken in contradictions(program, after, step, ctx):
         raise _refute_claim(step, broken, ctx.journal)
     first = findings[0]
     return Verdict(

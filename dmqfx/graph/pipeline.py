@@ -176,7 +176,7 @@ def run_steps(
     started = time.perf_counter()
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
     first = steps[0]
-    if isinstance(first, JointPass):
+    if isinstance(first, JointPass) and len(steps) > 1:
         joint = [
             (step, local) for step, local in zip(steps, locals_, strict=True) if isinstance(step, JointPass)
         ]
