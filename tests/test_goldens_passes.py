@@ -51,7 +51,6 @@ def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
         ("canonicalize", "a factor of 2 is dropped as if it were 1"),
         ("flag-skips", "the arms of a skip change roles"),
         ("split-skips", "the bias is added by both arms"),
-        ("fit-ranges", "steps are twice as wide as they need be"),
         ("vote-shifts", "rows that do not agree get the finest step"),
         ("pair-layers", "a reader of a shared input is left out"),
         ("absorb-scaling", "the bias is forgotten"),
