@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
-from dmqfx.graph.facts import PLANNED, QDQ, ROUNDED, Fact
+from dmqfx.graph.facts import FITTED, PLANNED, QDQ, ROUNDED, SHIFTED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
@@ -42,7 +42,7 @@ class InsertQdq(Pass):
         Raises: RewriteError for a planned site without codes or range.
         """
         rw = Rewriter(program, self.name(), ctx.journal)
-        table = program.table
+        table = _current(program)
         self._check(table)
         activations = _Activations(rw)
         for site, planned in table.of(Planned).items():
@@ -69,6 +69,14 @@ class InsertQdq(Pass):
                     else "range; run fit-ranges or freeze-observers"
                 )
                 raise RewriteError(f"insert-qdq: {site} is planned but has no {what} before")
+
+
+def _current(program: Program) -> Table:
+    """The table without what no fact stands behind any more: parameters of a tensor that was scaled since."""
+    table = program.table
+    if FITTED not in program.facts:
+        table = table.drop(QParams)
+    return table if {FITTED, SHIFTED} <= program.facts else table.drop(Shift)
 
 
 def _params(table: Table, site: Site, spec: QuantSpec) -> QParams | None:

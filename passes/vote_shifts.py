@@ -23,6 +23,8 @@ from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Reader, Turn
 
+EVERYWHERE = "**"
+
 
 @dataclass(frozen=True)
 class VoteShifts(SweepPass):
@@ -37,11 +39,11 @@ class VoteShifts(SweepPass):
     Source: DMQ, channel-wise power-of-two scaling with voting; the fallback is that of its code, not of its text.
     """
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({FITTED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({FLAGGED, FITTED})
     provides: ClassVar[frozenset[Fact]] = frozenset({SHIFTED})
     method: Literal["vote", "mse"] = "vote"
     where: Literal["skips", "all"] = "skips"
-    at: str = "**"
+    at: str = EVERYWHERE
     agree: float = 0.85
     largest: int = 3
     shared: bool = False
@@ -56,8 +58,7 @@ class VoteShifts(SweepPass):
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """Hold the vote at each chosen reader.
 
-        Raises: PipelineError if no skip was looked for, or `at` fits no site; CalibrationError for numbers that
-            are not finite.
+        Raises: PipelineError if `at` fits no site; CalibrationError for numbers that are not finite.
         """
         self._check(turn)
         for reader in turn.readers:
@@ -70,13 +71,8 @@ class VoteShifts(SweepPass):
                 yield reader.site, found
 
     def _check(self, turn: Turn) -> None:
-        if self.where == "skips" and FLAGGED not in turn.program.facts:
-            raise PipelineError(
-                "vote-shifts looks at what long skips feed, and none was looked for: put flag-skips (and split-skips) "
-                "before plan-sites, or say where: all"
-            )
         planned = (site for site, plan in turn.table.of(Planned).items() if plan.spec and not is_weight(site))
-        if not any(self._fits(site) for site in planned):
+        if self.at != EVERYWHERE and not any(self._fits(site) for site in planned):
             raise PipelineError(f"vote-shifts: at: {self.at} fits no input that is to be quantized")
 
     def _chosen(self, turn: Turn, site: Site) -> bool:

@@ -12,7 +12,7 @@ from dmqfx.checking.faked import steps, unpacked
 from dmqfx.checking.stepclaims import arm_claims, depth, shift_claims
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, INTEGER, OBSERVED, PLANNED, QDQ, ROUNDED
+from dmqfx.graph.facts import CALIBRATED, FITTED, INTEGER, OBSERVED, PLANNED, QDQ, ROUNDED
 from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, readers
@@ -20,6 +20,7 @@ from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, Sh
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.policy.policy import KIND_OF_OPERATOR, OPERANDS
+from dmqfx.sweep.deploy import pending_scale
 
 __all__ = ["Broken", "broken_claims"]
 
@@ -243,9 +244,11 @@ def _qparams(program: Program, site: Site, entry: QParams) -> Iterator[str]:
     channels = entry.scale.shape[-1] if planned.spec.per == "channel" else 1
     reasons = list(_grid(entry, planned.spec, len(planned.spec.boundaries) + 1, channels))
     yield from reasons
-    if seen is None or reasons:
+    if seen is None or reasons or not {FITTED, QDQ, INTEGER} & program.facts:
         return
     low, high = seen.low.double().clamp(max=0), seen.high.double().clamp(min=0)
+    if (gamma := pending_scale(program, program.table, site)) is not None:
+        low, high = low / gamma.double(), high / gamma.double()
     if planned.spec.per == "tensor":
         low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
     elif entry.scale.shape != low.shape:
