@@ -26,6 +26,11 @@ class MeasureSensitivity(Pass):
     rows: int = 80
     groups: int = 20
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Two looks back over the rows.
 

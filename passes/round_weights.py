@@ -40,7 +40,7 @@ class RoundWeights(SweepPass):
     asymmetric: float = 0.0
 
     @property
-    def needs_rows(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Only `nearest` looks at no activations."""
         return self.method != "nearest"
 
@@ -80,7 +80,7 @@ class RoundWeights(SweepPass):
                 metric=None if felt is None else felt.metric,
             )
         )
-        yield at, Codes(pack(found.codes, spec.bits), tuple(weight.shape), found.params)
+        yield at, Codes(pack(found.codes, spec.bits), tuple(weight.shape), found.params, nearest=False)
         offset = found.offset.to(weight.dtype)
         yield Site(reader.site.at, "bias"), Bias(offset if bias is None else bias + offset)
 

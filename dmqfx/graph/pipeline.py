@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmqfx.errors import PipelineError, RewriteError
-from dmqfx.graph.facts import Fact
+from dmqfx.graph.facts import CALIBRATED, Fact
 from dmqfx.graph.journal import Journal, PassRecord
 from dmqfx.graph.modules import label
 from dmqfx.graph.program import Program
@@ -86,6 +86,11 @@ class Pass(ABC):
     provides: ClassVar[frozenset[Fact]] = frozenset()
     clears: ClassVar[frozenset[Fact]] = frozenset()
     preserves: ClassVar[Preserves]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it reads calibration rows and fails without."""
+        return CALIBRATED in self.provides
 
     @abstractmethod
     def run(self, program: Program, ctx: PassContext) -> Program:
@@ -177,7 +182,7 @@ def run_steps(
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
     first = steps[0]
-    if isinstance(first, JointPass):
+    if isinstance(first, JointPass) and len(steps) > 1:
         joint = [
             (step, local) for step, local in zip(steps, locals_, strict=True) if isinstance(step, JointPass)
         ]

@@ -76,7 +76,8 @@ class Mark:
 class Operation:
     """One operation that has sites.
 
-    `fed_by_skip` says that its input is a decoder's concatenation with a long skip, as flag-skips found it.
+    `fed_by_skip` says that its input is a decoder's concatenation with a long skip, as flag-skips found it, or
+    one arm of it, as split-skips left it.
     """
 
     address: Address
@@ -88,8 +89,9 @@ class Operation:
 class Rule:
     """An exception from the default: which operations (`at`, `kind` and `fed_by` must all hold) get what.
 
-    `at` holds globs and `re:` expressions of which one must match, () is any address; a setting of None
-    leaves that argument to others; `keep: float` in a file is both settings at once.
+    `at` holds globs and `re:` expressions of which one must match, () is any address; they match what a pass
+    made of an operation (`conv/conv2d~split-skips.1`) where they match the operation. A setting of None leaves
+    that argument to others; `keep: float` in a file is both settings at once.
     """
 
     name: str
@@ -114,8 +116,7 @@ class Rule:
         def holds(operation: Operation) -> bool:
             if self.kind not in (None, operation.kind) or (self.fed_by and not operation.fed_by_skip):
                 return False
-            address = str(operation.address)
-            return not patterns or any(fits(address) for fits in patterns)
+            return not patterns or any(fits(name) for fits in patterns for name in operation.address.names)
 
         return holds
 

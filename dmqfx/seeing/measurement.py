@@ -120,6 +120,7 @@ def _site(found: SiteBits) -> SiteReport:
         asked=str(asked or "float"),
         rule=found.rule,
         reasons=found.refused,
+        notes=found.notes,
     )
 
 

@@ -110,6 +110,7 @@ def _mark(item: Item, quantized: bool, measured: LayerReport | None) -> _Mark:
         f"{s.site.arg}: {f'{b} bit' if b else 'float'}" + (f" (rule {s.rule})" if s.rule else "")
         for s, b in zip(item.sites, bits, strict=True)
     ]
+    said += [f"{s.site.arg}: {note}" for s in item.sites for note in s.notes]
     refused = [f"refused: {reason}" for s in item.sites for reason in s.refused]
     output = "x".join(map(str, item.shape[1:]))
     weight = f", weight {'x'.join(map(str, item.weight))}" if item.weight else ""

@@ -24,7 +24,10 @@ SCHEMA: Final = "dmqfx.report/1"
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One tensor of a layer: bits asked and got (None is float), the rule that decided, and who refused."""
+    """One tensor of a layer: bits asked and got (None is float), the rule that decided, and who refused.
+
+    `notes` say which arm of a skip it is, and what shifts it has.
+    """
 
     argument: str
     asked_bits: int | None
@@ -32,6 +35,7 @@ class SiteReport:
     asked: str = "float"
     rule: str = ""
     reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def as_asked(self) -> bool:
@@ -243,11 +247,16 @@ def badness(db: float | None) -> float:
 
 
 def _layer(found: dict[str, Any]) -> LayerReport:
-    sites = tuple(SiteReport(**{**site, "reasons": tuple(site["reasons"])}) for site in found.pop("sites"))
+    sites = tuple(map(_site, found.pop("sites")))
     times = {float(time): float(db) for time, db in found.get("timestep_db", {}).items()}
     return LayerReport(
         **{**found, "sites": sites, "sqnr_db": _number(found["sqnr_db"]), "timestep_db": times}
     )
+
+
+def _site(found: dict[str, Any]) -> SiteReport:
+    words = {key: tuple(found.get(key, ())) for key in ("reasons", "notes")}
+    return SiteReport(**{**found, **words})
 
 
 def _pass(found: dict[str, Any]) -> PassReport:

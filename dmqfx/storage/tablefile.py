@@ -46,7 +46,9 @@ def write_table(program: Program, tensors: dict[str, Tensor]) -> dict[str, Json]
         return {"tensor": name}
 
     rows: list[Json] = [
-        [str(site), encode(entry, tag)] for site, entry in program.table if not isinstance(entry, (Range, Sensitivity))
+        [str(site), encode(entry, tag)]
+        for site, entry in program.table
+        if not isinstance(entry, (Range, Sensitivity))
     ]
     return {
         "facts": [[fact.name, fact.meaning] for fact in sorted(program.facts - {facts.CALIBRATED}, key=str)],

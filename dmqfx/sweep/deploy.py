@@ -16,6 +16,7 @@ from dmqfx.graph.sites import channel_axis
 from dmqfx.graph.table import Bias, ChannelScale, Codes, LayerPair, Planned, Shift, Table
 from dmqfx.numbers.packing import unpack
 from dmqfx.numbers.quant import QParams, dequantize, quantize
+from dmqfx.numbers.scaling import column_factor
 from dmqfx.runtime.operators import timestep_group
 
 __all__ = ["Deployed", "deployed_input", "deployed_weight", "pending_scale"]
@@ -99,6 +100,13 @@ def pending_scale(program: Program, table: Table, site: Site) -> Tensor | None:
     first = next((at for at, pair in table.of(LayerPair).items() if site in pair.readers), None)
     scale = table.get(first, ChannelScale) if first is not None else None
     return None if scale is None else scale.gamma
+
+
+def scaled_weight(program: Program, site: Site) -> Tensor:
+    """The weight at a site as it is rounded: times the equivalent scale that is not yet in the graph."""
+    weight = program.constant_at(site).detach()
+    gamma = pending_scale(program, program.table, Site(site.at, "input"))
+    return weight if gamma is None else weight * column_factor(weight.shape, gamma.to(weight))
 
 
 def _call(node: fx.Node, changed: dict[str, object], value_of: Callable[[fx.Node], object]) -> object:

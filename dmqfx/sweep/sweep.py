@@ -36,7 +36,7 @@ class SweepPass(JointPass):
         """Entries for the readers of a turn's tensor; each is in the turn's table once it is handed out."""
 
     @property
-    def needs_rows(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether it looks at activations; a sweep in which nobody does runs no forward pass."""
         return True
 
@@ -69,7 +69,7 @@ class SweepPass(JointPass):
 def _chunks(program: Program, passes: Sequence[tuple[SweepPass, PassContext]]) -> list[dict[str, Tensor]]:
     """The calibration rows in batches, or nothing where no pass looks at any."""
     ctx = passes[0][1]
-    needy = [step.name() for step, _ in passes if step.needs_rows]
+    needy = [step.name() for step, _ in passes if step.needs_calibration]
     if not needy:
         return []
     if ctx.calibration is None:
