@@ -17,7 +17,6 @@ from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import UNet
 from dmqfx.graph import registry
-from dmqfx.graph.facts import CALIBRATED
 from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
@@ -124,7 +123,7 @@ def _steps(policy: Policy) -> Pipeline:
 
 def needs_calibration(policy: Policy) -> bool:
     """Whether a pass of the policy streams calibration data."""
-    return any(CALIBRATED in registry.passes()[step.name].provides for step in policy.pipeline)
+    return any(step.needs_calibration for step in _steps(policy).steps)
 
 
 def has_residuals(calibration: Calibration) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dmqfx.errors import RewriteError
 from dmqfx.graph import ops

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from dmqfx.graph.address import Address, Site
