@@ -73,10 +73,17 @@ def least_squares(problem: Normal, weight: Tensor, damping: float) -> Tensor:
     Shapes: weight, result [O, K].
     """
     gram = problem.gram
-    ridge = damping * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    ridge = damping * _energy(gram)
     damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
     residual = problem.cross - gram @ weight.T.to(gram)
-    return weight + torch.linalg.solve(damped, residual).T.to(weight)
+    correction: Tensor = torch.linalg.solve(damped, residual)
+    return weight + correction.T.to(weight)
+
+
+def _energy(gram: Tensor) -> Tensor:
+    """The mean energy of an input column; 1 where no column varies, which any ridge serves."""
+    mean = gram.diagonal().mean()
+    return mean.where(mean > 0, torch.ones_like(mean))
 
 
 def gptq(
@@ -90,7 +97,7 @@ def gptq(
     order = gram.diagonal().argsort(descending=True)
     w = target.to(gram)[:, order].clone()
     h = gram[order][:, order]
-    ridge = damping * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny)
+    ridge = damping * _energy(h)
     h = h + ridge * torch.eye(len(h), dtype=h.dtype)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     scale, zero = scale.to(w)[:, 0], zero.to(w)[:, 0]
