@@ -212,8 +212,14 @@ def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | 
 
 def _neighbours(steps: Sequence[Pass]) -> Iterator[tuple[Pass, ...]]:
     """Consecutive passes that run jointly, and every other pass alone."""
-    for kind, group in groupby(steps, lambda step: step.run_jointly if isinstance(step, JointPass) else None):
-        yield from [tuple(group)] if kind is not None else ((step,) for step in group)
+    for kind, group in groupby(steps, _walk_of):
+        together = tuple(group)
+        yield from [together] if kind is not None else ((step,) for step in together)
+
+
+def _walk_of(step: Pass) -> object:
+    """What passes have in common that share a walk: the function, not the method bound to each class."""
+    return getattr(type(step).run_jointly, "__func__", None) if isinstance(step, JointPass) else None
 
 
 def check_structure(
