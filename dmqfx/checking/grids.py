@@ -16,7 +16,7 @@ from dmqfx.graph.modules import label
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned, Range
 from dmqfx.numbers.quant import QParams, QuantSpec
-from dmqfx.sweep.deploy import pending_scale
+from dmqfx.sweep.deploy import pending_scales
 
 __all__ = ["HALF_STEP", "activation_claims", "grid_claims", "scale_claims"]
 
@@ -78,7 +78,7 @@ def activation_claims(program: Program, site: Site, entry: QParams) -> Iterator[
     if seen is None or reasons:
         return
     low, high = seen.low.double(), seen.high.double()
-    if (gamma := pending_scale(program, program.table, site)) is not None:
+    if (gamma := pending_scales(program, program.table).get(site)) is not None:
         low, high = low / gamma.double(), high / gamma.double()
     if planned.spec.per == "tensor":
         low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)

@@ -225,13 +225,17 @@ def _neighbours(steps: Sequence[Pass]) -> Iterator[tuple[Pass, ...]]:
     """Consecutive passes that run jointly, and every other pass alone."""
     run: list[Pass] = []
     for step in steps:
-        joins = isinstance(step, JointPass)
-        if run and not (joins and isinstance(run[-1], JointPass) and run[-1].run_jointly == step.run_jointly):
+        if run and (_walk_of(step) is None or _walk_of(run[-1]) is not _walk_of(step)):
             yield tuple(run)
             run = []
         run.append(step)
     if run:
         yield tuple(run)
+
+
+def _walk_of(step: Pass) -> object:
+    """What passes have in common that share a walk: the function, not the method bound to each class."""
+    return getattr(type(step).run_jointly, "__func__", None) if isinstance(step, JointPass) else None
 
 
 def _versions(program: Program) -> dict[str, int]:
