@@ -118,7 +118,7 @@ def sample(
     noise = torch.randn((len(prompts), *LATENT), generator=torch.Generator().manual_seed(seed))
     latents = noise.to(unet.device)
     context = torch.cat([embed([""] * len(prompts)), embed(prompts)]).to(unet.device)
-    for t in tqdm(scheduler.timesteps, desc="sample", disable=None if progress else True):
+    for t in tqdm(scheduler.timesteps, desc="sample", disable=not progress):
         both = unet(torch.cat([latents, latents]), t, encoder_hidden_states=context, return_dict=False)[0]
         without, given = both.chunk(2)
         guided = without + cfg * (given - without)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, FITTED, PLANNED, SHIFTED, Fact
+from dmqfx.graph.facts import FITTED, PLANNED, SHIFTED, Fact
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.table import Entry, Range, Shift
 from dmqfx.numbers.quant import params_from_range
@@ -26,7 +26,7 @@ class FitRanges(SweepPass):
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
-    provides: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED, FITTED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({FITTED})
     clears: ClassVar[frozenset[Fact]] = frozenset({SHIFTED})
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
+from dmqfx.graph.channelwise import divisor
 from dmqfx.graph.facts import FITTED, PLANNED, QDQ, ROUNDED, SHIFTED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
@@ -155,14 +156,14 @@ class _Activations:
                 rw.constant(f"{stem}_{k}", value)
                 for k, value in (("scale", _finest(params, shift)), ("zero_point", params.zero_point))
             )
-            source, step, exponent = x, params.scale, None
+            source, step, step_axis, exponent = x, params.scale, axis, None
             if shift is not None:
-                axis, step = CHANNEL_AXIS[ops.name(reader)], step * shift.factor.to(step)
+                axis = step_axis = CHANNEL_AXIS[ops.name(reader)]
+                step = step * shift.factor.to(step)
                 exponent = rw.constant(f"{stem}_shift", shift.exponent)
-            step_axis = axis
-            if (divided := _division(rw, x)) is not None:
-                source, gamma = divided
-                step_axis, step = 1 if gamma.dim() == 3 else -1, step * gamma.flatten().to(step)
+            if (division := divisor(x)) is not None:
+                source, gamma, step_axis = division
+                step = step * rw.value(gamma).flatten().to(step)
             steps = scale if step is params.scale else rw.constant(f"{stem}_step", step)
             codes = rw.call(
                 OPS.quantize.default, near=reader, x=source, scale=steps, zero_point=zero_point, group=group,
@@ -177,17 +178,6 @@ class _Activations:
 def _finest(params: QParams, shift: Shift | None) -> Tensor:
     """The step of which all others are a power of two."""
     return params.scale if shift is None else params.scale / 2**shift.largest
-
-
-def _division(rw: Rewriter, x: fx.Node) -> tuple[fx.Node, Tensor] | None:
-    """(x, gamma) of a per-channel division by a constant."""
-    if not ops.is_call(x, "div"):
-        return None
-    source, gamma = ops.args(x)["self"], ops.args(x)["other"]
-    if not isinstance(source, fx.Node) or not isinstance(gamma, fx.Node) or gamma.op != "get_attr":
-        return None
-    value = rw.value(gamma)
-    return (source, value) if value.dim() in (1, 3) and value.numel() == max(value.shape) else None
 
 
 def _equal(a: QParams, b: QParams) -> bool:

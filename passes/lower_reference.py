@@ -22,10 +22,12 @@ CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
 @rule(p.conv2d(input=p.any("x"), weight=WEIGHT))
 def integer_conv2d(rw: Rewriter, root: fx.Node, x: fx.Node, weight: fx.Node, unpacked: fx.Node) -> Outcome:
     """conv2d(dequantize(x), dequantize(w))  ->  qconv2d(x, w): integer products, one float epilogue."""
+    named = ops.args(root)
+    if isinstance(named["padding"], str):
+        return Refuse(f"its padding is the word {named['padding']!r}, not a number for each side")
     shared = _operands(rw, x, weight, unpacked, root)
     if isinstance(shared, Refuse):
         return shared
-    named = ops.args(root)
     return rw.call_at(
         OPS.qconv2d.default, root.meta["address"], **shared, **{arg: named[arg] for arg in CONV_ARGUMENTS}
     )

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from unittest.mock import patch
 
-from torch import fx
+from torch import Tensor, fx
 from toys import rows, toy
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.journal import Journal
+from dmqfx.graph.modules import clone
 from dmqfx.graph.pattern import Rule
 from dmqfx.graph.pipeline import Pass, PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
 from dmqfx.graph.rewrite import Rewriter
+from dmqfx.graph.table import Table
 from dmqfx.policy.policy import Policy
 
 Function = Callable[..., object]
@@ -61,7 +63,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             "attention",
             {"name": "attention", "kind": "attention", "input": {"bits": 8}},
             {"name": "channels", "at": "up.0.conv_shortcut/*", "input": {"per": "channel"}},
-            {"name": "keys", "at": "mid.to_k/*", "input": {"bits": 6}},
+            {"name": "keys", "at": "mid.to_k/*", "input": {"bits": 6}, "weight": {"range": "mse"}},
         ),
         "shifts": _policy("shifts", order=SWEPT),
     }
@@ -176,6 +178,31 @@ def with_entry(site: str, kind: type, change: Function) -> Plant:
     def spoil(before: Program, after: Program) -> Program:
         entry = after.table.get(at, kind)
         return after if entry is None else after.with_table(after.table.put(at, change(entry)))
+
+    return spoiled(spoil)
+
+
+def without_entry(site: str, kind: type) -> Plant:
+    """The pass, and then one entry of the table left out."""
+
+    def spoil(before: Program, after: Program) -> Program:
+        rows = {(at, type(entry)): entry for at, entry in after.table}
+        del rows[Site.parse(site), kind]
+        table = Table()
+        for (at, _), entry in rows.items():
+            table = table.put(at, entry)
+        return after.with_table(table)
+
+    return spoiled(spoil)
+
+
+def with_constant(name: str, change: Callable[[Tensor], Tensor]) -> Plant:
+    """The pass, and then one constant of its graph changed."""
+
+    def spoil(before: Program, after: Program) -> Program:
+        constants = after.weights()
+        constants[name] = change(constants[name].clone())
+        return replace(after, gm=clone(after.gm, constants))
 
     return spoiled(spoil)
 

@@ -36,12 +36,12 @@ Sites = Mapping[Site, Tensor]
 
 
 def group_of(timestep: Tensor, boundaries: tuple[float, ...]) -> Tensor:
-    """How many boundaries lie at or below each timestep.
+    """How many boundaries lie at or below each timestep, both in the timestep's dtype.
 
     Shapes: timestep [B], result int64 [B].
     """
-    edges = torch.tensor(boundaries, dtype=torch.float64, device=timestep.device)
-    return (timestep.double()[:, None] >= edges[None, :]).sum(1)
+    edges = torch.tensor(boundaries, dtype=timestep.dtype, device=timestep.device)
+    return (timestep[:, None] >= edges[None, :]).sum(1)
 
 
 def expand(values: Tensor, group: Tensor | None, axis: int | None, dims: int) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from dmqfx.checking.structure import depth
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.modules import constant, label
@@ -14,7 +15,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Shift, SkipArm
 from dmqfx.numbers.quant import QParams
 
-__all__ = ["arm_claims", "depth", "shift_claims"]
+__all__ = ["arm_claims", "shift_claims"]
 
 
 def arm_claims(program: Program, site: Site, entry: SkipArm) -> Iterator[str]:
@@ -82,14 +83,3 @@ def _constant(program: Program, node: fx.Node, arg: str) -> Tensor | None:
     read = ops.args(node)[arg]
     fixed = isinstance(read, fx.Node) and read.op == "get_attr"
     return constant(program.gm, str(read.target)) if fixed and isinstance(read, fx.Node) else None
-
-
-def depth(node: fx.Node) -> int:
-    """How many convolutions lie behind a value."""
-    seen, todo = set[fx.Node](), [node]
-    while todo:
-        here = todo.pop()
-        if here not in seen:
-            seen.add(here)
-            todo += here.all_input_nodes
-    return sum(1 for each in seen if ops.is_call(each, "conv2d", "qconv2d"))

@@ -31,7 +31,7 @@ def _eval(commands: Commands[argparse.ArgumentParser]) -> None:
         ),
     )
     parser.add_argument("compiled", metavar="COMPILED", help="folder of `dmqfx compile`")
-    terminal.add_model(parser)
+    terminal.add_model(parser, compiled=False)
     parser.add_argument(
         "--calibration", metavar="FOLDER", help="recorded calls to compare on; best not those of compiling"
     )
@@ -90,25 +90,30 @@ def _verify(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     terminal.add_model(parser)
     terminal.add_policy(parser)
+    parser.set_defaults(policy=None)  # to know whether it was given
     parser.add_argument("--seed", type=whole(0), default=0, help="of the probes [0]")
 
 
 def verify(options: argparse.Namespace) -> int:
     """dmqfx verify."""
     from dmqfx.checking.modelcheck import verify_policy, verify_saved
-    from dmqfx.errors import StoreError, VerifyError
+    from dmqfx.errors import DmqfxError, StoreError, VerifyError
     from dmqfx.graph import registry
     from dmqfx.policy.policy import Policy
 
     if sources.is_compiled(options.model):
+        if options.policy or options.overrides:
+            raise DmqfxError(
+                f"{options.model} has its policy already; --policy and --set are for a float model"
+            )
         try:
             compiled = sources.load_compiled(options.model)
         except StoreError as error:
             raise VerifyError(str(error), step="load") from error
         found = verify_saved(compiled, seed=options.seed)
-        terminal.say(options, "\n".join(found), list(found))
+        terminal.say(options, "\n".join(found), dict(line.split(maxsplit=1) for line in found))
         return terminal.OK
-    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
+    policy = Policy.load(options.policy or "w4a8", options.overrides, check_step=registry.problems_with)
     checked = verify_policy(sources.load_unet(options.model), policy, seed=options.seed, progress=bars())
     terminal.say(options, str(checked), checked.to_data())
     return terminal.OK

@@ -9,8 +9,8 @@ from torch import fx
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import SkipArm, SkipConcat
-from dmqfx.policy.policy import KIND_OF_OPERATOR, Operation
+from dmqfx.graph.table import Codes, Planned, Range, SkipArm, SkipConcat
+from dmqfx.policy.policy import KIND_OF_OPERATOR, OPERANDS, Operation
 
 CHANNEL_AXIS = {"conv2d": 1, "linear": -1, "scaled_dot_product_attention": -1}
 """The axis of an activation that counts channels, by operator."""
@@ -54,3 +54,27 @@ def channel_axis(program: Program, site: Site) -> int:
 def is_weight(site: Site) -> bool:
     """Whether a site is a weight, not an activation."""
     return site.arg == "weight"
+
+
+def quantized(program: Program) -> Iterator[Site]:
+    """Sites that are planned to be quantized."""
+    return (site for site, plan in program.table.of(Planned).items() if plan.spec is not None)
+
+
+def unplanned(program: Program) -> Iterator[Site]:
+    """Sites that could be quantized, but of which the plan says nothing."""
+    plan = program.table.of(Planned)
+    for node in program.calls(*KIND_OF_OPERATOR):
+        for arg in OPERANDS[KIND_OF_OPERATOR[ops.name(node)]]:
+            if (site := Site(node.meta["address"], arg)) not in plan:
+                yield site
+
+
+def without_codes(program: Program) -> Iterator[Site]:
+    """Weights that are planned to be quantized and have no Codes."""
+    return (s for s in quantized(program) if is_weight(s) and program.table.get(s, Codes) is None)
+
+
+def without_range(program: Program) -> Iterator[Site]:
+    """Activations that are planned to be quantized and have no Range."""
+    return (s for s in quantized(program) if not is_weight(s) and program.table.get(s, Range) is None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from dmqfx.graph.address import Address, Site
@@ -20,6 +21,7 @@ __all__ = [
     "LayerPair",
     "Planned",
     "Range",
+    "Sensitivity",
     "Shift",
     "SkipArm",
     "SkipConcat",
@@ -135,8 +137,30 @@ class Bias:
 
 
 @dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """How much the UNet's output feels an error e of a layer's output: the expectation of e' metric e.
+
+    `metric` is None for layers too wide for one. `weight` is the layer's share by timestep group, 1 in the mean.
+
+    Shapes: weight [G]; metric [O, O], positive semidefinite.
+    """
+
+    weight: Tensor
+    metric: Tensor | None
+    boundaries: tuple[float, ...] = ()
+
+    def of(self, timestep: Tensor) -> Tensor:
+        """The weight of each timestep's group.
+
+        Shapes: timestep, result [N].
+        """
+        edges = torch.tensor(self.boundaries, device=timestep.device)
+        return self.weight.to(timestep.device)[torch.bucketize(timestep.to(edges), edges, right=True)]
+
+
+@dataclass(frozen=True, eq=False)
 class Codes:
-    """Integer codes of a weight and their meaning.
+    """Integer codes of a weight and their meaning; `nearest` says that each is the one next to its weight.
 
     Shapes: packed uint8 [ceil(numel * width / 8)] (width 4 for <= 4 bits, else 8); qparams.scale [1, O].
     """
@@ -144,13 +168,35 @@ class Codes:
     packed: Tensor
     shape: tuple[int, ...]
     qparams: QParams
+    nearest: bool = True
 
 
 Entry: TypeAlias = (
-    Planned | Range | SkipConcat | SkipArm | LayerPair | ChannelScale | Shift | Bias | Codes | QParams
+    Planned
+    | Range
+    | SkipConcat
+    | SkipArm
+    | LayerPair
+    | ChannelScale
+    | Shift
+    | Bias
+    | Sensitivity
+    | Codes
+    | QParams
 )
 _Kind = TypeVar(
-    "_Kind", Planned, Range, SkipConcat, SkipArm, LayerPair, ChannelScale, Shift, Bias, Codes, QParams
+    "_Kind",
+    Planned,
+    Range,
+    SkipConcat,
+    SkipArm,
+    LayerPair,
+    ChannelScale,
+    Shift,
+    Bias,
+    Sensitivity,
+    Codes,
+    QParams,
 )
 
 

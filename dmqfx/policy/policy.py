@@ -43,8 +43,8 @@ Kind = Literal["conv2d", "linear", "attention"]
 FedBy = Literal["skip_concat"]
 Scalar = bool | int | float | str | None
 Option = Scalar | tuple[Scalar, ...]
-CheckStep = Callable[[str, Mapping[str, object]], "str | None"]
-"""Says what is wrong with a step's name and options, or None."""
+CheckStep = Callable[[str, Mapping[str, object]], Mapping[str, str]]
+"""Says what is wrong with a step's name (as "") and with each of its options."""
 
 KIND_OF_OPERATOR: Final[Mapping[str, Kind]] = MappingProxyType(
     {"conv2d": "conv2d", "linear": "linear", "scaled_dot_product_attention": "attention"}

@@ -19,7 +19,7 @@ __all__ = ["CELL", "Arc", "Lane", "UShape", "Unit", "u_shape"]
 
 CELL = 14.0
 """Width and height of a layer's cell; all places are in this unit of length, pixels."""
-_GAP, _BLOCK_GAP, _PAD = 9.0, 24.0, 4.0
+_GAP, _BLOCK_GAP, _PAD = 9.0, 32.0, 4.0
 _LEFT, _TOP = 74.0, 74.0
 _ARC_STEP, _ARC_ROOM, _LABEL_ROOM = 7.0, 14.0, 26.0
 _MOST_ROWS = 12
