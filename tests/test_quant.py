@@ -194,3 +194,19 @@ def test_quantizing_leaves_its_input_alone_and_keeps_its_layout() -> None:
 def test_an_empty_batch_stays_empty() -> None:
     scale, zero_point, group = torch.ones(2, 1), torch.zeros(2, 1), torch.zeros(0, dtype=torch.int64)
     assert quantize(torch.empty(0, 3), scale, zero_point, group, -1, 0, 255).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_shift_multiplies_the_step_of_its_channel_by_a_power_of_two_exactly(dtype: torch.dtype) -> None:
+    codes = torch.randint(256, (2, 3, 4), dtype=torch.uint8)
+    scale, zero_point = torch.rand(2, 1, dtype=dtype), torch.tensor([[7], [200]], dtype=torch.int32)
+    shift, group = torch.tensor([[0, 1, 7], [3, 0, 2]], dtype=torch.uint8), torch.tensor([1, 0])
+    found = dequantize(codes, scale, zero_point, group, 1, shift)
+    for row, g in enumerate(group.tolist()):
+        for channel in range(3):
+            step = scale[g] * 2 ** int(shift[g, channel])
+            assert torch.equal(found[row, channel], (codes[row, channel].to(dtype) - zero_point[g]) * step)
+    assert torch.equal(
+        dequantize(codes, scale, zero_point, group, 1, shift * 0),
+        dequantize(codes, scale, zero_point, group, 1),
+    )
