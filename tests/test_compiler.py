@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 import dmqfx
+from dmqfx.errors import CaptureError
 
 
 def small(dtype: torch.dtype) -> UNet2DModel:
@@ -39,3 +40,13 @@ def test_a_half_precision_unet_is_compiled_in_float32_and_gives_back_its_own_dty
 def test_an_unknown_target_is_refused_before_anything_runs() -> None:
     with pytest.raises(dmqfx.DmqfxError, match=r"there is no target 'refrence'.*reference"):
         dmqfx.compile(small(torch.float32), target="refrence")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_before_anything_runs(value: float) -> None:
+    unet = small(torch.float32)
+    with torch.no_grad():
+        unet.mid_block.resnets[0].conv1.weight[2, 3, 1] = value
+    told = r"at mid_block\.resnets\.0\.conv1: weight has 3 of 2304 values that are not finite"
+    with pytest.raises(CaptureError, match=told):
+        dmqfx.compile(unet, "w8a16")
