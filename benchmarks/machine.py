@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 
+from dmqfx.machine import processor
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, object]:
     """Processor, threads and versions."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "dmqfx")},
@@ -42,11 +44,3 @@ def write(name: str, result: Mapping[str, object]) -> Path:
     )
     sys.stdout.write(path.read_text())
     return path
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )

@@ -19,7 +19,7 @@ EXIT_CODES: Final = MappingProxyType(
         OK: "done",
         FAILED: "an error, said on standard error",
         WRONG_USE: "the command line is wrong",
-        MISSED: "a quality gate was missed (--min-sqnr, --min-psnr, a policy's `expect`); results are kept",
+        MISSED: "a quality gate was missed (--min-sqnr, --min-psnr, --min-ssim, a policy's `expect`); results are kept",
         REFUTED: "verification found a wrong pass, or a saved model that is damaged",
         INTERRUPTED: "interrupted",
     }
@@ -87,9 +87,14 @@ def complain(run: Run, options: argparse.Namespace) -> int:
 def say(options: argparse.Namespace, text: str, data: Mapping[str, object] | Sequence[object]) -> None:
     """The result of a command on standard output: words, or JSON with --json."""
     if options.json:
-        sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(as_json(data))
     else:
         sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def as_json(data: Mapping[str, object] | Sequence[object]) -> str:
+    """A result as JSON text; numbers that are not finite are words."""
+    return json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def gate(misses: Sequence[str]) -> int:
@@ -172,6 +177,19 @@ def read_text(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DmqfxError(f"{name} is not a text file in UTF-8: {error}") from error
+
+
+def read_prompts(name: str) -> list[str]:
+    """The prompts of a file, one a line.
+
+    Raises: DmqfxError if it holds none or is not text; OSError if it cannot be read.
+    """
+    from dmqfx.errors import DmqfxError
+
+    prompts = [line.strip() for line in read_text(name).splitlines() if line.strip()]
+    if not prompts:
+        raise DmqfxError(f"{name} holds no prompt; write one a line")
+    return prompts
 
 
 def _said(message: str, code: int) -> int:
