@@ -9,8 +9,8 @@ import torch
 
 from dmqfx import emoji
 from dmqfx.calibration.calibration import Calibration
-from dmqfx.calibration.recording import recording
-from dmqfx.errors import CalibrationError
+from dmqfx.calibration.recording import plain, recording
+from dmqfx.errors import CalibrationError, DmqfxError
 from dmqfx.frontend.capture import evaluating
 from dmqfx.frontend.signature import UNet
 from dmqfx.judging import protocol
@@ -49,7 +49,8 @@ def evaluate(
 
     Units: rows is how many calls of a run are compared, at least one of every timestep; None is all of them.
     Raises: CalibrationError if there is nothing to compare on, or recorded calls do not fit the model;
-        DmqfxError for a reference (see `load_reference`) or features that cannot be used.
+        DmqfxError for a compiled model of another configuration, and for a reference (see `load_reference`)
+        or features that cannot be used.
     Example:
         >>> from diffusers import UNet2DModel
         >>> from dmqfx.compiler import compile
@@ -61,6 +62,7 @@ def evaluate(
         ([], 2)
     """
     given = [calibration] if isinstance(calibration, Calibration) else list(calibration)
+    _refuse_others(unet, compiled)
     _refuse(given, sampler, seeds)
     for each in given:
         each.check(compiled.program.inputs)
@@ -105,6 +107,17 @@ def emoji_calibration(
         seed=seed,
         progress=progress,
     )
+
+
+def _refuse_others(unet: UNet, compiled: CompiledUNet) -> None:
+    """Only a model of the same configuration can have been compiled from this one."""
+    here, there = plain(dict(unet.config)), plain(dict(compiled.config))
+    assert isinstance(here, dict)
+    assert isinstance(there, dict)
+    others = [name for name in here if not name.startswith("_") and here[name] != there.get(name)]
+    if others:
+        told = ", ".join(f"{name} {there.get(name)} and not {here[name]}" for name in others[:3])
+        raise DmqfxError(f"the compiled model was made from another model than this float one: it has {told}")
 
 
 def _refuse(given: Sequence[Calibration], sampler: Sampler | None, seeds: Sequence[int]) -> None:

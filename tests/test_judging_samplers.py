@@ -16,6 +16,7 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 from models import randomize, unconditional
+from torch import nn
 
 from dmqfx import emoji
 from dmqfx.compiler import compile
@@ -51,11 +52,11 @@ def test_the_float_model_does_not_drift_from_itself() -> None:
     assert [distance for _, distance in drift(first, second)] == [0, 0, 0]
 
 
-def test_its_captured_graph_hardly_drifts() -> None:
-    unet = emoji.load_unet()
-    twin = CompiledUNet(capture(unet), config=unet.config, target=Target("float", (), "as captured"))
-    sampler = EmojiSampler(PROMPTS, steps=3)
-    distances = [distance for _, distance in drift(sampler(unet, 0), sampler(twin, 0))]
+def test_its_captured_graph_hardly_drifts(pipe: DiffusionPipeline) -> None:
+    target = Target("float", (), "as captured")
+    twin = CompiledUNet(capture(pipe.unet), config=pipe.unet.config, target=target)
+    sampler = PipelineSampler(pipe, ["a cat"], steps=3)
+    distances = [distance for _, distance in drift(sampler(pipe.unet, 0), sampler(twin, 0))]
     assert max(distances) < 1e-4
 
 
@@ -125,9 +126,14 @@ def test_the_given_unet_draws(pipe: DiffusionPipeline, q: CompiledUNet) -> None:
 
 
 def test_an_error_gives_the_unet_and_the_scheduler_back(pipe: DiffusionPipeline, q: CompiledUNet) -> None:
-    own = pipe.unet
-    with pytest.raises(ValueError, match="0"):
-        PipelineSampler(pipe, ["a cat"], options={"height": 9})(q, 0)
+    class Broken(nn.Module):
+        def forward(self, **_: object) -> None:
+            raise RuntimeError("out of luck")
+
+    own, broken = pipe.unet, q.retarget("simulate")
+    broken.runner = Broken()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        PipelineSampler(pipe, ["a cat"], steps=2)(broken, 0)
     assert pipe.unet is own
     assert "step" not in vars(pipe.scheduler)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,16 +90,13 @@ def _scheduler(options: argparse.Namespace, usual: SchedulerMixin) -> SchedulerM
     """
     import diffusers
 
-    from dmqfx.words import suggest
-
     chosen = usual
     if options.scheduler:
         kind = getattr(diffusers, options.scheduler, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
             names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-            raise DmqfxError(
-                f"diffusers has no scheduler {options.scheduler!r}; {suggest(options.scheduler, names)}"
-            )
+            near = ", ".join(get_close_matches(options.scheduler, names, 3))
+            raise DmqfxError(f"diffusers has no scheduler {options.scheduler!r}; near it: {near or 'none'}")
         chosen = kind.from_config(usual.config)  # type: ignore[attr-defined]  # diffusers is Any to the type checker
     try:
         chosen.set_timesteps(options.steps or 20)

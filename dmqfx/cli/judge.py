@@ -100,7 +100,7 @@ def eval_(options: argparse.Namespace) -> int:
     from dmqfx.evaluation import evaluate
 
     out = terminal.to_be_file(options.out) if options.out else None
-    seeds = options.seed or [1]
+    seeds, features, reference = options.seed or [1], drawing.features(options), drawing.reference(options)
     compiled = sources.load_compiled(options.compiled, options.target)
     recorded = [Calibration.load(folder) for folder in options.calibration]
     unet, sampler = drawing.load_sampler(options)
@@ -114,8 +114,8 @@ def eval_(options: argparse.Namespace) -> int:
         seeds=seeds,
         rows=options.rows,
         guidance_scale=options.guidance,
-        features=drawing.features(options),
-        reference=drawing.reference(options),
+        features=features,
+        reference=reference,
         progress=bars(),
     )
     if out is not None:
