@@ -2,9 +2,10 @@
 
     python benchmarks/bench_ablation.py [--policies base my.yaml ...] [--seeds 0 1 2]
 
-Each policy and seed runs in a process of its own, so its peak memory is its own: it records calibration calls,
-compiles, and draws prompts that were not calibrated on. What is finished is kept in the results file; run the
-same command again to go on after an interruption. A policy whose text has changed is measured again.
+Each policy and seed runs in a process of its own, so its peak memory is its own (interpreter, torch and the float
+UNet included): it records calibration calls, compiles, and draws prompts that were not calibrated on. What is
+finished is kept in the results file; run the same command again to go on after an interruption or a failure. A
+policy whose text has changed is measured again; changed sources are only remarked on, so delete the file then.
 """
 
 from __future__ import annotations
@@ -52,24 +53,30 @@ UNSEEN = 1000  # the noise of the pictures is of other seeds than that of the ca
 Run = dict[str, Any]
 
 
-def main() -> None:
+def main() -> int:
     """Measure what is not measured yet; write the results file, print the table, draw the chart."""
     options = parser().parse_args()
     if options.one:
         Path(options.one).write_text(json.dumps(measure(options)))
-        return
-    path, names = Path(options.out), options.policies or named(options.prefix)
+        return 0
+    path, names, failed = Path(options.out), options.policies or named(options.prefix), 0
     result = {**read(path), **header(), "what": __doc__.splitlines()[0], "protocol": protocol(options)}
     for name in names:
         for seed in options.seeds:
-            if finished(result, name, seed) is None:
+            if finished(result, name, seed) is not None:
+                continue
+            try:
                 run = in_a_process(name, seed, options)
-                others = [r for r in result.get("runs", []) if (r["policy"], r["seed"]) != (name, seed)]
-                result["runs"] = [*others, run]
-                result["table"] = {each: summary(result, each) for each in names}
-                replace(path, result)
-    print(table(result, names))
+            except subprocess.CalledProcessError:
+                failed += 1
+                continue
+            others = [r for r in result.get("runs", []) if (r["policy"], r["seed"]) != (name, seed)]
+            result["runs"] = [*others, run]
+            result["table"] = {each: summary(result, each) for each in names}
+            replace(path, result)
+    print(table(result, names) + f"\n{failed} runs failed" * bool(failed))
     path.with_suffix(".svg").write_text(chart(result, names), encoding="utf-8")
+    return 1 if failed else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -226,4 +233,4 @@ def _cell(spread: Mapping[str, float | None] | None, decimals: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

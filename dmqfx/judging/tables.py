@@ -62,7 +62,7 @@ def _means(evaluation: Evaluation) -> str:
         words, decimals = NAMES[name]
         pictures = [value for run in evaluation.runs for value in getattr(run, name)] if name in worst else []
         extreme = f"{worst[name](pictures):.{decimals}f}" if pictures else ""
-        deviation = "" if spread.deviation is None else f"{spread.deviation:.{decimals}f}"
+        deviation = "" if spread.deviation is None else f"{spread.deviation:.{decimals + 1}f}"
         rows.append([words, f"{spread.mean:.{decimals}f}", deviation, extreme])
     kept = [k for k in range(4) if any(row[k] for row in rows[1:])]
     return wording.columns([[row[k] for k in kept] for row in rows], right=range(1, 4))
