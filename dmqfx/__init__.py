@@ -9,6 +9,7 @@ q.save_pretrained("out/"); q = dmqfx.load("out/")
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from dmqfx.numbers.quant import QuantSpec as QuantSpec
     from dmqfx.policy.policy import Policy as Policy
     from dmqfx.runtime.unet import CompiledUNet as CompiledUNet
+    from dmqfx.seeing.explain import explain as explain
     from dmqfx.seeing.picture import picture as picture
     from dmqfx.seeing.report import Report as Report
     from dmqfx.seeing.show import diff as diff
@@ -68,6 +70,7 @@ _HOME = {
     "compile": "compiler",
     "diff": "seeing.show",
     "evaluate": "evaluation",
+    "explain": "seeing.explain",
     "load": "storage.store",
     "p": "graph.pattern",
     "picture": "seeing.picture",
@@ -80,8 +83,15 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
+def __dir__() -> list[str]:
+    """For completion: the public names, loaded or not."""
+    return sorted({*globals(), *__all__, "__version__"})
+
+
 def __getattr__(name: str) -> object:
     """Public names are loaded when first used, so that `dmqfx --help` does not wait for torch."""
+    if name == "__version__":
+        return version("dmqfx")
     if name not in _HOME:
         raise AttributeError(f"dmqfx has no {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(f"dmqfx.{_HOME[name]}"), name)

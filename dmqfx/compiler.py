@@ -14,9 +14,9 @@ from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.verify import checking
 from dmqfx.errors import PipelineError
 from dmqfx.frontend.capture import capture
+from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import UNet
 from dmqfx.graph import registry
-from dmqfx.graph.facts import CALIBRATED
 from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
@@ -62,9 +62,11 @@ def compile(
         >>> q.report.layer("mid_block.resnets.0.conv1/conv2d").got("weight")
         8
     """
+    refuse(unet)
     bars = sys.stderr.isatty() if progress is None else progress
     lowered = targets.resolve(target)
-    chosen = Policy.load(policy, overrides, check_step=registry.problem_with)
+    chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
+    _steps(chosen).check(None, tuple(registry.passes().values()))
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
@@ -74,7 +76,7 @@ def compile(
     ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data))
     scaled, after = quantize(before, ctx, verify=verify)
     report = Report.measure(scaled, after, data, rows=report_rows, progress=bars)
-    for miss in report.misses(chosen.expect) if report_rows else ():
+    for miss in report.misses(chosen.expect):
         warnings.warn(miss, QualityWarning, stacklevel=2)
     origin = {
         **provenance(before),
@@ -106,7 +108,7 @@ def quantize(program: Program, ctx: PassContext, *, verify: bool = False) -> tup
     """
     if ctx.policy is None:
         raise PipelineError("quantize needs a policy in its context: PassContext(policy=Policy.load('w4a8'))")
-    steps = registry.pipeline((step.name, step.keywords()) for step in ctx.policy.pipeline)
+    steps = _steps(ctx.policy)
     providers, observe = tuple(registry.passes().values()), checking() if verify else None
     steps.check(program, providers)
     lossy = [k for k, step in enumerate(steps.steps) if step.preserves is Preserves.LOSSY]
@@ -115,9 +117,13 @@ def quantize(program: Program, ctx: PassContext, *, verify: bool = False) -> tup
     return exact, Pipeline(steps.steps[first:]).run(exact, ctx, providers=providers, observe=observe)
 
 
+def _steps(policy: Policy) -> Pipeline:
+    return registry.pipeline((step.name, step.keywords()) for step in policy.pipeline)
+
+
 def needs_calibration(policy: Policy) -> bool:
     """Whether a pass of the policy streams calibration data."""
-    return any(CALIBRATED in registry.passes()[step.name].provides for step in policy.pipeline)
+    return any(step.needs_calibration for step in _steps(policy).steps)
 
 
 def has_residuals(calibration: Calibration) -> bool:

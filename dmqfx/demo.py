@@ -18,6 +18,7 @@ from dmqfx.graph import registry
 from dmqfx.policy.policy import Policy
 from dmqfx.seeing import wording
 from dmqfx.seeing.report import Report
+from dmqfx.storage.atomic import replacing_file
 
 __all__ = ["Row", "draw", "remarks", "run", "table"]
 
@@ -63,9 +64,9 @@ def run(
 ) -> list[Row]:
     """Compile, sample the same prompts from the same noise (DDIM, 20 steps, guidance 3), write the picture.
 
-    It is written beside and renamed: an interrupted demo leaves no half file.
+    An interrupted demo leaves no half file.
     """
-    chosen = [Policy.load(policy, check_step=registry.problem_with) for policy in policies]
+    chosen = [Policy.load(policy, check_step=registry.problems_with) for policy in policies]
     unet, prompts = emoji.load_unet(), emoji.demo_prompts(count)
     calibration = emoji_calibration(progress=progress, seed=seed)
     started = time.perf_counter()
@@ -80,7 +81,8 @@ def run(
         rows.append(
             Row(policy.name, images, psnr, q.report, compiled - started, time.perf_counter() - compiled)
         )
-    _write(draw(rows, [caption(prompt) for prompt in prompts]), out)
+    with replacing_file(out) as file:
+        draw(rows, [caption(prompt) for prompt in prompts]).save(file, format="PNG")
     return rows
 
 
@@ -177,10 +179,3 @@ def _cells(row: Row) -> list[str]:
 def _picture(image: Tensor) -> Image.Image:
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.NEAREST)
-
-
-def _write(sheet: Image.Image, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    half = out.with_name(out.name + ".part")
-    sheet.save(half, format="PNG")
-    half.replace(out)

@@ -126,7 +126,7 @@ def sample(
     takes = inspect.signature(scheduler.step).parameters
     random = {"generator": generator} if "generator" in takes else {}
     context = torch.cat([embed([""] * len(prompts)), embed(prompts)]).to(unet.device)
-    for t in tqdm(scheduler.timesteps, desc="sample", disable=None if progress else True):
+    for t in tqdm(scheduler.timesteps, desc="sample", disable=not progress):
         scaled = scheduler.scale_model_input(latents, t)
         both = unet(torch.cat([scaled, scaled]), t, encoder_hidden_states=context, return_dict=False)[0]
         without, given = both.chunk(2)

@@ -75,13 +75,10 @@ class CallError(DmqfxError, TypeError):
 
 
 class FixedGraphError(DmqfxError, AttributeError):
-    """A compiled UNet was asked for something that would change its layers."""
+    """A compiled UNet was asked for something that only a model with layers can do."""
 
-    def __init__(self, name: str, root: str) -> None:
-        super().__init__(
-            f"{name} of {root} would change its layers, and a compiled graph is fixed\n"
-            "  mend: do it to the float model, then compile"
-        )
+    def __init__(self, name: str, root: str, mend: str = "do it to the float model, then compile") -> None:
+        super().__init__(f"a compiled {root} has no {name}: its graph is fixed\n  mend: {mend}")
 
 
 @dataclass(frozen=True)

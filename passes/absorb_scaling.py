@@ -8,30 +8,29 @@ from typing import ClassVar
 from torch import Tensor, fx
 
 from dmqfx.graph import ops
-from dmqfx.graph.channelwise import Absorber, absorber
+from dmqfx.graph.channelwise import Absorber, absorber, divisor
 from dmqfx.graph.facts import ROUNDED, SCALED, Fact
 from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.graph.pipeline import Preserves
 from dmqfx.graph.rewrite import Refuse, Rewriter
 
 
-@rule(p.div(self=p.any("x"), other=p.attr("gamma")))
-def absorb(rw: Rewriter, x: fx.Node, gamma: fx.Node) -> Outcome:
+@rule(p.div())
+def absorb(rw: Rewriter, root: fx.Node) -> Outcome:
     """layer(x, w, b) / gamma  ->  layer(x, w / gamma, b / gamma), through reshapes, heads and products.
 
     Group norm and layer norm take it in their gain and bias, linear layers and convolutions (to_v before
     to_out, the linear half of GEGLU before the output projection) in their rows.
     """
-    factor = rw.value(gamma)
-    axis = 1 if factor.dim() == 3 else -1
-    if factor.numel() != max(factor.shape) or max(factor.shape) != x.meta["val"].shape[axis]:
+    if (division := divisor(root)) is None:
         return None
+    x, gamma, axis = division
     if len(x.users) > 1:
         return Refuse(f"{x.meta.get('address', x.target)} has other readers, which expect it unscaled", x)
     found = absorber(x, axis, rw.table)
     if isinstance(found, Refuse):
         return found
-    _fold(rw, found, 1 / factor.flatten())
+    _fold(rw, found, 1 / rw.value(gamma).flatten())
     return x if found.node is not x else rw.node(x.meta["address"])
 
 

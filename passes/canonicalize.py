@@ -102,15 +102,24 @@ class Canonicalize(Pass):
 
 
 def _idle_views(program: Program) -> set[object]:
-    """Addresses of reshapes that keep the shape, at the example sizes and at others: not by chance."""
+    """Addresses of reshapes that keep the shape, at the example sizes and at others: not by chance.
+
+    One with a dimension of size 1 may give it another stride, by which convolutions choose their kernel.
+    """
     views = {"view", "reshape", "expand", "_unsafe_view", "flatten", "unflatten"}
     there = _same_shape(program.gm, views)
     return there & _same_shape(_elsewhere(program), views) if there else there
 
 
 def _same_shape(gm: fx.GraphModule, names: set[str]) -> set[object]:
-    calls = [n for n in gm.graph.nodes if ops.is_call(n, *names)]
-    return {n.meta["address"] for n in calls if n.meta["val"].shape == n.all_input_nodes[0].meta["val"].shape}
+    calls = ((n, n.all_input_nodes[0].meta["val"]) for n in gm.graph.nodes if ops.is_call(n, *names))
+    return {n.meta["address"] for n, x in calls if n.meta["val"].shape == x.shape and _is_straight(x)}
+
+
+def _is_straight(x: Tensor) -> bool:
+    """Whether dims of 1 have the strides that a view gives them; a convolution chooses its kernel by those, too."""
+    usual = torch.empty(x.shape, device="meta").stride()
+    return all(n != 1 or found == wanted for n, found, wanted in zip(x.shape, x.stride(), usual, strict=True))
 
 
 def _elsewhere(program: Program) -> fx.GraphModule:

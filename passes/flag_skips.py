@@ -36,6 +36,10 @@ class FlagSkips(Pass):
     rows: int = 4
     threshold: float = 0.25
 
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, not {self.rows}")
+
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Write a SkipConcat entry per concatenation found; refuse the others with a reason."""
         graph = program.digraph()
@@ -103,7 +107,7 @@ def _split(graph: nx.DiGraph[str], node: fx.Node) -> SkipConcat | Refuse:
     shapes = [a.meta["val"].shape for a in (first, second)]
     if len(shapes[0]) != 4 or named["dim"] not in (1, -3):
         return Refuse("does not concatenate channels of feature maps [B, C, H, W]")
-    ways = _own_weights(graph, first, second), _own_weights(graph, second, first)
+    ways = _own_convolutions(graph, first, second), _own_convolutions(graph, second, first)
     if bool(ways[0]) == bool(ways[1]):
         return Refuse("the arms are siblings: neither is made from the other on a longer way")
     skip_last = ways[0] > 0
@@ -111,17 +115,12 @@ def _split(graph: nx.DiGraph[str], node: fx.Node) -> SkipConcat | Refuse:
     return SkipConcat(deep=int(deep), skip=int(skip), skip_last=skip_last)
 
 
-def _own_weights(graph: nx.DiGraph[str], arm: fx.Node, other: fx.Node) -> int:
-    """How many convolutions lie on the arm's own way, after all that it shares with the other arm."""
-    own = _upstream(graph, arm) - _upstream(graph, other)
-    layers = (graph.nodes[name] for name in own)
-    return sum(1 for data in layers if data["op"] == "conv2d" and _made_from(graph, data["node"], other))
-
-
-def _made_from(graph: nx.DiGraph[str], node: fx.Node, other: fx.Node) -> bool:
-    """Whether a layer reads, at any distance, what the other arm reads too: it continues the same trunk."""
-    shared = _upstream(graph, other) & (_upstream(graph, node) - {label(node)})
-    return any(graph.nodes[name]["op"] == "conv2d" for name in shared)
+def _own_convolutions(graph: nx.DiGraph[str], arm: fx.Node, other: fx.Node) -> int:
+    """How many convolutions continue, on the arm's own way, what both arms are made from by convolutions."""
+    made, others = _upstream(graph, arm), _upstream(graph, other)
+    trunk = {name for name in made & others if graph.nodes[name]["op"] == "conv2d"}
+    reached = nx.multi_source_dijkstra_path_length(graph.subgraph(made), trunk) if trunk else {}
+    return sum(1 for name in reached if name not in others and graph.nodes[name]["op"] == "conv2d")
 
 
 def _upstream(graph: nx.DiGraph[str], node: fx.Node) -> set[str]:

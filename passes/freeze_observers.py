@@ -35,6 +35,10 @@ class FreezeObservers(Pass):
     preserves: ClassVar[Preserves] = Preserves.BITWISE
     batch: int = 8
 
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, not {self.batch}")
+
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Stream the calibration once; statistics are kept, activations are not.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from mutants_skips import MUTANTS as OF_SKIPS
 from planting import (
     Function,
     Mutant,
@@ -15,10 +16,13 @@ from planting import (
     patched,
     planted,
     spoiled,
+    with_constant,
     with_entry,
     with_rule,
+    without_entry,
 )
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from dmqfx.graph import channelwise, ops, timesteps
 from dmqfx.graph.address import Address
@@ -27,7 +31,7 @@ from dmqfx.graph.pattern import Outcome, p, rule
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
 from dmqfx.graph.rewrite import Refuse, Rewriter
-from dmqfx.graph.table import Codes, LayerPair, Planned, Range, SkipConcat
+from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.packing import pack
 from dmqfx.numbers.quant import QParams, QuantSpec
@@ -97,6 +101,18 @@ def swap_roles(entry: SkipConcat) -> SkipConcat:
     return replace(entry, deep=entry.skip, skip=entry.deep, skip_last=not entry.skip_last)
 
 
+def swap_variances(entry: SkipConcat) -> SkipConcat:
+    return replace(entry, deep_variance=entry.skip_variance, skip_variance=entry.deep_variance)
+
+
+def call_uneven(entry: SkipConcat) -> SkipConcat:
+    return replace(entry, uneven=True)
+
+
+def refuse_a_skip(honest: Function) -> Function:
+    return lambda graph, node: Refuse("siblings") if node.name == "cat_2" else honest(graph, node)
+
+
 def without_the_rules(honest: Function) -> Function:
     return lambda policy, operations, steps: honest(replace(policy, rules=()), operations, steps)
 
@@ -147,11 +163,39 @@ def wide_range(entry: Range) -> Range:
     return replace(entry, low=entry.low.amin().expand_as(entry.low).contiguous())
 
 
+def mean_and_variance_swapped(entry: Range) -> Range:
+    return replace(entry, mean=entry.variance, variance=entry.mean.abs())
+
+
+def rows_instead_of_values(entry: Range) -> Range:
+    return replace(entry, count=entry.count // 16)
+
+
+def wide_in_one_group(entry: Range) -> Range:
+    return replace(entry, high=entry.high * torch.tensor([1.0, 1.0, 3.0, 1.0])[:, None])
+
+
 def only_the_first_reader(honest: Function) -> Function:
     return lambda node: list(honest(node))[:1]
 
 
 # --- pair-layers and learn-scaling
+
+
+def stay_float(entry: Planned) -> Planned:
+    return replace(entry, spec=None)
+
+
+def fewer_bits(entry: Planned) -> Planned:
+    return replace(entry, spec=replace(entry.spec, bits=3))
+
+
+def claim_the_norm(entry: LayerPair) -> LayerPair:
+    return replace(entry, producer=Address.parse("down.norm1/group_norm"), reason="")
+
+
+def claim_the_query(entry: LayerPair) -> LayerPair:
+    return replace(entry, producer=Address.parse("mid.to_q/linear"))
 
 
 def leave_one_out(entry: LayerPair) -> LayerPair:
@@ -226,6 +270,18 @@ def forget_the_bias(honest: Function) -> Function:
     return fold
 
 
+def forget_half_the_bias(honest: Function) -> Function:
+    def fold(rw: Rewriter, found: channelwise.Absorber, factor: Tensor) -> None:
+        bias = rw.value(ops.tensor(found.node, "bias"))
+        scaled = (bias * found.spread(factor))[: len(bias) // 2]
+        honest(rw, found, factor)
+        node = rw.node(found.node.meta["address"])
+        with rw.before(node):
+            rw.replace(node, rw.like(node, bias=torch.cat([scaled, bias[len(bias) // 2 :]])))
+
+    return fold
+
+
 def fold_the_inverse(honest: Function) -> Function:
     return lambda rw, found, factor: honest(rw, found, 1 / factor)
 
@@ -234,10 +290,10 @@ def other_rows(honest: Function) -> Function:
     return lambda self, factor: honest(self, factor).flip(0)
 
 
-@rule(p.div(self=p.any("x"), other=p.attr("gamma")))
-def leave_the_division(rw: Rewriter, root: fx.Node, x: fx.Node, gamma: fx.Node) -> Outcome:
+@rule(p.div(other=p.attr("gamma")))
+def leave_the_division(rw: Rewriter, root: fx.Node, gamma: fx.Node) -> Outcome:
     """The honest rule, but the division stays, spelt as a product."""
-    honest = passes()["absorb-scaling"].rules[0].function(rw, x, gamma)
+    honest = passes()["absorb-scaling"].rules[0].function(rw, root)
     if not isinstance(honest, fx.Node):
         return honest
     return rw.call_at(aten.mul.Tensor, root.meta["address"], self=honest, other=1 / rw.value(gamma))
@@ -269,6 +325,27 @@ def towards_zero(weight: Tensor, spec: QuantSpec, entry: Codes) -> Codes:
 def one_scale_for_all(weight: Tensor, spec: QuantSpec, entry: Codes) -> Codes:
     scale = entry.qparams.scale
     return replace(entry, qparams=replace(entry.qparams, scale=scale.amax().expand_as(scale).contiguous()))
+
+
+def ranges(change: Callable[[QParams], QParams]) -> Plant:
+    """round-weights with the parameters of each weight changed before it is rounded: the codes fit them."""
+    return patched("search_range", lambda honest: lambda *given: change(honest(*given)))
+
+
+def one_step_for_all(found: QParams) -> QParams:
+    return replace(found, scale=found.scale.amax().expand_as(found.scale).contiguous())
+
+
+def a_percent_more(found: QParams) -> QParams:
+    return replace(found, scale=found.scale * 1.01)
+
+
+def worst_of_the_search(honest: Function) -> Function:
+    def search(weight: Tensor, spec: QuantSpec) -> QParams:
+        widest = honest(weight, replace(spec, range="minmax"))
+        return replace(widest, scale=widest.scale * (0.2 if spec.range == "mse" else 1.0))
+
+    return search
 
 
 def one_level_more(weight: Tensor, spec: QuantSpec, entry: Codes) -> Codes:
@@ -304,6 +381,27 @@ def coarse_steps(found: QParams) -> QParams:
     return replace(found, scale=found.scale * 2)
 
 
+def half_a_percent_more(found: QParams) -> QParams:
+    return replace(found, scale=found.scale * 1.005)
+
+
+def in_group(k: int, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A parameter [G, C] with one row changed."""
+    return lambda rows: torch.cat([rows[:k], change(rows[k : k + 1]), rows[k + 1 :]])
+
+
+def a_thousandth(value: Tensor) -> Tensor:
+    return value * 1.001
+
+
+def one_more(value: Tensor) -> Tensor:
+    return value + 1
+
+
+def half_a_timestep_later(edges: Tensor) -> Tensor:
+    return edges + edges.new_tensor([0.0, 0.0, 0.5])
+
+
 def one_channel_for_all(found: QParams) -> QParams:
     one = {name: getattr(found, name)[:, :1] for name in ("scale", "zero_point")}
     return replace(found, **one) if found.scale.shape[1] > 1 else found
@@ -321,11 +419,14 @@ def group_of_the_first(honest: Function) -> Function:
 
 
 def inverse_step(honest: Function) -> Function:
-    def division(rw: Rewriter, x: fx.Node) -> tuple[fx.Node, Tensor] | None:
-        found = honest(rw, x)
-        return found and (found[0], 1 / found[1])
+    def call(self: Rewriter, target: OpOverload, **named: object) -> fx.Node:
+        scale = named.get("scale")
+        if "x" in named and isinstance(scale, fx.Node) and str(scale.target).endswith("_step"):
+            step, whole = self.value(scale), self.value(scale).mean(1, keepdim=True)
+            named["scale"] = self.constant("step", whole.square() / step)
+        return honest(self, target, **named)
 
-    return division
+    return call
 
 
 def leave_a_reader(honest: Function) -> Function:
@@ -437,6 +538,12 @@ MUTANTS: tuple[Mutant, ...] = (
                 with_entry("/cat#1:tensors", SkipConcat, swap_roles),
                 "/cat#1",
             ),
+            "a skip is refused": (patched("_split", refuse_a_skip), "/cat#1"),
+            "the variances of the arms are swapped": (
+                with_entry("/cat#1:tensors", SkipConcat, swap_variances),
+                "/cat#1",
+            ),
+            "an even skip is called uneven": (with_entry("/cat:tensors", SkipConcat, call_uneven), "/cat"),
         },
     ),
     *planted(
@@ -483,6 +590,14 @@ MUTANTS: tuple[Mutant, ...] = (
                 with_entry("mid.out/linear:input", Range, wide_range),
                 "mid.out/linear",
             ),
+            "a mean and a variance are swapped": (
+                with_entry("mid.out/linear:input", Range, mean_and_variance_swapped),
+                "mid.out/linear",
+            ),
+            "rows are counted, not values": (
+                with_entry("mid.out/linear:input", Range, rows_instead_of_values),
+                "mid.out/linear",
+            ),
             "only the first reader gets the range": (
                 patched("readers", only_the_first_reader),
                 "mid.to_k/linear",
@@ -500,6 +615,26 @@ MUTANTS: tuple[Mutant, ...] = (
                 with_entry("downsample/conv2d:input", LayerPair, claim_a_producer),
                 "downsample/conv2d",
             ),
+            "a producer behind an activation is claimed": (
+                with_entry("down.conv1/conv2d:input", LayerPair, claim_the_norm),
+                "down.conv1/conv2d",
+            ),
+            "the query is said to scale the value": (
+                with_entry("mid.to_out/linear:input", LayerPair, claim_the_query),
+                "mid.to_out/linear",
+            ),
+            "a layer is passed over": (
+                without_entry("mid.to_out/linear:input", LayerPair),
+                "mid.to_out/linear",
+            ),
+            "a range is changed on the way": (
+                with_entry("mid.to_k/linear:input", Range, shy_range),
+                "mid.to_k/linear",
+            ),
+            "a site that was planned stays float": (
+                with_entry("mid.to_out/linear:input", Planned, stay_float),
+                "mid.to_out/linear",
+            ),
         },
     ),
     *planted(
@@ -512,6 +647,14 @@ MUTANTS: tuple[Mutant, ...] = (
             "the scale has other channels": (
                 patched("closed_form", one_for_each_output),
                 "time_embedding.linear_1/linear",
+            ),
+            "a pair is passed over": (
+                without_entry("mid.to_out/linear:input", ChannelScale),
+                "mid.to_out/linear",
+            ),
+            "a weight gets fewer bits on the way": (
+                with_entry("mid.to_out/linear:weight", Planned, fewer_bits),
+                "mid.to_out/linear",
             ),
         },
     ),
@@ -543,12 +686,20 @@ MUTANTS: tuple[Mutant, ...] = (
                 patched("_divided", same_range),
                 "time_embedding.linear_1/linear",
             ),
+            "a range grows in one group": (
+                with_entry("mid.out/linear:input", Range, wide_in_one_group),
+                "mid.out/linear",
+            ),
         },
     ),
     *planted(
         "absorb-scaling",
         {
             "the bias is forgotten": (patched("_fold", forget_the_bias), "mid.to_q/div~apply-scaling.1"),
+            "half the bias is forgotten": (
+                patched("_fold", forget_half_the_bias),
+                "mid.to_q/div~apply-scaling.1",
+            ),
             "the inverse is folded": (patched("_fold", fold_the_inverse), "mid.to_q/div~apply-scaling.1"),
             "other rows are scaled": (
                 patched("spread", other_rows, where=channelwise.Absorber),
@@ -575,8 +726,23 @@ MUTANTS: tuple[Mutant, ...] = (
                 "time_embedding.linear_1/linear",
             ),
             "the greatest code is one too great": (codes(one_level_more), "time_embedding.linear_1/linear"),
+            "every channel has the widest one's steps": (
+                ranges(one_step_for_all),
+                "time_embedding.linear_1/linear",
+            ),
+            "steps are a hundredth too wide": (ranges(a_percent_more), "time_embedding.linear_1/linear"),
             "signed codes count as unsigned": (codes(unsigned), "time_embedding.linear_1/linear"),
         },
+    ),
+    *planted(
+        "round-weights",
+        {
+            "the worst range of the search wins": (
+                patched("search_range", worst_of_the_search),
+                "mid.to_k/linear",
+            )
+        },
+        policy="attention",
     ),
     *planted(
         "insert-qdq",
@@ -590,6 +756,22 @@ MUTANTS: tuple[Mutant, ...] = (
                 params(coarse_steps),
                 "time_embedding.linear_1/linear",
             ),
+            "the steps are half a percent too wide": (
+                params(half_a_percent_more),
+                "time_embedding.linear_1/linear",
+            ),
+            "the zero point of one group is off by one": (
+                with_constant("up.0.conv2.input_zero_point", in_group(1, one_more)),
+                "up.0.conv2/conv2d",
+            ),
+            "the step of the last group is off by a thousandth": (
+                with_constant("down.conv1.input_step", in_group(3, a_thousandth)),
+                "down.conv1/conv2d",
+            ),
+            "an edge comes half a timestep late": (
+                with_constant("timestep_boundaries", half_a_timestep_later),
+                "time_embedding.linear_1/linear",
+            ),
             "the whole batch gets the first sample's group": (
                 patched("_make", group_of_the_first, where=timesteps.GroupIndex),
                 "time_embedding.linear_1/linear",
@@ -599,7 +781,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "time_embedding.linear_1/linear",
             ),
             "the step takes the scale the wrong way round": (
-                patched("_division", inverse_step),
+                patched("call", inverse_step, where=Rewriter),
                 "time_embedding.linear_1/linear",
             ),
             "one reader of three stays float": (
@@ -640,6 +822,10 @@ MUTANTS: tuple[Mutant, ...] = (
                 folded(lambda w: w - w.amin()),
                 "up.1.conv_shortcut/dequantize~insert-qdq.2",
             ),
+            "the scale of the first group is off by a thousandth": (
+                with_constant("up.0.conv2.input_scale", in_group(0, a_thousandth)),
+                "",
+            ),
         },
     ),
     *planted(
@@ -666,6 +852,11 @@ MUTANTS: tuple[Mutant, ...] = (
                 "time_embedding.linear_1/linear",
             ),
             "the group index is forgotten": (operands(group=nothing), "time_embedding.linear_1/linear"),
+            "the zero point of the last group is off by one": (
+                with_constant("up.0.conv2.input_zero_point", in_group(3, one_more)),
+                "",
+            ),
         },
     ),
+    *OF_SKIPS,
 )

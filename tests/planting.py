@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from unittest.mock import patch
 
-from torch import fx
+from torch import Tensor, fx
 from toys import rows, toy
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.journal import Journal
+from dmqfx.graph.modules import clone
 from dmqfx.graph.pattern import Rule
 from dmqfx.graph.pipeline import Pass, PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
 from dmqfx.graph.rewrite import Rewriter
+from dmqfx.graph.table import Table
 from dmqfx.policy.policy import Policy
 
 Function = Callable[..., object]
@@ -31,9 +33,14 @@ ORDER = (
     "apply-scaling absorb-scaling round-weights insert-qdq"
 ).split()
 """The pipeline of the programs that bugs are planted in; both lowering passes may follow."""
+SWEPT = (
+    "canonicalize flag-skips split-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
+    "apply-scaling absorb-scaling fit-ranges vote-shifts round-weights insert-qdq"
+).split()
+"""The same with the passes that sweep, and skips whose arms are layers of their own."""
 
 
-def _policy(name: str, *more: Mapping[str, object]) -> Policy:
+def _policy(name: str, *more: Mapping[str, object], order: Sequence[str] = ORDER) -> Policy:
     """Signed and unsigned, 4 and 8 bit weights, scales per tensor and per channel, and float layers."""
     rules = [
         {"name": "ends", "at": ["conv_in/*", "conv_out/*"], "keep": "float"},
@@ -45,7 +52,7 @@ def _policy(name: str, *more: Mapping[str, object]) -> Policy:
         "weight": {"bits": 4, "grid": "symmetric", "per": "channel", "range": "minmax"},
         "input": {"bits": 8, "grid": "affine", "per": "tensor", "groups": 4},
     }
-    whole = {"schema": "dmqfx.policy/1", "name": name, "default": default, "rules": rules, "pipeline": ORDER}
+    whole = {"schema": "dmqfx.policy/1", "name": name, "default": default, "rules": rules, "pipeline": order}
     return Policy.load(whole)
 
 
@@ -56,8 +63,9 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             "attention",
             {"name": "attention", "kind": "attention", "input": {"bits": 8}},
             {"name": "channels", "at": "up.0.conv_shortcut/*", "input": {"per": "channel"}},
-            {"name": "keys", "at": "mid.to_k/*", "input": {"bits": 6}},
+            {"name": "keys", "at": "mid.to_k/*", "input": {"bits": 6}, "weight": {"range": "mse"}},
         ),
+        "shifts": _policy("shifts", order=SWEPT),
     }
 )
 
@@ -75,10 +83,11 @@ def program_before(step: str, policy: str = "layers") -> Program:
         return run_step(
             passes()["round-weights"](), program_before("absorb-scaling", policy), context(policy)
         )
-    index = ORDER.index(step) if step in ORDER else len(ORDER)
+    order = [each.name for each in POLICIES[policy].pipeline]
+    index = order.index(step) if step in order else len(order)
     if index == 0:
         return toy()
-    last = ORDER[index - 1]
+    last = order[index - 1]
     return run_step(passes()[last](), program_before(last, policy), context(policy))
 
 
@@ -169,6 +178,31 @@ def with_entry(site: str, kind: type, change: Function) -> Plant:
     def spoil(before: Program, after: Program) -> Program:
         entry = after.table.get(at, kind)
         return after if entry is None else after.with_table(after.table.put(at, change(entry)))
+
+    return spoiled(spoil)
+
+
+def without_entry(site: str, kind: type) -> Plant:
+    """The pass, and then one entry of the table left out."""
+
+    def spoil(before: Program, after: Program) -> Program:
+        rows = {(at, type(entry)): entry for at, entry in after.table}
+        del rows[Site.parse(site), kind]
+        table = Table()
+        for (at, _), entry in rows.items():
+            table = table.put(at, entry)
+        return after.with_table(table)
+
+    return spoiled(spoil)
+
+
+def with_constant(name: str, change: Callable[[Tensor], Tensor]) -> Plant:
+    """The pass, and then one constant of its graph changed."""
+
+    def spoil(before: Program, after: Program) -> Program:
+        constants = after.weights()
+        constants[name] = change(constants[name].clone())
+        return replace(after, gm=clone(after.gm, constants))
 
     return spoiled(spoil)
 

@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Mapping
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
-from models import model, one_level
+from models import ADDED, model, one_level
 from torch import Tensor
 
 from dmqfx.errors import CallError
@@ -26,6 +27,15 @@ def draw(name: str, **sizes: int) -> dict[str, Tensor]:
     return spec(name).draw(torch.Generator().manual_seed(0), **sizes)
 
 
+def said(inputs: Mapping[str, Tensor]) -> dict[str, object]:
+    """A program's inputs as keywords of a diffusers call."""
+    added = {name: tensor for name, tensor in inputs.items() if name in ADDED}
+    return {
+        **{name: tensor for name, tensor in inputs.items() if name not in ADDED},
+        "added_cond_kwargs": added,
+    }
+
+
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -41,6 +51,8 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
         torch.tensor(7, dtype=torch.int32),
         torch.tensor([7.0], dtype=torch.float16),
         torch.tensor([7.0, 7.0, 7.0], dtype=torch.float64),
+        np.int64(7),
+        np.float64(7),
     ],
 )
 @pytest.mark.parametrize("name", ["unconditional", "conditional"])
@@ -110,6 +122,16 @@ def test_a_model_that_reads_no_context_may_be_given_one() -> None:
     assert same(bind(spec("kandinsky-2.2"), call, {"added_cond_kwargs": added}), inputs)
 
 
+def test_a_control_net_that_pools_is_called_in_guess_mode_by_its_pipelines_which_changes_nothing() -> None:
+    unet, inputs = model("control-xl"), draw("control-xl")
+    assert same(bind(spec("control-xl"), (), {**said(inputs), "guess_mode": True}), inputs)
+    with torch.no_grad():
+        plain, guessed = (
+            unet(**said(inputs), guess_mode=mode, return_dict=False)[1] for mode in (False, True)
+        )
+    assert torch.equal(plain, guessed)
+
+
 def test_residuals_come_as_a_list_or_a_tuple() -> None:
     inputs = draw("plain")
     down = [torch.randn(2, 16, 8, 8) for _ in range(4)]
@@ -172,6 +194,9 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("unconditional", {"sample": torch.ones(2, 3, 8, 9)}, "width 9 is not a multiple of 2"),
     ("unconditional", {"class_labels": torch.tensor([1, 1])}, "no class embedding"),
     ("control", {"guess_mode": True}, "guess_mode=False"),
+    ("control", {"conditioning_scale": torch.ones(2)}, r"conditioning_scale is one number, not \[2\]"),
+    ("control", {"conditioning_scale": [0.5]}, "conditioning_scale must be a tensor, not list"),
+    ("audio", {"encoder_hidden_states": torch.ones(2, 8, 16)}, "does not take encoder_hidden_states"),
     ("control", {"controlnet_cond": torch.ones(2, 3, 64, 64)}, r"not \[B, 3, H\*4, W\*4\]"),
     ("control", {"controlnet_cond": None}, "needs controlnet_cond"),
 ]
@@ -193,8 +218,10 @@ def test_what_the_graph_does_not_take_is_refused_by_name(
 def test_residuals_must_be_complete() -> None:
     inputs, residual = draw("plain"), torch.zeros(2, 16, 8, 8)
     wanted = spec("plain", residuals=True)
-    with pytest.raises(CallError, match="without mid_block_additional_residual"):
+    with pytest.raises(CallError, match="residuals comes without mid_block_additional_residual"):
         bind(wanted, (), {**inputs, "down_block_additional_residuals": [residual] * 4})
+    with pytest.raises(CallError, match="residual comes without down_block_additional_residuals"):
+        bind(wanted, (), {**inputs, "mid_block_additional_residual": residual})
     few = {"down_block_additional_residuals": [residual] * 3, "mid_block_additional_residual": residual}
     with pytest.raises(CallError, match="3 residuals, but the encoder has 4 skip connections"):
         bind(wanted, (), {**inputs, **few})

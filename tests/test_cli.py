@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
+import pty
 import re
 import runpy
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,9 +25,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler
 from handmade import compiled as handmade
-from models import one_level, randomize
+from models import one_level, randomize, unconditional
 
 from dmqfx.calibration.calibration import CalibrationWarning
 from dmqfx.cli import build_parser, main, sources, terminal
@@ -78,6 +82,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet.save_pretrained(home / "unet")
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=2).save_pretrained(home / "vae")
     handmade().save_pretrained(home / "handmade")
+    tiny = runpy.run_path(str(ROOT / "examples" / "tiny_pipeline.py"))["tiny_pipeline"]()
+    tiny.save_pretrained(home / "pipe")
+    DDPMPipeline(unconditional(), DDPMScheduler()).save_pretrained(home / "unpipe")
+    (home / "list").mkdir()
+    (home / "list" / "config.json").write_text("[1]")
+    (home / "hollow").mkdir()
+    shutil.copy(home / "unet" / "config.json", home / "hollow")
     (home / "prompts.txt").write_text("a cat\n\na dog\n")
     (home / "typo.yaml").write_text(
         "schema: dmqfx.policy/1\nname: t\nextends: w4a8\ndefault:\n  weight: {bitts: 4}\n"
@@ -129,9 +140,7 @@ def test_compile_saves_reports_and_fails_the_gate_that_it_misses(
     assert answer.code == terminal.MISSED
     assert (folder / "w4a8" / "dmqfx.json").is_file()
     assert "48 of 48 sites as asked" in answer.out
-    assert re.search(
-        r"gate missed: the policy expects 90 dB of the output, and it has \d+\.\d dB", answer.err
-    )
+    assert re.search(r"gate missed: the output has \d+\.\d dB SQNR, 90 dB are wanted", answer.err)
 
 
 def test_a_long_command_says_what_each_pass_did_on_standard_error(made: dict[str, Answer]) -> None:
@@ -187,6 +196,15 @@ def test_inspect_of_a_compiled_model_tells_its_bits_and_what_was_lost(
     assert sites["weight"] == {"asked": "4 bit symmetric per channel mse", "got_bits": 4, "rule": "default"}
 
 
+def test_the_picture_has_the_skips_of_a_model_whose_policy_did_not_flag_them(
+    dmqfx: Ask, folder: Path
+) -> None:
+    assert dmqfx("compile", "unet", "--policy", "w8a16", "--rows", "0", "--out", "w8a16").code == 0
+    answer = dmqfx("inspect", "w8a16", "--picture", "w8a16.svg", "--json")
+    assert answer.data["picture"] == str(folder / "w8a16.svg")
+    assert "arcs: long skips" in (folder / "w8a16.svg").read_text()
+
+
 def test_show_prints_operations_and_as_json_their_parts(dmqfx: Ask) -> None:
     answer = dmqfx("show", "handmade", "--at", "conv_in/conv2d")
     assert answer.out.startswith("conv_in/conv2d  conv2d(input=")
@@ -220,10 +238,11 @@ def test_why_tells_one_life(dmqfx: Ask, made: dict[str, Answer]) -> None:
 
 def test_explain_prints_bits_and_rule_of_every_site_and_compiles_nothing(dmqfx: Ask) -> None:
     answer = dmqfx("explain", "unet", "--policy", "w4a6", "--set", "rules.ends.weight.bits=8", "--json")
-    rows = {row["site"]: (row["bits"], row["rule"]) for row in answer.data}
-    assert rows["conv_in/conv2d:weight"] == ("8 bit symmetric per channel mse", "ends")
-    assert rows["conv_in/conv2d:input"] == ("float", "ends")
-    assert rows[f"{LAYER}:input"] == ("6 bit affine per tensor minmax x20", "default")
+    rows = {row.pop("site"): row for row in answer.data}
+    eight, six = "8 bit symmetric per channel mse", "6 bit affine per tensor minmax x20"
+    assert rows["conv_in/conv2d:weight"] == {"bits": 8, "asked": eight, "rule": "ends", "overrides": []}
+    assert rows["conv_in/conv2d:input"] == {"bits": None, "asked": "float", "rule": "ends", "overrides": []}
+    assert rows[f"{LAYER}:input"] == {"bits": 6, "asked": six, "rule": "default", "overrides": []}
 
 
 def test_verify_of_a_saved_model_reads_its_files_and_runs_it(dmqfx: Ask, made: dict[str, Answer]) -> None:
@@ -231,6 +250,7 @@ def test_verify_of_a_saved_model_reads_its_files_and_runs_it(dmqfx: Ask, made: d
     answer = dmqfx("verify", "w4a8")
     assert answer.code == 0
     assert [line.split()[0] for line in answer.out.splitlines()] == ["files", "table", "output"]
+    assert dmqfx("verify", "w4a8", "--json").data["files"] == "whole and unaltered"
 
 
 def test_passes_lists_the_built_in_ones_and_tells_one(dmqfx: Ask) -> None:
@@ -255,16 +275,29 @@ def test_env_names_what_a_bug_report_needs(dmqfx: Ask) -> None:
 
 
 def test_calibrate_runs_a_pipeline_on_the_prompts_of_a_file_and_is_quiet_about_it(
-    dmqfx: Ask, folder: Path
+    dmqfx: Ask,
 ) -> None:
-    tiny = runpy.run_path(str(ROOT / "examples" / "tiny_pipeline.py"))["tiny_pipeline"]()
-    tiny.save_pretrained(folder / "pipe")
     answer = dmqfx("calibrate", "pipe", "--prompts", "prompts.txt", "--steps", "2", "--out", "pcal", "--json")
     assert (answer.code, answer.err) == (0, "")
     assert answer.data["rows"] == 2 * 2 * 2, "prompts, steps, halves of guidance"
 
 
-# --- models on the hub
+# --- models in folders and on the hub
+
+
+@pytest.mark.parametrize("file", ["{}.fp16.safetensors", "{}.fp16-00001-of-00002.safetensors"])
+def test_weights_of_a_variant_are_taken_where_there_are_no_plain_ones(tmp_path: Path, file: str) -> None:
+    (tmp_path / file.format("diffusion_pytorch_model")).touch()
+    assert sources._variant(tmp_path) == {"variant": "fp16"}
+    (tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors").touch()
+    assert sources._variant(tmp_path) == {}
+
+
+def test_a_folder_of_half_precision_weights_is_read(dmqfx: Ask, folder: Path) -> None:
+    one_level().half().save_pretrained(folder / "half", variant="fp16")
+    assert not (folder / "half" / "diffusion_pytorch_model.safetensors").exists()
+    assert dmqfx("show", "half", "--at", "conv_in/*").out.startswith("conv_in/conv2d  conv2d(input=sample")
+
 
 CACHED, THERE = "cached", "on the hub"
 
@@ -302,10 +335,24 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
         ("", 2, "usage: dmqfx"),
         ("complie unet", 2, "invalid choice: 'complie'"),
         ("demo --out new", 1, "new is a folder; say the file to write"),
+        ("demo --out prompts.txt/x.png", 1, "prompts.txt/x.png cannot be written: "),
+        ("demo --out /proc/x/demo.png", 1, "/proc/x/demo.png cannot be written: /proc takes no files"),
         ("demo --policy w4a9", 1, "there is no policy 'w4a9'"),
         ("demo --seed -1", 2, "argument --seed: must be a whole number of at least 0, not '-1'"),
         ("calibrate unet", 2, "the following arguments are required: --out"),
-        ("calibrate unet --out prompts.txt", 1, "prompts.txt is a file; --out is a folder"),
+        ("calibrate unet --out prompts.txt", 1, "prompts.txt is a file; say a folder"),
+        ("calibrate unet --out prompts.txt/cal", 1, "prompts.txt is a file, not a folder"),
+        ("calibrate unet --out c --prompts gone.txt", 1, "gone.txt: No such file or directory"),
+        (
+            "calibrate unet --out c --prompts prompts.txt --trajectories 2",
+            1,
+            "with --prompts each prompt is run once",
+        ),
+        ("calibrate unpipe --out c --prompts prompts.txt", 1, "DDPMPipeline takes no prompt"),
+        ("calibrate pipe --out c --prompts prompts.txt --steps 5000", 1, "pipe does not run so: "),
+        ("calibrate emoji --out c --steps 5000", 1, "DDIMScheduler makes no 5000 steps"),
+        ("calibrate list --out c", 1, "list is a folder whose config.json names no class"),
+        ("calibrate hollow --out c", 1, "hollow has no weights (diffusion_pytorch_model.safetensors)"),
         (
             "calibrate unet --out c --prompts prompts.txt",
             1,
@@ -324,6 +371,9 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
             1,
             "method must be one of nearest",
         ),
+        ("compile unet --out /proc/o", 1, "/proc/o cannot be written: /proc takes no files"),
+        ("compile unet --out o --rows 0 --min-sqnr 20", 1, "--rows 0 measures nothing, and 20 dB SQNR"),
+        ("compile unet --out o --rows 0 --set expect.sqnr_db=9", 1, "--rows 0 measures nothing, and 9 dB"),
         ("compile unet --out unet", 1, "unet holds files that dmqfx did not write"),
         ("compile unet --out o --calibration nowhere", 1, "nowhere"),
         ("compile handmade --out o", 1, "handmade is a compiled model; this command needs the float UNet"),
@@ -335,13 +385,16 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
         ("eval unet unet", 1, "unet holds no dmqfx.json: it was not saved by dmqfx"),
         ("eval handmade handmade", 1, "handmade is a compiled model"),
         ("verify owner/name", 1, "there is no folder owner/name, and as a hub id it cannot be read"),
+        ("verify handmade --policy w4a8", 1, "--policy and --set are for a float model"),
         ("verify unet --policy w4a9", 1, "did you mean 'w4a8'?"),
         (
             "inspect handmade --at conv_on/*",
             1,
             "'conv_on/*' fits no operation of this program; nearest: conv_in",
         ),
-        ("show handmade --at [", 1, "'[' in '[' fits no address"),
+        ("inspect handmade --picture prompts.txt/u.svg", 1, "prompts.txt is a file, not a folder"),
+        ("inspect unet --at re:(", 2, "argument --at: 're:(' is not a regular expression: missing )"),
+        ("show handmade --at [", 2, "argument --at: '[' in '[' fits no address"),
         ("diff handmade nowhere", 1, "there is no folder nowhere"),
         ("diff handmade handmade --context x", 2, "argument --context"),
         ("why handmade conv_on/conv2d", 1, "nearest: conv_in/conv2d"),
@@ -396,7 +449,8 @@ def options(**given: object) -> argparse.Namespace:
             f"at {LAYER}: the bias is gone",
         ),
         (DmqfxError("no such thing"), 1, "dmqfx: no such thing"),
-        (PermissionError(13, "Permission denied", "out"), 1, "Permission denied: 'out'"),
+        (PermissionError(13, "Permission denied", "out"), 1, "dmqfx: out: Permission denied"),
+        (OSError("no more room"), 1, "dmqfx: no more room"),
         (KeyboardInterrupt(), 130, "dmqfx: interrupted"),
     ],
 )
@@ -509,6 +563,36 @@ def test_the_page_lists_every_command_as_its_help_does() -> None:
     }  # type: ignore[index]  # every command has one
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("inspect", "inspect handmade"),
+        ("show", "show handmade"),
+        ("diff", "diff handmade handmade"),
+        ("why", "why handmade conv_in/conv2d"),
+        ("explain", "explain unet"),
+        ("passes", "passes canonicalize"),
+        ("policies", "policies w4a8"),
+    ],
+)
+def test_the_page_lists_the_keys_of_the_json(dmqfx: Ask, name: str, line: str) -> None:
+    data = dmqfx(*line.split(), "--json").data
+    assert set(data[0] if isinstance(data, list) else data) == json_keys()[name]
+
+
+def json_keys() -> dict[str, set[str]]:
+    """What the page says of each command's JSON."""
+    section = PAGE.partition("\n## JSON\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE)
+    return {name: set(re.findall(r"`(\w+)`", words)) for name, words in rows}
+
+
+def test_the_page_lists_the_keys_of_long_commands(made: dict[str, Answer]) -> None:
+    assert set(json_keys()) == set(COMMANDS)
+    assert set(made["eval"].data) == json_keys()["eval"]
+    assert set(made["verify"].data) | {"files", "table", "output"} == json_keys()["verify"]
+
+
 def test_the_page_lists_the_exit_codes() -> None:
     rows = re.findall(r"^\| (\d+) \| (.*) \|$", PAGE, re.MULTILINE)
     assert [(int(code), meaning.replace("`", "")) for code, meaning in rows] == [
@@ -538,6 +622,16 @@ def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
     assert shown.wait() == 0
     assert shown.stderr is not None
     assert shown.stderr.read() == ""
+
+
+def test_progress_bars_are_shown_on_a_terminal(folder: Path) -> None:
+    mine, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    recording = "calibrate unet --steps 2 --trajectories 1 --out seen".split()
+    command = [sys.executable, "-m", "dmqfx", *recording]
+    subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=its, check=True)
+    os.close(its)
+    assert b"record: 100%" in os.read(mine, 100_000)
 
 
 def test_an_interrupted_compilation_leaves_nothing_and_says_so(folder: Path) -> None:

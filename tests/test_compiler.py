@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from diffusers import UNet2DModel
 
 import dmqfx
+from dmqfx.compiler import QualityWarning
+from dmqfx.errors import CaptureError, PipelineError
 
 
 def small(dtype: torch.dtype) -> UNet2DModel:
@@ -39,3 +43,42 @@ def test_a_half_precision_unet_is_compiled_in_float32_and_gives_back_its_own_dty
 def test_an_unknown_target_is_refused_before_anything_runs() -> None:
     with pytest.raises(dmqfx.DmqfxError, match=r"there is no target 'refrence'.*reference"):
         dmqfx.compile(small(torch.float32), target="refrence")
+
+
+def test_an_order_that_cannot_work_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for long in ("capture", "Calibration.synthesize"):
+        monkeypatch.setattr(f"dmqfx.compiler.{long}", pytest.fail)
+    with pytest.raises(PipelineError, match=r"step 1, plan-sites, requires 'canonical'.*move canonicalize"):
+        dmqfx.compile(
+            small(torch.float32), "w4a8", overrides=["pipeline=[plan-sites, canonicalize, insert-qdq]"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"), [(2, r"the output has \d+\.\d dB SQNR, 90 dB are wanted"), (0, "nothing was measured")]
+)
+def test_what_a_policy_expects_in_vain_is_a_warning(rows: int, words: str) -> None:
+    expecting = {"overrides": ["expect.sqnr_db=90"], "report_rows": rows, "progress": False}
+    calibration = dmqfx.Calibration.synthesize(small(torch.float32), steps=2, trajectories=1, progress=False)
+    with pytest.warns(QualityWarning, match=words):
+        dmqfx.compile(small(torch.float32), "w4a16", calibration=calibration, **expecting)
+
+
+def test_what_a_policy_expects_and_gets_is_none() -> None:
+    calibration = dmqfx.Calibration.synthesize(small(torch.float32), steps=2, trajectories=1, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QualityWarning)
+        dmqfx.compile(
+            small(torch.float32),
+            "w8a16",
+            calibration=calibration,
+            overrides=["expect.sqnr_db=5"],
+            progress=False,
+        )
+
+
+def test_what_cannot_be_captured_is_refused_before_it_is_calibrated() -> None:
+    unet = small(torch.float32)
+    unet.conv_in._hf_hook = object()
+    with pytest.raises(CaptureError, match="cannot capture at conv_in"):
+        dmqfx.compile(unet)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from dmqfx.policy.policy import Policy
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"^```python\n((?:(?!^```).)*)^```\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TESTED_APART = {"writing-a-pass.md"}  # in test_writing_a_pass.py, which also reads what is printed
 
 PIPELINE = """
@@ -48,12 +52,7 @@ pipe.unet = dmqfx.compile(pipe.unet, "w8a16", report_rows=0)
 pipe.save_pretrained("pipeline")
 directory = "pipeline"
 """,
-    "policies.md": PIPELINE
-    + GRAPH
-    + """
-from dmqfx.graph.sites import operations as of
-operations = of(program)
-""",
+    "policies.md": PIPELINE + GRAPH,
     "verification.md": PIPELINE
     + GRAPH
     + """
@@ -88,13 +87,18 @@ WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text() and pag
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
 @pytest.mark.filterwarnings("ignore::dmqfx.calibration.calibration.CalibrationWarning")
-def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_a_page_runs_and_prints_what_the_page_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     names: dict[str, Any] = {"__name__": "page"}
     exec(GIVEN.get(page.name, ""), names)
+    told = dict(PRINTED.findall(page.read_text()))
     for code in blocks(page, "python"):
-        exec(compile(code, page.name, "exec", dont_inherit=True), names)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(code, page.name, "exec", dont_inherit=True), names)
+        assert told.get(code) in (None, out.getvalue())
 
 
 def test_pages_that_take_something_for_granted_have_python() -> None:
@@ -106,7 +110,7 @@ def test_a_whole_policy_on_a_page_is_a_legal_policy(page: Path) -> None:
     for text in blocks(page, "yaml"):
         found = yaml.safe_load(text)
         if isinstance(found, dict) and "schema" in found and "split-concat" not in text:
-            Policy.load(found, check_step=registry.problem_with)
+            Policy.load(found, check_step=registry.problems_with)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -151,6 +155,18 @@ def test_a_command_that_a_page_mentions_has_those_options(page: Path) -> None:
         parser = commands()[command]
         for option in (word.strip("[].") for word in words if word.lstrip("[").startswith("--")):
             assert option in parser.format_help(), f"dmqfx {line}"
+
+
+def test_the_architecture_has_a_line_for_every_folder() -> None:
+    section = (ROOT / "docs" / "architecture.md").read_text().partition("\n## 11. Files\n")[2]
+    section = section.partition("\n## ")[0]
+    rooms = sorted({file.parent.name for file in (ROOT / "dmqfx").glob("*/__init__.py")})
+    assert [room for room in rooms if f"\n  {room}/ " not in section] == []
+    listed = subprocess.run(
+        ["git", "ls-files", "*/*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    folders = sorted({name.partition("/")[0] for name in listed.stdout.split()})
+    assert [folder for folder in folders if f"\n{folder}/ " not in section] == []
 
 
 def test_the_readme_lists_every_shipped_policy() -> None:

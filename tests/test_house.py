@@ -7,8 +7,9 @@ import doctest
 import importlib
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,12 @@ def test_the_public_surface_is_small() -> None:
     assert sorted(set(dmqfx.__all__)) == sorted(dmqfx.__all__)
 
 
+def test_every_public_name_is_offered_for_completion() -> None:
+    listed = "import dmqfx; print(*sorted({*dir(dmqfx)} & {*dmqfx.__all__})); print(dmqfx.__version__)"
+    fresh = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True)
+    assert fresh.stdout.splitlines() == [" ".join(dmqfx.__all__), version("dmqfx")]
+
+
 def test_every_public_name_is_documented_by_an_example() -> None:
     problems = [undocumented(name, getattr(dmqfx, name)) for name in dmqfx.__all__]
     assert [problem for problem in problems if problem] == []
@@ -182,7 +189,9 @@ def test_every_mutant_and_golden_belongs_to_a_built_in_pass() -> None:
 def test_a_pass_has_a_row_in_the_architecture_that_tells_what_it_preserves(name: str) -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(rf"^\| `{name}` \|.*\| \**(\w+)\**[^|]*\|$", page, re.MULTILINE)
-    assert rows == [passes()[name].preserves.value]
+    assert rows == [passes()[name].preserves.value], (
+        f"docs/architecture.md, section 6, should have one row for {name} that ends in what it preserves"
+    )
 
 
 # --- size and words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -110,6 +111,14 @@ def test_channels_cannot_change_on_the_way() -> None:
     observer(torch.ones(2, 3))
     with pytest.raises(CalibrationError, match="3 channels before and 4 now on axis 1"):
         observer(torch.ones(2, 4))
+
+
+def test_what_was_seen_is_let_go() -> None:
+    observer, sizes = Observer(SITE, 1, (500.0,)), list[int]()
+    for rows in (2, 4, 40):
+        observer(torch.randn(rows, 3, 8, 8), torch.arange(rows) % 2)
+        sizes.append(len(pickle.dumps(observer)))
+    assert max(sizes) < min(sizes) + 100
 
 
 def test_a_copy_goes_on_without_its_original() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -15,6 +15,8 @@ from tiny import OUT, plain, planned, quantized
 from torch import fx
 from toys import toy
 
+import dmqfx
+from dmqfx import emoji
 from dmqfx.graph import registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.inputs import Input, InputSpec
@@ -125,6 +127,16 @@ def test_a_program_whose_skips_are_not_flagged_has_no_arcs() -> None:
     assert not [words for words in legend(picture(toy())) if "skips" in words]
 
 
+def test_the_names_of_blocks_do_not_run_into_each_other() -> None:
+    """In a wide font, where a letter of size 9 takes 6 pixels."""
+    root = ElementTree.fromstring(picture(dmqfx.capture(emoji.load_unet())))
+    names = [each for each in root.iter(f"{SVG}text") if each.attrib.get("text-anchor") == "middle"]
+    assert {"conv_in", "down_blocks.0", "mid_block", "up_blocks.2", "conv_out"} <= {e.text for e in names}
+    spans = [(float(e.attrib["y"]), float(e.attrib["x"]), 3 * len(e.text or "")) for e in names]
+    for (y, x, half), (v, u, other) in combinations(spans, 2):
+        assert y != v or abs(x - u) >= half + other
+
+
 def test_an_uneven_skip_has_a_colour_of_its_own() -> None:
     def strokes(program: Program) -> set[str]:
         return {arc.attrib["stroke"] for arc in ElementTree.fromstring(picture(program)).findall(f"{SVG}g")}
@@ -164,14 +176,15 @@ def test_a_layer_that_did_not_get_what_was_asked_has_a_red_edge() -> None:
 
 
 def test_a_tooltip_tells_shape_share_bits_and_rule_and_with_a_report_the_sqnr() -> None:
-    report = Report("Tiny", (LayerReport("out/conv2d", (), 12.34),), {1.0: 20.0}, 1, 2000, 500, ())
+    layer = LayerReport("out/conv2d", (), 12.34, timestep_db={900.0: 15.0, 1.0: 9.87})
+    report = Report("Tiny", (layer,), {1.0: 20.0}, 1, 2000, 500, ())
     text = picture(quantized(), report)
     assert tooltip(text, "out/conv2d") == [
         "out/conv2d",
         "output 1x4x4, weight 1x4x1x1, 33.3% of MACs",
         "input: float (rule ends)",
         "weight: 8 bit (rule last)",
-        "SQNR 12.3 dB",
+        "SQNR 12.3 dB, worst 9.9 dB at t = 1",
     ]
     assert not any("SQNR" in line for line in tooltip(text, "conv_in/conv2d"))
     assert any("2 kB to 500 B" in words and "output SQNR 20.0 dB" in words for words in legend(text))

@@ -12,21 +12,25 @@ import components
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    PNDMScheduler,
     SchedulerMixin,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DModel,
+    UniPCMultistepScheduler,
 )
-from models import MODELS, control, eager, model, randomize, unconditional
+from models import MODELS, captured, control, eager, model, randomize, unconditional
 from torch import Tensor
 
 from dmqfx import emoji
@@ -34,6 +38,8 @@ from dmqfx.calibration.calibration import Calibration, CalibrationWarning
 from dmqfx.calibration.recording import recording
 from dmqfx.errors import CalibrationError, CallError
 from dmqfx.frontend.signature import signature
+from dmqfx.runtime.targets import Target
+from dmqfx.runtime.unet import CompiledUNet
 
 SCHEDULERS: dict[str, Callable[[], SchedulerMixin]] = {
     "DDIM": partial(DDIMScheduler, steps_offset=1, clip_sample=False),
@@ -41,6 +47,10 @@ SCHEDULERS: dict[str, Callable[[], SchedulerMixin]] = {
     "DPM++": DPMSolverMultistepScheduler,
     "LCM": partial(LCMScheduler, steps_offset=1),
     "Heun": partial(HeunDiscreteScheduler, steps_offset=1),
+    "UniPC": UniPCMultistepScheduler,
+    "PNDM with Runge-Kutta steps": partial(PNDMScheduler, steps_offset=1),
+    "ancestral Euler": partial(EulerAncestralDiscreteScheduler, steps_offset=1),
+    "inverse DDIM": partial(DDIMInverseScheduler, steps_offset=1, clip_sample=False),
 }
 
 
@@ -87,11 +97,11 @@ def pairs(calibration: Calibration) -> list[tuple[int, int]]:
 def test_rows_replayed_through_the_unet_give_the_pipeline_s_own_outputs(name: str, folder: Path) -> None:
     pipe = stable_diffusion(folder, SCHEDULERS[name]())
     outputs, handle = outputs_of(pipe.unet)
-    calibration = Calibration.record(pipe, prompts=["cat", "dog"], steps=3, guidance_scale=5.0)
+    calibration = Calibration.record(pipe, prompts=["cat", "dog"], steps=4, guidance_scale=5.0)
     handle.remove()
     calibration.check(signature(pipe.unet))
     replayed = [eager(pipe.unet, batch)[0] for batch in calibration.batches(2)]
-    assert len(replayed) == len(outputs) >= 6
+    assert len(replayed) == len(outputs) >= 8
     assert all(torch.equal(a, b) for a, b in zip(replayed, outputs, strict=True))
 
 
@@ -295,6 +305,27 @@ def test_a_tape_sees_where_trajectories_begin() -> None:
     assert pairs(tape.calibration()) == [*numbered, (4, 0)]
 
 
+def test_who_says_where_trajectories_begin_may_run_time_backwards() -> None:
+    unet = model("conditional")
+    with recording(unet) as tape, torch.no_grad():
+        for times in ((100, 900), (500, 600)):
+            tape.start()
+            for time in times:
+                call(unet, time, rows=1)
+    assert pairs(tape.calibration()) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_what_is_compiled_already_is_not_recorded() -> None:
+    unet, program = captured("control")
+    q = CompiledUNet(program, config=unet.config, target=Target("float", (), ""))
+    with pytest.raises(CalibrationError, match="CompiledControlNet cannot be recorded"), recording(q):
+        pass
+    with pytest.raises(CalibrationError, match="CompiledControlNet cannot be recorded"):
+        Calibration.synthesize(q)
+    with pytest.raises(CalibrationError, match="Linear cannot be recorded"):
+        Calibration.record(torch.nn.Linear(1, 1), scheduler=DDIMScheduler())
+
+
 def test_rows_of_two_sizes_live_side_by_side() -> None:
     unet = model("conditional")
     with recording(unet) as tape, torch.no_grad():
@@ -466,8 +497,29 @@ def test_conditioning_that_does_not_fit_is_refused() -> None:
         record(conditioning={"encoder_hidden_states": context}, trajectories=2)
     with pytest.raises(CalibrationError, match=r"guidance needs unconditional=\{...\}"):
         record(conditioning={"encoder_hidden_states": context}, guidance_scale=3.0)
+    words = {"encoder_hidden_states": context}
+    with pytest.raises(CalibrationError, match="unconditional= without guidance_scale= changes nothing"):
+        record(conditioning=words, unconditional=words)
     with pytest.raises(CalibrationError, match=r"module=pipe\.controlnet"):
         Calibration.record(model("control"), scheduler=DDIMScheduler())
+
+
+def test_options_that_a_unet_does_not_take_are_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"missing a required argument: 'scheduler'.*; it takes sched"):
+        Calibration.record(model("conditional"))
+    with pytest.raises(CalibrationError, match="unexpected keyword argument 'prompts'"):
+        Calibration.record(model("conditional"), scheduler=DDIMScheduler(), prompts=["cat"])
+    with pytest.raises(CalibrationError, match="a pipeline or a UNet, not str"):
+        Calibration.record("a-pipeline")
+
+
+def test_a_model_trained_on_fewer_timesteps_is_asked_for_no_others() -> None:
+    unet = unconditional(
+        block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        time_embedding_type="learned", num_train_timesteps=50,
+    )  # fmt: skip
+    randomize(unet)
+    assert Calibration.synthesize(unet, steps=2, trajectories=1).timesteps().max() < 50
 
 
 def test_half_precision_is_recorded_as_it_was_and_read_in_float() -> None:

@@ -118,6 +118,52 @@ def test_the_output_at_each_timestep_is_that_of_its_own_rows() -> None:
     assert report.worst == min(report.output_db.items(), key=lambda each: each[1])
 
 
+def test_a_layer_has_its_sqnr_at_each_timestep_and_over_all() -> None:
+    data = calibration(plain(), [900.0, 3.0, 900.0, 3.0, 3.0])
+    layer = Report.measure(plain(), quantized(), data).layer("conv_in/conv2d")
+    assert list(layer.timestep_db) == [900.0, 3.0]
+    batch, signal, noise = next(data.batches(5)), 0.0, 0.0
+    for time, db in layer.timestep_db.items():
+        chosen = {name: value[batch["timestep"] == time] for name, value in batch.items()}
+        exact, approximate = (outputs(program, chosen)[IN].double() for program in (plain(), quantized()))
+        one, other = float(exact.square().sum()), float((exact - approximate).square().sum())
+        assert db == pytest.approx(10 * math.log10(one / other), rel=1e-9)
+        signal, noise = signal + one, noise + other
+    assert layer.sqnr_db == pytest.approx(10 * math.log10(signal / noise), rel=1e-9)
+
+
+def outputs(program: Program, batch: dict[str, Tensor]) -> dict[Address, Tensor]:
+    """What every operation gives, from fx's own interpreter."""
+    found: dict[Address, Tensor] = {}
+
+    class Listening(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> object:
+            value = super().run_node(node)
+            if "address" in node.meta and isinstance(value, Tensor):
+                found[node.meta["address"]] = value
+            return value
+
+    Listening(program.gm).run(*batch.values())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ((2, 3), {1.0: 20.0, 2.0: 0.0}),  # a batch
+        ((4, 3), {1.0: 20.0, 2.0: 0.0}),  # batch and channels as one
+        ((1, 3), {1.0: 20.0, 2.0: 20.0}),  # the same for every sample
+    ],
+)
+def test_rows_of_any_layout_are_counted_at_their_timestep(
+    shape: tuple[int, int], wanted: dict[float, float]
+) -> None:
+    exact, approximate, found = torch.ones(shape), torch.full(shape, 1.1), dict[float, lockstep.Ratio]()
+    approximate[1 if len(exact) == 2 else 2 :] = 2.0
+    lockstep._count(found, [1.0, 2.0], exact, approximate)
+    assert {time: ratio.db for time, ratio in found.items()} == pytest.approx(wanted, abs=1e-3)
+
+
 def test_every_recorded_timestep_is_measured_even_with_few_rows(
     compiled: tuple[Program, Program, Program],
 ) -> None:
@@ -295,7 +341,9 @@ def small() -> Report:
     attention = (SiteReport("query", None, None),)
     layers = (
         LayerReport("a.conv/conv2d", sites, 31.25, 4000, 500, 900, 0.9),
-        LayerReport("b.attn/scaled_dot_product_attention", attention, 9.5, 0, 0, 100, 0.1),
+        LayerReport(
+            "b.attn/scaled_dot_product_attention", attention, 9.5, 0, 0, 100, 0.1, {981.0: 9.5, 1.0: math.inf}
+        ),
         LayerReport("c/linear", (), None, 1200, 1200),
     )
     passes = (PassReport("canonicalize", "bitwise", 3, (Refused("a/cat", "flag", "no"),), 0.5, 1e-16),)
@@ -324,7 +372,33 @@ def test_the_summary_tells_size_bits_and_loss() -> None:
         "bits    1 of 2 sites as asked, 1 not",
         "loss    output SQNR 12.5 dB in the mean of 2 timesteps, worst 12.5 dB at t = 981 (2 rows)",
     ]
-    assert str(small()).startswith(small().summary())
+
+
+def test_a_printed_report_is_summary_timesteps_worst_layers_and_refusals() -> None:
+    parts = str(small()).split("\n\n")
+    assert parts[0] == small().summary()
+    assert parts[1].splitlines() == ["at t     981     1", "dB      12.5   inf"]
+    assert parts[2] == small().table(worst_first=True, limit=12)
+    assert parts[3].splitlines() == ["refused by       the first", "canonicalize  1  a/cat: no"]
+    assert len(parts) == 4
+
+
+def test_a_printed_report_has_no_part_without_content() -> None:
+    assert str(replace(small(), output_db={}, passes=())).count("\n\n") == 1
+
+
+def test_timesteps_are_ten_to_a_line_under_each_other() -> None:
+    many = replace(small(), output_db={float(t): 20 + t / 1000 for t in range(999, 0, -90)})
+    lines = str(many).split("\n\n")[1].splitlines()
+    assert [len(line.split()) for line in lines] == [2 + 10, 1 + 10, 2 + 2, 1 + 2]
+    assert len(lines[0]) == len(lines[1])
+    assert lines[2].index("99") + 2 == lines[0].index("999") + 3, "right-aligned"
+
+
+def test_where_nothing_was_asked_the_summary_says_that_all_is_float() -> None:
+    report = Report.measure(plain(), plain(), None)
+    assert "nothing was asked to be quantized: every layer is float" in report.summary()
+    assert "nothing was asked" not in small().summary()
 
 
 def test_a_report_comes_back_from_json_as_it_was(compiled: tuple[Program, Program, Program]) -> None:
@@ -358,13 +432,11 @@ def test_a_damaged_report_is_a_store_error(text: str) -> None:
 
 def test_an_expectation_is_missed_in_words_and_reached_in_silence() -> None:
     assert small().misses(Expect()) == small().misses(Expect(12.5)) == []
-    assert small().misses(Expect(13.0)) == ["the policy expects 13 dB of the output, and it has 12.5 dB"]
+    assert small().misses(Expect(13.0)) == ["the output has 12.5 dB SQNR, 13 dB are wanted"]
     broken = replace(small(), output_db={1.0: math.nan})
-    assert broken.misses(Expect(1.0)) == ["the policy expects 1 dB of the output, and it has nan dB"]
+    assert broken.misses(Expect(1.0)) == ["the output has nan dB SQNR, 1 dB are wanted"]
     unmeasured = replace(small(), output_db={})
-    assert unmeasured.misses(Expect(1.0)) == [
-        "the policy expects 1 dB of the output, and nothing was measured"
-    ]
+    assert unmeasured.misses(Expect(1.0)) == ["nothing was measured, and 1 dB are wanted"]
 
 
 def test_a_layer_that_is_not_there_is_an_error_with_the_nearest() -> None:

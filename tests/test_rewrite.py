@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from toys import toy
 
 from dmqfx.checking.probes import draw, outputs
@@ -104,6 +105,26 @@ def test_an_interior_operation_with_another_reader_is_refused_and_the_reader_nam
     outcome = normed_sum.try_at(rw, rw.node(read_twice))
     assert isinstance(outcome, Refuse)
     assert outcome.reason == "mid/add is also read by mid/add#1"
+
+
+def test_only_readers_outside_the_match_are_other_readers(rw: Rewriter) -> None:
+    x = rw.node(Address("conv_in", "conv2d"))
+
+    def call(target: OpOverload, *args: fx.Node) -> fx.Node:
+        node = rw.graph.call_function(target, args)
+        node.meta["address"] = Address("made", target._schema.name.partition("::")[2])
+        return node
+
+    @rule(p.add(self=p.mul(self=p.silu().as_("inner"))))
+    def never(rw: Rewriter, inner: fx.Node) -> Outcome:
+        return Refuse("all of it was matched")
+
+    with rw.graph.inserting_before(rw.graph.output_node()):
+        inner = call(aten.silu.default, x)
+        root = call(aten.add.Tensor, call(aten.mul.Tensor, inner, inner), inner)
+        assert never.try_at(rw, root) == Refuse("all of it was matched")
+        call(aten.relu.default, inner)
+        assert never.try_at(rw, root) == Refuse("made/silu is also read by made/relu", inner)
 
 
 # --- the rewriter

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from dmqfx.compiler import quantize
-from dmqfx.errors import CallError, DmqfxError, FixedGraphError, PassNotFoundError
+from dmqfx.errors import CallError, DmqfxError, FixedGraphError, PassNotFoundError, StoreError
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime import targets
@@ -153,22 +155,41 @@ def test_a_compiled_unet_shows_what_pipelines_read(text: tuple[Model, CompiledUN
     assert repr(q) == "CompiledUNet(UNet2DConditionModel, target float)"
 
 
-def test_what_would_change_the_layers_is_refused(text: tuple[Model, CompiledUNet]) -> None:
-    _, q = text
-    for name in ("enable_freeu", "set_attn_processor", "load_lora_adapter", "fuse_qkv_projections"):
-        with pytest.raises(FixedGraphError, match=f"{name} of UNet2DConditionModel .*\n.*float model"):
-            getattr(q, name)
-        assert not hasattr(q, name)
+OF_LAYERS = ("enable_layerwise_casting", "enable_xformers_memory_efficient_attention", "set_attn_processor")
+OF_GRAPHS = "save_pretrained from_pretrained num_parameters get_memory_footprint enable_group_offload".split()
+
+
+@pytest.mark.parametrize("name", ["conditional", "control"])
+def test_what_a_fixed_graph_cannot_do_is_refused_and_never_silently_nothing(name: str) -> None:
+    model, q = compiled(name)
+    there = {method for method in dir(type(model)) if callable(getattr(type(model), method))}
+    for method in (*OF_LAYERS, *(there - set(dir(nn.Module)) - set(OF_GRAPHS))):
+        if method.startswith("_"):
+            continue
+        with pytest.raises(FixedGraphError, match=f"{method}: its graph is fixed\n  mend: "):
+            getattr(q, method)
+        assert not hasattr(q, method)
+    assert issubclass(FixedGraphError, DmqfxError)
     with pytest.raises(AttributeError, match="no attribute 'anything_else'"):
         q.anything_else  # noqa: B018  # the access is what is tested
-    assert issubclass(FixedGraphError, DmqfxError)
 
 
-def test_a_compiled_controlnet_refuses_to_change_its_layers() -> None:
-    _, q = compiled("control")
-    for change in (q.set_default_attn_processor, q.fuse_qkv_projections, lambda: q.set_attn_processor(None)):
-        with pytest.raises(FixedGraphError):
-            change()
+def test_a_compiled_unet_is_not_pickled_but_copied(plain: tuple[Model, CompiledUNet]) -> None:
+    _, q = plain
+    with pytest.raises(StoreError, match=r"not pickled\n  mend: save_pretrained\(directory\)"):
+        pickle.dumps(q)
+    with pytest.raises(StoreError, match="not pickled"):
+        torch.save(q, io.BytesIO())
+    alias = copy.copy(q)
+    assert alias.program is q.program
+    assert torch.equal(alias(latents(3, 16), 7).sample, q(latents(3, 16), 7).sample)
+
+
+def test_parameters_are_counted_and_weighed(plain: tuple[Model, CompiledUNet]) -> None:
+    model, q = plain
+    assert q.num_parameters() == model.num_parameters()
+    assert q.num_parameters(only_trainable=True) == 0
+    assert q.get_memory_footprint() >= 4 * q.num_parameters()
 
 
 # --- pipelines
@@ -395,6 +416,25 @@ def test_a_pipeline_is_saved_and_loaded_with_its_compiled_unet(tmp_path: Path) -
     assert half.unet.dtype == torch.float16
     alone = CompiledUNet.from_pretrained(tmp_path / "pipe", subfolder="unet")
     assert torch.equal(alone(latents(3, 16), 7).sample, pipe.unet(latents(3, 16), 7).sample)
+
+
+def test_a_pipeline_is_saved_and_loaded_with_its_compiled_controlnet(
+    words: CLIPTokenizer, tmp_path: Path
+) -> None:
+    parts = dict[str, CompiledUNet]()
+    for part, name, residuals in (("unet", "conditional", True), ("controlnet", "control", False)):
+        model, program = captured(name, residuals) if residuals else captured(name)
+        _, quantized = quantize(program, PassContext(policy=Policy.load("w8a16")))
+        parts[part] = CompiledUNet(quantized, config=model.config)
+    components = {**stable_diffusion(parts["unet"], words, ddim()).components, "vae": vae(levels=3), **parts}
+    pipe = StableDiffusionControlNetPipeline(**components, requires_safety_checker=False)
+    hint = torch.rand(1, 3, 32, 32, generator=noise())
+    expected = draw(pipe, image=hint)
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "pipe", safety_checker=None)
+    assert isinstance(again.controlnet, ControlNetModel)
+    assert isinstance(again.controlnet, CompiledUNet)
+    assert torch.equal(draw(again, image=hint), expected)
 
 
 # --- targets

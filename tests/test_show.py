@@ -8,13 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import IN, OUT, changed, plain, planned, quantized
+from toys import toy
 
+from dmqfx.errors import PolicyError
+from dmqfx.graph import registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.journal import Application, PassRecord, Refusal
+from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned, Range
+from dmqfx.policy.policy import Policy
+from dmqfx.seeing.explain import explain, explanations
 from dmqfx.seeing.selection import AddressError
 from dmqfx.seeing.show import diff, show, why
+from dmqfx.seeing.why import _spans
 
 
 def test_show_prints_a_line_for_each_operation_with_arguments_by_name() -> None:
@@ -149,8 +156,8 @@ def test_why_tells_the_life_of_an_address() -> None:
         "  input",
         "    asked  8 bit affine per tensor minmax x2, by rule 'default'",
         "    got    8 bit, quantized by conv_in/quantize~insert-qdq.1",
-        "    seen   t <= 500  range [-2, 3]  scale 0.0196  zero point 102  18 values",
-        "    seen    500 < t  range [-1, 1.5]  scale 0.0098  zero point 102  "
+        "    seen    t < 500  range [-2, 3]  scale 0.0196  zero point 102  18 values",
+        "    seen   500 <= t  range [-1, 1.5]  scale 0.0098  zero point 102  "
         "no rows: taken from the nearest group",
         "    pair   one gamma for 1 reader, stays: an input feeds it",
         "    gamma  0.5 over 1 channel",
@@ -165,6 +172,22 @@ def test_why_tells_the_life_of_an_address() -> None:
         "    insert-qdq         qdq: 8 bit affine per tensor minmax x2",
         "    insert-qdq         qdq: 4 bit symmetric per channel minmax",
     ]
+
+
+def test_why_of_a_model_without_ranges_tells_the_scales_that_it_uses() -> None:
+    saved = quantized().with_table(quantized().table.drop(Range))
+    assert [line for line in why(saved, "conv_in/conv2d").splitlines() if "scale 0.0" in line][:2] == [
+        "    used    t < 500  scale 0.0196  zero point 102",
+        "    used   500 <= t  scale 0.0098  zero point 102",
+    ]
+
+
+def test_why_puts_a_timestep_into_the_group_that_the_graph_does() -> None:
+    edges = (50.0, 500.0)
+    for t in (0.0, 49.5, 50.0, 499.0, 500.0, 999.0):
+        group = torch.ops.dmqfx.timestep_group(torch.tensor([t]), torch.tensor(edges)).item()
+        said = [eval(span, {"t": t}) for span in map(str.strip, _spans(edges))]
+        assert said == [k == group for k in range(3)]
 
 
 def test_why_says_before_quantization_only_what_is_known() -> None:
@@ -206,3 +229,53 @@ def test_why_of_an_unknown_address_names_the_three_nearest() -> None:
     with pytest.raises(AddressError) as error:
         why(plain(), "out/conv")
     assert error.value.nearest == ("out/conv2d", "out/cat", "conv_in/conv2d")
+
+
+# --- explain
+
+WEIGHTS_ONLY: dict[str, object] = {
+    "default": {"weight": {"bits": 4}, "input": "float"},
+    "rules": [
+        {"name": "ends", "at": "conv_in/*", "keep": "float"},
+        {"name": "first", "at": "conv_in/*", "weight": {"bits": 8}},
+    ],
+    "pipeline": ["canonicalize", "plan-sites", "round-weights", "insert-qdq"],
+}
+
+
+def test_explain_prints_bits_rule_and_what_it_overrides_of_every_site() -> None:
+    assert explain(plain(), WEIGHTS_ONLY).splitlines() == [
+        "site                   bits                                rule     overrides",
+        "conv_in/conv2d:input   float                               ends",
+        "conv_in/conv2d:weight  8 bit symmetric per channel minmax  first    ends",
+        "out/conv2d:input       float                               default",
+        "out/conv2d:weight      4 bit symmetric per channel minmax  default",
+    ]
+
+
+def test_explain_says_what_plan_sites_then_does() -> None:
+    policy = {
+        **WEIGHTS_ONLY,
+        "rules": [{"name": "skips", "fed_by": "skip_concat", "weight": {"bits": 6}}],
+        "pipeline": ["canonicalize", "flag-skips", "plan-sites"],
+    }
+    steps = registry.pipeline((name, {}) for name in ("canonicalize", "flag-skips", "plan-sites"))
+    planned = steps.run(toy(), PassContext(Policy.load(policy))).table.of(Planned)
+    assert "skips" in {plan.rule for plan in planned.values()}, "nothing was flagged"
+    assert {e.site: Planned(e.spec, e.rule) for e in explanations(toy(), policy)} == planned
+
+
+def test_explain_of_a_planned_program_takes_it_as_it_is() -> None:
+    assert explain(quantized(), WEIGHTS_ONLY) == explain(plain(), WEIGHTS_ONLY)
+
+
+def test_explain_of_some_sites_are_those_of_the_glob() -> None:
+    lines = explain(plain(), WEIGHTS_ONLY, "out/*").splitlines()
+    assert [line.split()[0] for line in lines] == ["site", "out/conv2d:input", "out/conv2d:weight"]
+    with pytest.raises(AddressError, match="nearest: out/conv2d"):
+        explain(plain(), WEIGHTS_ONLY, "oot/*")
+
+
+def test_explain_of_a_policy_that_plans_nothing_says_so() -> None:
+    with pytest.raises(PolicyError, match=r"has no step that plans sites.*plan-sites"):
+        explain(plain(), {**WEIGHTS_ONLY, "pipeline": ["canonicalize"]})

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from models import MODELS
 from mutants import MUTANTS
 from planting import ORDER, POLICIES, context, program_before
+from torch import fx
 from toys import SPEC, toy
 
+import dmqfx
 from dmqfx.checking import faked
 from dmqfx.checking.culprit import find_culprit
 from dmqfx.checking.judges import CLOSE, TIE, Close, Equal, SameCodes, distance
-from dmqfx.checking.probes import draw, outputs, sizes, strong
+from dmqfx.checking.probes import at_edges, draw, outputs, sizes, strong
 from dmqfx.checking.shrink import shrunk
 from dmqfx.checking.verify import checking, error_after, verify
 from dmqfx.errors import RewriteError, VerifyError
@@ -29,7 +31,8 @@ from dmqfx.frontend.capture import capture
 from dmqfx.graph.facts import QDQ, Fact
 from dmqfx.graph.inputs import Input
 from dmqfx.graph.modules import clone
-from dmqfx.graph.pipeline import Pass, PassContext, Pipeline, Preserves
+from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
+from dmqfx.graph.pipeline import Pass, PassContext, Pipeline, Preserves, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
 from dmqfx.graph.rewrite import Rewriter
@@ -39,6 +42,7 @@ from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.policy.policy import Expect
 from dmqfx.runtime.operators import timestep_group
 
+aten = torch.ops.aten
 BY_NAME = {(mutant.pass_name, mutant.name): mutant for mutant in MUTANTS}
 THOUSANDTH = BY_NAME["apply-scaling", "one channel is off by a thousandth"]
 FORGOTTEN = BY_NAME["absorb-scaling", "the bias is forgotten"]
@@ -78,6 +82,16 @@ def test_the_error_of_a_lossy_pass_is_its_noise() -> None:
     assert verdict.limit == math.inf
 
 
+def test_the_plan_is_held_to_without_a_twin_too() -> None:
+    program, step = program_before("insert-qdq"), passes()["insert-qdq"]
+    assert verify(program, step(), context(), float64=False).sqnr_db > 10
+    late = BY_NAME["insert-qdq", "an edge comes half a timestep late"].make()
+    with pytest.raises(VerifyError, match=r"what arrives at .*, in float32: .*, limit 1e-05") as caught:
+        verify(program, late, context(), float64=False)
+    again = error_after(program, late, context(), float64=False)
+    assert again == pytest.approx(caught.value.error)
+
+
 def test_a_policy_sets_the_floor_of_the_signal() -> None:
     program, step = program_before("insert-qdq"), passes()["insert-qdq"]()
     for floor, found in ((5.0, False), (80.0, True)):
@@ -113,6 +127,18 @@ def test_a_half_precision_program_is_held_to_what_its_dtype_can_do() -> None:
         verify(half, THOUSANDTH.make(), replace(context(), calibration=None))
 
 
+@pytest.mark.parametrize("groups", [3, (-0.7, 0.1, 333.3333)])
+def test_edges_that_float32_cannot_hold_are_no_fault_of_a_pass(groups: int | tuple[float, ...]) -> None:
+    default = POLICIES["layers"].default
+    policy = replace(
+        POLICIES["layers"], default=replace(default, input=replace(default.input, groups=groups))
+    )
+    names = "canonicalize plan-sites insert-observers freeze-observers round-weights insert-qdq".split()
+    steps = tuple(passes()[name]() for name in names)
+    after = Pipeline(steps).run(toy(), replace(context(), policy=policy), observe=checking())
+    assert QDQ in after.facts
+
+
 # --- what an error says
 
 
@@ -125,7 +151,7 @@ def test_an_error_names_everything_and_can_be_seen_again() -> None:
     assert error.limit == 1e-10
     assert error.fuel is not None
     expected = (
-        r"apply-scaling, rule 'scale' at upsample/conv2d: relative L2 error of sample, probe 1 \(3x3x8x12\), "
+        r"apply-scaling, rule 'scale' at upsample/conv2d: relative L2 error of sample, probe 2 \(1x3x10x6\), "
         r"in float64: [\d.e-]+, limit 1e-10\n"
         r"  application \d+ of \d+ \(read by 1\), found in \d runs of the pass\n"
         r"  see it again: from dmqfx.checking.verify import error_after; "
@@ -142,6 +168,34 @@ def test_bisection_finds_the_first_wrong_application_in_few_runs(case: tuple[int
     found = find_culprit(lambda fuel: fuel >= first, count)
     assert found.number == first
     assert found.runs <= 1 + math.ceil(math.log2(count))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ("apply-scaling", "one channel is off by a thousandth"),
+        ("canonicalize", "the arms of a concatenation are swapped"),
+        ("insert-qdq", "an edge comes half a timestep late"),
+        ("apply-scaling", "the ranges stay as they were"),
+        ("lower-reference", "the zero point of the last group is off by one"),
+        ("round-weights", "steps are a hundredth too wide"),
+    ],
+)
+def test_every_kind_of_error_says_how_to_see_it_again(name: tuple[str, str]) -> None:
+    mutant = BY_NAME[name]
+    program, step, ctx = mutant.program(), mutant.make(), context(mutant.policy)
+    with pytest.raises(VerifyError) as caught:
+        verify(program, step, ctx)
+    line = str(caught.value).partition("see it again: ")[2]
+    named = {"dmqfx": dmqfx, "program": program, "step": step, "ctx": ctx}
+    if line.startswith("dmqfx.verify"):
+        with pytest.raises(VerifyError):
+            eval(line, named)
+        return
+    statement, _, expression = line.partition("; ")
+    exec(statement, named)
+    assert eval(expression, named) == pytest.approx(caught.value.error)
+    assert caught.value.error > caught.value.limit
 
 
 def test_what_is_wrong_without_fuel_is_no_applications_fault() -> None:
@@ -168,6 +222,32 @@ def test_a_forgotten_bias_shows_in_a_model_that_has_none_yet() -> None:
     assert verify(program, passes()["absorb-scaling"](), without).error < 1e-14
 
 
+@rule(p.conv2d(input=p.any("x")))
+def cut_off(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
+    """conv(x)  ->  conv of the rows of x that there are at the example size, the rest zeros."""
+    if root.meta["address"].path != "conv_in" or x.op != "placeholder":
+        return None
+    kept = rw.call(aten.slice.Tensor, near=root, self=x, dim=2, start=0, end=SPEC.sizes["H"])
+    nothing = rw.call(aten.zeros_like.default, near=root, self=x)
+    whole = rw.call(
+        aten.slice_scatter.default, near=root, self=nothing, src=kept, dim=2, start=0, end=SPEC.sizes["H"]
+    )
+    return rw.like(root, input=whole)
+
+
+@dataclass(frozen=True)
+class CutOff(RewritePass):
+    """Right at the example size and at every smaller one."""
+
+    preserves: ClassVar[Preserves] = Preserves.BITWISE
+    rules: ClassVar[tuple[Rule, ...]] = (cut_off,)
+
+
+def test_what_is_wrong_beyond_the_example_size_is_found() -> None:
+    with pytest.raises(VerifyError, match=r"rule 'cut_off' at conv_in/conv2d: .* probe 2 \(1x3x10x6\)"):
+        verify(toy(), CutOff(), PassContext())
+
+
 @dataclass(frozen=True)
 class ScaleInPlace(Pass):
     """Doubles a weight that it shares with the program that it was given."""
@@ -185,6 +265,32 @@ def test_a_pass_that_writes_into_its_programs_weights_is_found() -> None:
     program = toy().astype(torch.float32)
     with pytest.raises(VerifyError):
         verify(program, ScaleInPlace(), PassContext())
+
+
+@dataclass(frozen=True)
+class ReorderInPlace(Pass):
+    """Changes the order of a hidden layer's channels in both layers around it: nothing but memory tells."""
+
+    preserves: ClassVar[Preserves] = Preserves.EXACT
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        after = program.fork()
+        for name, axis in (("linear_1.weight", 0), ("linear_1.bias", 0), ("linear_2.weight", 1)):
+            weight = after.weights()[f"time_embedding.{name}"]
+            with torch.no_grad():
+                weight.copy_(weight.index_select(axis, torch.arange(12).roll(4)))
+        return after
+
+
+def test_a_pass_that_reorders_its_programs_weights_is_found_though_the_output_stays() -> None:
+    program = toy().astype(torch.float64)
+    inputs = draw(program, generator())[0]
+    before = outputs(program, inputs)[0]
+    with pytest.raises(VerifyError, match="reorder-in-place: changed the program that it was given"):
+        verify(program, ReorderInPlace(), PassContext())
+    torch.testing.assert_close(outputs(program, inputs)[0], before)
+    with pytest.raises(RewriteError, match=r"wrote into time_embedding\.linear_1\.weight"):
+        run_step(ReorderInPlace(), program, PassContext())
 
 
 @dataclass(frozen=True)
@@ -271,7 +377,7 @@ def test_a_pass_that_cannot_run_on_a_twin_is_checked_without_one() -> None:
 def test_probes_differ_in_batch_in_height_and_width_and_in_timesteps() -> None:
     first, second = draw(toy(), generator())
     assert first["sample"].shape == (3, 3, 8, 12)
-    assert second["sample"].shape == (1, 3, 10, 8)
+    assert second["sample"].shape == (1, 3, 10, 6)
     assert len(set(first["timestep"].tolist())) == 3
 
 
@@ -286,20 +392,31 @@ def test_the_last_probe_has_no_residuals() -> None:
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 8, 32])
-def test_probes_have_sizes_that_the_model_takes(multiple: int) -> None:
-    for each in sizes(replace(SPEC, sizes={"B": 2, "H": 64, "W": 64, "T": 77}, multiple_of=multiple)):
+@pytest.mark.parametrize("side", [2, 3, 18, 64])
+def test_probes_have_sizes_that_the_model_takes_and_one_goes_beyond_the_example(
+    multiple: int, side: int
+) -> None:
+    spec = replace(SPEC, sizes={"B": 2, "H": side, "W": side, "T": 77}, multiple_of=multiple)
+    for each in sizes(spec):
         assert each["H"] % multiple == each["W"] % multiple == 0
         assert each["H"] != each["W"]
-        assert each["T"] < 77
+    assert sizes(spec)[1]["H"] > side
+    assert sizes(spec)[1]["T"] > 77
+    assert multiple > 1 or (sizes(spec)[1]["H"] % 2, sizes(spec)[1]["W"] % 2) == (1, 1)
 
 
-def test_the_timesteps_of_a_probe_lie_on_both_sides_of_an_edge() -> None:
-    program = program_before("insert-qdq")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_probes_at_edges_reach_every_group_from_both_ends(dtype: torch.dtype) -> None:
+    program = program_before("insert-qdq").astype(dtype)
     edges = next(
         p.spec.boundaries for p in program.table.of(Planned).values() if p.spec and p.spec.boundaries
     )
-    groups = faked.group_of(draw(program, generator())[0]["timestep"], edges)
-    assert groups[0] == groups[1] + 1
+    (probe,) = at_edges(program, generator())
+    groups = faked.group_of(probe["timestep"], edges)
+    assert groups.tolist() == [1, 0, 2, 1, 3, 2]
+    moved = tuple(edge + 1e-3 for edge in edges)
+    assert faked.group_of(probe["timestep"], moved).tolist() == [0, 0, 1, 1, 2, 2]
+    assert at_edges(toy(), generator()) == []
 
 
 def test_only_weights_that_are_all_alike_are_made_random() -> None:
@@ -366,6 +483,7 @@ def test_codes_that_move_without_a_tie_are_found(dtype: torch.dtype) -> None:
     found = judge.judge(replace(program, gm=clone(program.gm, bias)))
     assert found.wrong
     assert "other codes at mid.to_" in found.what
+    assert 0 < found.error <= 1
 
 
 def test_rounding_errors_are_no_fault_of_the_codes() -> None:

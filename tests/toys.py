@@ -142,10 +142,10 @@ def toy() -> Program:
     return Program(gm, SPEC)
 
 
-def rows(count: int = 12, seed: int = 0) -> Calibration:
-    """Calibration rows of noise at even timesteps, for the toy."""
+def rows(count: int = 12, seed: int = 0, spec: InputSpec = SPEC) -> Calibration:
+    """Calibration rows of noise at even timesteps, for the toy or another program."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = SPEC.draw(generator, B=count)
+    inputs = spec.draw(generator, B=count)
     inputs["timestep"] = torch.linspace(999, 0, count)
     each = torch.arange(count)
     columns = {name: Column(value, each) for name, value in inputs.items()}

@@ -124,9 +124,7 @@ class Calibration:
         """
         from dmqfx.calibration import sampling  # runs samplers into Calibrations, so it comes later
 
-        if isinstance(source, torch.nn.Module):
-            return sampling.from_sampler(source, **options)  # type: ignore[arg-type]  # see the overloads
-        return sampling.from_pipeline(source, **options)  # type: ignore[arg-type]  # see the overloads
+        return sampling.record(source, options)
 
     @classmethod
     def synthesize(

@@ -52,7 +52,7 @@ class Denoising:
     def run(self, tape: Tape) -> int:
         """Run all trajectories; how many times a latent had to be rescaled (only if `steady`).
 
-        Raises: CalibrationError if the UNet gives values that are not finite.
+        Raises: CalibrationError if the UNet gives values that are not finite, or the scheduler has no such steps.
         """
         rescaled = 0
         with torch.no_grad(), _evaluating(self.unet):
@@ -89,7 +89,12 @@ class Denoising:
 
     def _denoise(self, numbers: range) -> int:
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.steps)
+        try:
+            scheduler.set_timesteps(self.steps)
+        except ValueError as error:
+            raise CalibrationError(
+                f"{type(scheduler).__name__} makes no {self.steps} steps: {error}"
+            ) from error
         generators, latent = self._noise(numbers)
         latent = latent * scheduler.init_noise_sigma
         random = (

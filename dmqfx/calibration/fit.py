@@ -44,10 +44,7 @@ def _another_model(models: Sequence[str], inputs: InputSpec) -> str | None:
 def _misfit(group: Rows, inputs: InputSpec) -> str | None:
     known, recorded = {i.name: i for i in inputs.inputs}, _shapes(group)
     missing = [i.name for i in inputs.inputs if not i.optional and i.name not in recorded]
-    demanded = (
-        set() if inputs.root == "UNet2DModel" else {"encoder_hidden_states"}
-    )  # read by the graph or not
-    extra = [name for name in recorded if name not in known and name not in demanded]
+    extra = [name for name in recorded if name not in known and name not in inputs.unread]
     if missing or extra:
         named = [(missing, "not recorded"), (extra, "not taken by the model")]
         return "; ".join(f"{', '.join(names)} {what}" for names, what in named if names)

@@ -18,9 +18,9 @@ from dmqfx.calibration.calibration import Calibration, Json, Origin
 from dmqfx.calibration.rows import Key, RowsWriter
 from dmqfx.errors import CalibrationError
 from dmqfx.frontend.call import arguments, bind
-from dmqfx.frontend.signature import SUPPORTED, UNet, signature
+from dmqfx.frontend.signature import SUPPORTED, UNet, is_supported, signature
 
-__all__ = ["Tape", "origin", "plain", "recording"]
+__all__ = ["Tape", "origin", "plain", "recording", "refuse_others"]
 
 
 @contextmanager
@@ -51,26 +51,26 @@ def recording(unet: UNet) -> Iterator[Tape]:
 class Tape:
     """The calls of one UNet so far.
 
-    A new set of trajectories starts by itself where the batch size changes or time runs backwards.
+    A new set of trajectories begins where the batch size changes or time runs backwards; once `start` was
+    called, only where it says so or the batch size changes.
     """
 
     def __init__(self, unet: UNet) -> None:
-        if not isinstance(unet, SUPPORTED):
-            names = ", ".join(supported.__name__ for supported in SUPPORTED)
-            raise CalibrationError(f"{type(unet).__name__} cannot be recorded; {names} of diffusers can")
+        refuse_others(unet)
         self._unet = unet
         self._spec = signature(unet)
         self._root = self._spec.root
         self._writers: dict[Key, RowsWriter] = {}
         self._pending: dict[str, Tensor] = {}
         self._last: Tensor | None = None
+        self._told = False
         self._numbers = range(0)
         self._step = 0
         self.calls = 0
 
     def start(self) -> None:
         """Say that the next call begins new trajectories: two runs of one step look like one run of two."""
-        self._last = None
+        self._last, self._told = None, True
 
     def calibration(
         self,
@@ -115,11 +115,19 @@ class Tape:
     def _place(self, timestep: Tensor) -> None:
         """Find out which trajectories, and which step of them, a call is."""
         last, self._last = self._last, timestep
-        if last is not None and len(last) == len(timestep) and bool((timestep <= last).all()):
-            self._step += 1
-        else:
+        if begins := last is None or len(last) != len(timestep) or self._runs_backwards(last, timestep):
             self._numbers = range(self._numbers.stop, self._numbers.stop + len(timestep))
-            self._step = 0
+        self._step = 0 if begins else self._step + 1
+
+    def _runs_backwards(self, last: Tensor, timestep: Tensor) -> bool:
+        return not self._told and bool((timestep > last).any())
+
+
+def refuse_others(module: object) -> None:
+    """Raise for what is no float UNet, whose calls nobody can compile."""
+    if not is_supported(module):
+        names = ", ".join(supported.__name__ for supported in SUPPORTED)
+        raise CalibrationError(f"{type(module).__name__} cannot be recorded; {names} of diffusers can")
 
 
 def origin(

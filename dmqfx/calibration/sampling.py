@@ -15,11 +15,29 @@ from tqdm import tqdm
 
 from dmqfx.calibration.calibration import Calibration, CalibrationWarning
 from dmqfx.calibration.denoising import CONCAT, MOST_TRAJECTORIES, Denoising, latent_channels
-from dmqfx.calibration.recording import Tape, recording
+from dmqfx.calibration.recording import Tape, recording, refuse_others
 from dmqfx.errors import CalibrationError
-from dmqfx.frontend.signature import SUPPORTED, UNet, signature
+from dmqfx.frontend.signature import UNet, is_supported, signature
 
-__all__ = ["from_pipeline", "from_sampler", "quiet", "refuse_options", "synthetic"]
+__all__ = ["quiet", "record", "refuse_options", "synthetic"]
+
+
+def record(source: DiffusionPipeline | UNet, options: Mapping[str, object]) -> Calibration:
+    """Run a pipeline, or denoise with a UNet, and record it: see Calibration.record.
+
+    Raises: CalibrationError for another object, or options that it does not take.
+    """
+    if isinstance(source, DiffusionPipeline):
+        return from_pipeline(source, **options)  # type: ignore[arg-type]  # see the overloads of Calibration.record
+    if not isinstance(source, torch.nn.Module):
+        raise CalibrationError(f"what is recorded is a pipeline or a UNet, not {type(source).__name__}")
+    taken = inspect.signature(from_sampler)
+    try:
+        taken.bind(source, **options)
+    except TypeError as error:
+        names = ", ".join(list(taken.parameters)[1:])
+        raise CalibrationError(f"recording {type(source).__name__}: {error}; it takes {names}") from error
+    return from_sampler(source, **options)  # type: ignore[arg-type]  # see the overloads of Calibration.record
 
 
 def from_pipeline(
@@ -72,7 +90,12 @@ def from_sampler(
     Shapes: conditioning and concat have one row for each trajectory or one for all.
     Raises: CalibrationError if the conditioning does not fit the UNet.
     """
+    refuse_others(unet)
     given = {**(conditioning or {}), **({} if concat is None else {CONCAT: concat})}
+    if unconditional and guidance_scale is None:
+        raise CalibrationError(
+            "unconditional= without guidance_scale= changes nothing; say how strong guidance is"
+        )
     count = trajectories or max((len(rows) for rows in given.values()), default=MOST_TRAJECTORIES)
     halves = (given,) if guidance_scale is None else ({**given, **(unconditional or {})}, given)
     _refuse_conditioning(unet, halves, count)
@@ -97,6 +120,7 @@ def synthetic(
 
     Raises: CalibrationError if the UNet gives values that are not finite.
     """
+    refuse_others(unet)
     drawn = _drawn(unet, trajectories or MOST_TRAJECTORIES, seed)
     chosen, notes = scheduler or _usual_scheduler(unet), list[str]()
     plan = Denoising(
@@ -126,10 +150,15 @@ def _usual_scheduler(unet: UNet) -> DDIMScheduler:
     spacing = "linspace"
     if unet.config.get("time_embedding_type") == "fourier":
         spacing = "trailing"  # these divide by the time, and linspace ends at 0
+    common = {
+        "clip_sample": False,
+        "timestep_spacing": spacing,
+        "num_train_timesteps": unet.config.get("num_train_timesteps") or 1000,
+    }
     if isinstance(unet, UNet2DModel):
-        return DDIMScheduler(clip_sample=False, timestep_spacing=spacing)
+        return DDIMScheduler(**common)
     stable_diffusion = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    return DDIMScheduler(clip_sample=False, timestep_spacing=spacing, **stable_diffusion)
+    return DDIMScheduler(**common, **stable_diffusion)
 
 
 def _drawn(unet: UNet, trajectories: int, seed: int) -> dict[str, Tensor]:
@@ -153,7 +182,8 @@ def _warning(unet: UNet, names: Sequence[str]) -> str:
         f"calibrating {type(unet).__name__} on random {', '.join(names)}: "
         "the ranges may not be those of real use\n"
         "  mend: calibration=Calibration.record(pipe, prompts=[...]), or\n"
-        "        calibration=Calibration.record(unet, scheduler=..., conditioning={...})"
+        "        calibration=Calibration.record(unet, scheduler=..., conditioning={...}), or\n"
+        "        dmqfx calibrate PIPELINE --prompts FILE --out cal/, then --calibration cal/"
     )
 
 
@@ -164,10 +194,8 @@ def _size(unet: UNet) -> tuple[int, int]:
 
 def _unet_of(pipe: DiffusionPipeline) -> UNet:
     unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, SUPPORTED):
-        names = (
-            ", ".join(name for name, part in pipe.components.items() if isinstance(part, SUPPORTED)) or "none"
-        )
+    if not is_supported(unet):
+        names = ", ".join(name for name, part in pipe.components.items() if is_supported(part)) or "none"
         compiled = " (record before torch.compile, or with module=pipe.unet._orig_mod)"
         raise CalibrationError(
             f"{type(pipe).__name__}.unet is {type(unet).__name__}, which cannot be recorded\n"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from dmqfx.calibration.calibration import Calibration
-from dmqfx.checking.faked import arguments, group_of
+from dmqfx.checking.recount import miscounted
+from dmqfx.checking.seen import Seen, seen_at
 from dmqfx.checking.tablecheck import Broken
+from dmqfx.checking.unevenness import misjudged
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, INTEGER, PLANNED, QDQ
-from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.facts import CALIBRATED, FITTED, FLAGGED, PLANNED, SHIFTED
+from dmqfx.graph.pipeline import Pass, PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import operations
 from dmqfx.graph.table import Planned, Range
@@ -23,18 +25,28 @@ __all__ = ["contradictions"]
 _ROWS = 8
 _SLACK = 1e-4  # of the width of a range
 _ROUNDINGS = 20  # of the tensor's greatest value: sums in another order differ in their last digits
+_BEYOND = "takes values beyond it"
 
 
-def contradictions(before: Program, after: Program, ctx: PassContext) -> Iterator[Broken]:
-    """Entries that a pass wrote, or left, against the policy or the calibration rows."""
-    if PLANNED in after.facts - before.facts and ctx.policy is not None:
+def contradictions(before: Program, after: Program, step: Pass, ctx: PassContext) -> Iterator[Broken]:
+    """Entries that a pass wrote against the policy or the calibration rows."""
+    if PLANNED in step.provides and ctx.policy is not None:
         yield from _plan(after, ctx)
-    if ctx.calibration is None or CALIBRATED not in after.facts or {QDQ, INTEGER} & after.facts:
+    if SHIFTED in step.provides:
+        yield from miscounted(after, step, ctx)
+    if ctx.calibration is None:
         return
-    if CALIBRATED not in before.facts:
-        yield from _ranges(after, ctx.calibration, tight=True)
-    elif after.gm is not before.gm:
-        yield from _ranges(after, ctx.calibration.select(_ROWS, ctx.generator()), tight=False)
+    if FLAGGED in step.provides:
+        rows = getattr(step, "rows", len(ctx.calibration))  # a pass may measure on fewer, and then says so
+        yield from misjudged(after, ctx.calibration.select(rows, ctx.generator()))
+    ranges, known = after.table.of(Range), before.table.of(Range)
+    if CALIBRATED in step.provides:
+        yield from _ranges(after, ctx.calibration, ranges, exactly=True)
+    elif FITTED not in step.provides and (
+        new := {site: found for site, found in ranges.items() if site not in known}
+    ):
+        few = ctx.calibration.select(_ROWS, ctx.generator())
+        yield from _ranges(after, few, new, exactly=False)
 
 
 def _plan(program: Program, ctx: PassContext) -> Iterator[Broken]:
@@ -54,45 +66,37 @@ def _plan(program: Program, ctx: PassContext) -> Iterator[Broken]:
         )
 
 
-def _ranges(program: Program, calibration: Calibration, *, tight: bool) -> Iterator[Broken]:
-    """Sites that read values outside their range; if `tight`, also ranges that end where no value does."""
-    ranges = program.table.of(Range)
-    for site, (low, high) in _measured(program, calibration, ranges).items():
-        seen = ranges[site]
-        rows = torch.isfinite(low).all(1)  # the groups that any row fell into
-        low, high, was_low, was_high = (t[rows].double() for t in (low, high, seen.low, seen.high))
-        greatest = torch.maximum(was_low.abs(), was_high.abs()).amax(1, keepdim=True)
-        slack = _SLACK * (was_high - was_low) + _ROUNDINGS * torch.finfo(program.dtype).eps * greatest
-        beyond = torch.maximum(was_low - low, high - was_high) > slack
-        inside = torch.maximum(low - was_low, was_high - high) > slack
-        if bool(beyond.any()):
-            group, channel = _first(beyond, rows)
-            yield Broken(site, "Range", f"channel {channel} of group {group} takes values beyond it")
-        elif tight and bool(inside.any()):
-            group, channel = _first(inside, rows)
-            yield Broken(site, "Range", f"no value of channel {channel} of group {group} reaches its ends")
+def _ranges(
+    program: Program, calibration: Calibration, ranges: Mapping[Site, Range], *, exactly: bool
+) -> Iterator[Broken]:
+    """Ranges that calibration rows leave, or (`exactly`) that are not made from just these rows."""
+    batches = (
+        {name: value.to(program.device) for name, value in batch.items()}
+        for batch in calibration.batches(_ROWS, program.inputs, dtype=program.dtype)
+    )
+    for site, seen in seen_at(program, batches, ranges).items():
+        if exactly and ranges[site].count.tolist() != seen.count.tolist():
+            there = [int(each) for each in seen.count.tolist()]
+            yield Broken(site, "Range", f"count is {ranges[site].count.tolist()}, not {there}")
+        rows = seen.count > 0
+        for told, wrong in _wrong(ranges[site], seen, rows, torch.finfo(program.dtype).eps):
+            if bool(wrong.any()) and (exactly or told == _BEYOND):
+                row, channel = wrong.nonzero()[0].tolist()
+                group = int(rows.nonzero().flatten()[row])
+                yield Broken(site, "Range", f"channel {channel} of group {group} {told}")
 
 
-def _measured(
-    program: Program, calibration: Calibration, ranges: dict[Site, Range]
-) -> dict[Site, tuple[Tensor, Tensor]]:
-    """Least and greatest value per group and channel, infinite where no row fell."""
-    found: dict[Site, tuple[Tensor, Tensor]] = {}
-    for batch in calibration.batches(_ROWS, program.inputs, dtype=program.dtype):
-        inputs = {name: value.to(program.device) for name, value in batch.items()}
-        for site, x in arguments(program, inputs, set(ranges)).items():
-            seen = ranges[site]
-            rows = x.movedim(seen.axis, 1).flatten(2) if x.dim() > 2 else x[:, :, None]
-            group = group_of(inputs["timestep"], seen.boundaries)
-            low, high = (torch.full(seen.low.shape, end, device=x.device) for end in (torch.inf, -torch.inf))
-            for g in sorted(set(group.tolist())):
-                low[g], high[g] = rows[group == g].amin((0, 2)), rows[group == g].amax((0, 2))
-            known = found.get(site, (low, high))
-            found[site] = torch.minimum(known[0], low), torch.maximum(known[1], high)
-    return found
-
-
-def _first(where: Tensor, rows: Tensor) -> tuple[int, int]:
-    """(group, channel) of the first hit, the group counted among all groups."""
-    row, channel = where.nonzero()[0].tolist()
-    return int(rows.nonzero().flatten()[row]), channel
+def _wrong(claimed: Range, seen: Seen, rows: Tensor, eps: float) -> Iterator[tuple[str, Tensor]]:
+    """What may speak against a range, and in which of the groups `rows` and channels it does."""
+    count = seen.count[rows, None]
+    mean = seen.total[rows] / count
+    deviation = (seen.squares[rows] / count - mean.square()).clamp_min(0).sqrt()
+    low, high, was_low, was_high = (
+        end[rows].double() for end in (seen.low, seen.high, claimed.low, claimed.high)
+    )
+    greatest = torch.maximum(low.abs(), high.abs()).amax(1, keepdim=True)
+    slack = _SLACK * (high - low) + _ROUNDINGS * eps * greatest
+    yield _BEYOND, torch.maximum(was_low - low, high - was_high) > slack
+    yield "has no value that reaches its ends", torch.maximum(low - was_low, was_high - high) > slack
+    yield "has another mean", (claimed.mean[rows] - mean).abs() > slack
+    yield "has another variance", (claimed.variance[rows].sqrt() - deviation).abs() > 100 * slack

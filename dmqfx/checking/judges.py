@@ -17,7 +17,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned
 from dmqfx.numbers.quant import QParams
 
-__all__ = ["CLOSE", "Close", "Equal", "Finding", "Judge", "Planlike", "SameCodes", "Signal"]
+__all__ = ["CLOSE", "Close", "Equal", "Finding", "Judge", "Planlike", "SameCodes", "Signal", "Together"]
 
 Inputs = Mapping[str, Tensor]
 
@@ -59,6 +59,21 @@ class Judge(ABC):
     @abstractmethod
     def judge(self, after: Program) -> Finding:
         """The worst finding."""
+
+
+class Together(Judge):
+    """Several judges who look at the same probes: the first wrong finding, or else the first of all."""
+
+    def __init__(self, judges: Sequence[Judge]) -> None:
+        self.judges, self.probes = judges, judges[0].probes
+
+    def judge(self, after: Program) -> Finding:
+        found = []
+        for each in self.judges:
+            found.append(each.judge(after))
+            if found[-1].wrong:
+                return found[-1]
+        return found[0]
 
 
 class Equal(Judge):
@@ -165,7 +180,9 @@ class SameCodes(Judge):
             with torch.no_grad():
                 result = forced.run(*(inputs[i.name] for i in after.inputs.inputs))
             if forced.wrong:
-                return Finding(math.inf, 0.0, f"other codes at {forced.wrong[0]}, {_probe(k, inputs)}")
+                where, share = forced.wrong[0]
+                what = f"share of other codes at {where}, {_probe(k, inputs)}"
+                return Finding(share, 0.0, what)
             share = forced.ties / max(forced.count, 1)
             if self.dtype == torch.float64 and share > SHARE_OF_TIES and forced.ties > 1:
                 return Finding(share, SHARE_OF_TIES, f"share of codes that differ, {_probe(k, inputs)}")
@@ -209,7 +226,7 @@ class _Forced(fx.Interpreter):
     def __init__(self, program: Program, codes: Mapping[object, _Coded], tie: float) -> None:
         super().__init__(unobserved(program))
         self.codes, self.tie = codes, tie
-        self.wrong: list[str] = []
+        self.wrong: list[tuple[str, float]] = []
         self.ties = self.count = 0
 
     def run_node(self, n: fx.Node) -> object:
@@ -218,7 +235,7 @@ class _Forced(fx.Interpreter):
         if known is None or not isinstance(value, Tensor) or value.is_floating_point():
             return value
         if value.shape != known.codes.shape:
-            self.wrong.append(f"{n.meta['address']} (other shape)")
+            self.wrong.append((f"{n.meta['address']} (other shape)", math.inf))
             return value
         off = (value.double() - known.codes.double()).abs()
         differ = off > 0
@@ -226,7 +243,7 @@ class _Forced(fx.Interpreter):
         self.ties += int(differ.sum())
         if bool((differ & ~near_tie(known.before_rounding, self.tie)).any()) or bool((off > 1).any()):
             how = f"{int(differ.sum())} of {off.numel()} differ, by up to {int(off.max())}"
-            self.wrong.append(f"{n.meta['address']} ({how})")
+            self.wrong.append((f"{n.meta['address']} ({how})", float(differ.double().mean())))
         return known.codes
 
 

@@ -15,49 +15,75 @@ from dmqfx.graph.modules import clone, constant, propagate
 from dmqfx.graph.program import Outputs, Program
 from dmqfx.graph.table import Codes, Planned
 
-__all__ = ["draw", "outputs", "sizes", "strong", "unobserved"]
+__all__ = ["at_edges", "draw", "outputs", "sizes", "strong", "unobserved"]
 
 _LARGEST = 16  # latent height of the first probe, where the model is meant for more
+_SMALL, _ROWS = 8, 32  # latent height and batch of the probes at the edges of timestep groups
 
 
 def sizes(spec: InputSpec) -> tuple[dict[str, int], ...]:
-    """Sizes of the probes: a batch of 3 and a batch of 1, on latents that are not square.
+    """Sizes of the probes: a batch of 3, and a batch of 1 that goes beyond the example in height and context.
+
+    Latents are never square, and the second is odd where the model takes odd sizes.
 
     Example:
         >>> spec = InputSpec("UNet2DModel", (), {"B": 2, "H": 64, "W": 64}, multiple_of=8)
         >>> sizes(spec)
-        ({'B': 3, 'H': 16, 'W': 24}, {'B': 1, 'H': 24, 'W': 16})
+        ({'B': 3, 'H': 16, 'W': 24}, {'B': 1, 'H': 72, 'W': 16})
     """
-    step = spec.multiple_of
-    height = _round_up(min(_LARGEST, spec.sizes["H"]), step)
-    more = step if step > 1 else 1
-    context = {"T": 5} if "T" in spec.sizes else {}
-    second = {"T": 6} if context else {}
-    return (
-        {"B": 3, "H": height, "W": height + _round_up(height // 2, step), **context},
-        {"B": 1, "H": height + more, "W": height, **second},
-    )
+    step, height = spec.multiple_of, _height(spec, _LARGEST)
+    first = {"B": 3, "H": height, "W": height + _round_up(height // 2, step)}
+    beyond, below = max(spec.sizes["H"], height) + step, max(height - step, 2 * step)
+    beyond += step * (beyond == below)
+    if step == 1:  # odd numbers
+        beyond, below = beyond + 1 - beyond % 2, below - 1 + below % 2
+    second = {"B": 1, "H": _round_up(beyond, step), "W": below}
+    if "T" in spec.sizes:
+        first["T"], second["T"] = 5, spec.sizes["T"] + 1
+    return first, second
 
 
 def draw(program: Program, generator: torch.Generator) -> list[dict[str, Tensor]]:
     """Random inputs in the program's own dtype, one set for each of `sizes`.
 
-    Where the plan has timestep groups, the first timestep lies on an edge and the second just below it. The last
-    set has no residuals, which are then zeros that broadcast.
+    The last set has no residuals, which are then zeros that broadcast.
     """
-    found = [
-        program.inputs.draw(generator, dtype=program.dtype, device=str(program.device), **each)
-        for each in sizes(program.inputs)
-    ]
+    found = [_drawn(program, generator, each) for each in sizes(program.inputs)]
     for i in program.inputs.inputs:
         if i.optional:
             found[-1][i.name] = torch.zeros_like(found[-1][i.name])[:1, :1, :1, :1]
-    edges = sorted({e for p in program.table.of(Planned).values() if p.spec for e in p.spec.boundaries})
-    if edges and "timestep" in found[0]:
-        edge = edges[len(edges) // 2]
-        anywhere = found[0]["timestep"]
-        found[0]["timestep"] = torch.cat([anywhere.new_tensor([edge, edge - 1]), anywhere[2:]])
     return found
+
+
+def at_edges(program: Program, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Small random inputs whose timesteps are every edge of the plan's groups and the number just below it.
+
+    So no group is left out, and no edge can move. Groups are mixed inside a batch; empty in the static case.
+    """
+    edges = {e for p in program.table.of(Planned).values() if p.spec for e in p.spec.boundaries}
+    if not edges:
+        return []
+    opening = torch.tensor(sorted(edges), dtype=program.dtype)
+    times = torch.stack([opening, opening.nextafter(torch.full_like(opening, -torch.inf))], 1).flatten()
+    step, height = program.inputs.multiple_of, _height(program.inputs, _SMALL)
+    found = []
+    for part in torch.split(times, _ROWS):
+        each = {
+            "B": len(part),
+            "H": height,
+            "W": height + step,
+            **({"T": 3} if "T" in program.inputs.sizes else {}),
+        }
+        found.append({**_drawn(program, generator, each), "timestep": part.to(program.device)})
+    return found
+
+
+def _drawn(program: Program, generator: torch.Generator, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    return program.inputs.draw(generator, dtype=program.dtype, device=str(program.device), **sizes)
+
+
+def _height(spec: InputSpec, most: int) -> int:
+    return _round_up(min(most, spec.sizes["H"]), spec.multiple_of)
 
 
 def outputs(program: Program, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -9,20 +9,23 @@ import torch
 from torch import Tensor, fx
 
 from dmqfx.checking.faked import steps, unpacked
+from dmqfx.checking.grids import HALF_STEP, activation_claims, grid_claims, scale_claims
+from dmqfx.checking.stepclaims import arm_claims, shift_claims
+from dmqfx.checking.structure import pair_claims, skip_claims
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, INTEGER, OBSERVED, PLANNED, QDQ, ROUNDED
 from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
-from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, readers
-from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
+from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, unplanned, without_codes, without_range
+from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, Shift, SkipArm, SkipConcat
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams, QuantSpec
-from dmqfx.policy.policy import KIND_OF_OPERATOR, OPERANDS
+from dmqfx.sweep.deploy import scaled_weight
 
 __all__ = ["Broken", "broken_claims"]
 
-_HALF_STEP = 0.5 + 1e-3
+_FARTHEST = 0.5  # share of a row's norm; another row's codes, or a sign, move it by more than all of it
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,12 @@ def broken_claims(program: Program) -> Iterator[Broken]:
 
 def _missing(program: Program) -> Iterator[Broken]:
     """Sites without the entry that a fact promises."""
-    plan = program.table.of(Planned)
     if PLANNED in program.facts and INTEGER not in program.facts:
-        for node in program.calls(*KIND_OF_OPERATOR):
-            for arg in OPERANDS[KIND_OF_OPERATOR[ops.name(node)]]:
-                if (site := Site(node.meta["address"], arg)) not in plan:
-                    yield Broken(site, "Planned", "the site is not in the plan")
-    for site, planned in plan.items():
-        entry = program.table.get(site, Codes) if is_weight(site) else program.table.get(site, Range)
-        fact = ROUNDED if is_weight(site) else CALIBRATED
-        if planned.spec is not None and fact in program.facts and entry is None:
-            kind = "Codes" if is_weight(site) else "Range"
-            yield Broken(site, kind, f"the site is planned, but there is no {kind}")
+        yield from (Broken(site, "Planned", "the site is not in the plan") for site in unplanned(program))
+    for fact, kind, sites in ((CALIBRATED, "Range", without_range), (ROUNDED, "Codes", without_codes)):
+        if fact in program.facts:
+            reason = f"the site is planned, but there is no {kind}"
+            yield from (Broken(site, kind, reason) for site in sites(program))
 
 
 def _unobserved(program: Program) -> Iterator[Broken]:
@@ -74,7 +71,7 @@ def _unobserved(program: Program) -> Iterator[Broken]:
         if observer.boundaries != edges or observer.axis != CHANNEL_AXIS[ops.name(program.node(site.at))]:
             seen = f"boundaries {observer.boundaries} on axis {observer.axis}"
             yield Broken(site, "Observer", f"it has {seen}, the plan has {edges}")
-        elif edges and _edges(program, node.args[-1]) != edges:
+        elif edges and _edges(program, node.args[-1]) != _as_held(edges, program.dtype):
             yield Broken(
                 site, "Observer", "its group index is not made from the timestep and the plan's boundaries"
             )
@@ -90,6 +87,11 @@ def _edges(program: Program, group: fx.node.Argument) -> tuple[float, ...] | Non
     return tuple(constant(program.gm, str(edges.target)).tolist())
 
 
+def _as_held(edges: tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
+    """The nearest numbers to the plan's edges that the timestep's dtype has."""
+    return tuple(torch.tensor(edges, dtype=dtype).tolist())
+
+
 def _against(program: Program, site: Site, entry: object) -> Iterator[str]:
     """What speaks against one entry."""
     match entry:
@@ -98,15 +100,19 @@ def _against(program: Program, site: Site, entry: object) -> Iterator[str]:
         case Range():
             return _range(program, site, entry)
         case SkipConcat():
-            return _skip(program, site, entry)
+            return skip_claims(program, site, entry)
+        case SkipArm():
+            return arm_claims(program, site, entry)
+        case Shift():
+            return shift_claims(program, site, entry)
         case LayerPair():
-            return _pair(program, site, entry)
+            return pair_claims(program, site, entry)
         case ChannelScale():
             return _scale(program, site, entry)
         case Codes():
             return _codes(program, site, entry)
         case QParams():
-            return _qparams(program, site, entry)
+            return activation_claims(program, site, entry)
     return iter(())
 
 
@@ -144,44 +150,6 @@ def _range(program: Program, site: Site, entry: Range) -> Iterator[str]:
         yield f"{shape[1]} channels on axis {entry.axis}, the tensor has {channels[1]} on axis {channels[0]}"
 
 
-def _skip(program: Program, site: Site, entry: SkipConcat) -> Iterator[str]:
-    node = program.node(site.at)
-    arms = ops.args(node).get("tensors") if ops.is_call(node, "cat") else None
-    if not isinstance(arms, (list, tuple)):
-        yield "the operation does not concatenate"
-        return
-    nodes = [arm for arm in arms if isinstance(arm, fx.Node)]
-    counts = [arm.meta["val"].shape[1] for arm in nodes]
-    claimed = [entry.deep, entry.skip] if entry.skip_last else [entry.skip, entry.deep]
-    if counts != claimed:
-        yield f"the arms have {counts} channels, not {claimed}"
-        return
-    deep, skip = nodes if entry.skip_last else nodes[::-1]
-    if _depth(deep) <= _depth(skip):
-        yield f"{label(deep)} is called deep, but {label(skip)} has as many convolutions behind it"
-
-
-def _pair(program: Program, site: Site, entry: LayerPair) -> Iterator[str]:
-    if {QDQ, INTEGER} & program.facts:  # then every reader has a dequantize of its own
-        return
-    if entry.readers[:1] != (site,):
-        yield "the entry does not stand at its first reader"
-    sources = {program.source(reader) for reader in entry.readers}
-    if len(sources) != 1:
-        yield f"its readers read {len(sources)} tensors: {', '.join(sorted(map(label, sources)))}"
-        return
-    source = sources.pop()
-    reading = {Site(user.meta["address"], arg) for user, arg in readers(source)}
-    left_out = sorted(s for s in reading - set(entry.readers) if _quantized_layer(program, s))
-    if left_out:
-        yield f"{left_out[0]} reads {label(source)} too and is left out"
-    if entry.producer is None and not entry.reason:
-        yield "there is no producer and no reason why not"
-    if entry.producer is not None and reading != set(entry.readers):
-        unscaled = min(reading - set(entry.readers))
-        yield f"{entry.producer} is said to absorb the scale, but {unscaled} reads it unscaled"
-
-
 def _scale(program: Program, site: Site, entry: ChannelScale) -> Iterator[str]:
     gamma = entry.gamma
     if not bool((torch.isfinite(gamma) & (gamma > 0)).all()):
@@ -199,7 +167,8 @@ def _codes(program: Program, site: Site, entry: Codes) -> Iterator[str]:
         yield "the weight is not planned to be quantized"
         return
     rows = entry.shape[0]
-    yield from _grid(params, planned.spec, 1, rows if planned.spec.per == "channel" else 1)
+    reasons = list(grid_claims(params, planned.spec, 1, rows if planned.spec.per == "channel" else 1))
+    yield from reasons
     count = torch.Size(entry.shape).numel()
     size = -(-count // 2) if planned.spec.bits <= 4 else count
     if entry.packed.dtype != torch.uint8 or entry.packed.numel() != size:
@@ -209,8 +178,13 @@ def _codes(program: Program, site: Site, entry: Codes) -> Iterator[str]:
     codes = unpacked(entry, planned.spec.bits)
     if not params.qmin <= int(codes.min()) <= int(codes.max()) <= params.qmax:
         yield f"codes from {int(codes.min())} to {int(codes.max())} are not in {params.qmin} to {params.qmax}"
-    if ROUNDED in program.facts and not {QDQ, INTEGER} & program.facts:
-        yield from _rounding(program.constant_at(site), codes, params, planned.spec)
+    if not reasons and ROUNDED in program.facts and not {QDQ, INTEGER} & program.facts:
+        weight = scaled_weight(program, site)
+        if entry.nearest:
+            yield from scale_claims(weight, params, planned.spec)
+            yield from _rounding(weight, codes, params, planned.spec)
+        else:
+            yield from _learned(weight, codes, params)
 
 
 def _rounding(weight: Tensor, codes: Tensor, params: QParams, spec: QuantSpec) -> Iterator[str]:
@@ -222,59 +196,28 @@ def _rounding(weight: Tensor, codes: Tensor, params: QParams, spec: QuantSpec) -
     inside = exact.clamp(params.qmin, params.qmax)
     clipped = (exact - inside).abs().flatten(1).amax(1)
     off = (codes - inside).abs().flatten(1).amax(1)
-    if float(off.max()) > _HALF_STEP:
+    if float(off.max()) > HALF_STEP:
         row = int(off.argmax())
         yield f"output channel {row} is rounded by {float(off[row]):.3g} steps, not to the nearest code"
-    if spec.range == "minmax" and float(clipped.max()) > _HALF_STEP:
+    if spec.range == "minmax" and float(clipped.max()) > HALF_STEP:
         row = int(clipped.argmax())
         yield f"output channel {row} is clipped by {float(clipped[row]):.3g} steps; minmax clips nothing"
 
 
-def _qparams(program: Program, site: Site, entry: QParams) -> Iterator[str]:
-    planned, seen = program.table.get(site, Planned), program.table.get(site, Range)
-    if planned is None or planned.spec is None:
-        yield "the site is not planned to be quantized"
+def _learned(weight: Tensor, codes: Tensor, params: QParams) -> Iterator[str]:
+    """Whether codes that were moved from the nearest ones still spell the weight."""
+    if weight.shape != codes.shape:
+        yield f"codes are {list(codes.shape)}, the weight is {list(weight.shape)}"
         return
-    channels = entry.scale.shape[-1] if planned.spec.per == "channel" else 1
-    reasons = list(_grid(entry, planned.spec, len(planned.spec.boundaries) + 1, channels))
-    yield from reasons
-    if seen is None or reasons:
-        return
-    low, high = seen.low.double().clamp(max=0), seen.high.double().clamp(min=0)
-    if planned.spec.per == "tensor":
-        low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
-    elif entry.scale.shape != low.shape:
-        yield f"{list(entry.scale.shape)} scales for a range of {list(low.shape)}"
-        return
-    scale, zero_point = entry.scale.double(), entry.zero_point.double()
-    ends = (entry.qmin - zero_point) * scale, (entry.qmax - zero_point) * scale
-    short = torch.maximum(ends[0] - low, high - ends[1]) / scale
-    if planned.spec.range == "minmax" and float(short.max()) > _HALF_STEP:
-        yield f"the grid ends {float(short.max()):.3g} steps short of the range that was seen"
-    symmetric = entry.qmin < 0
-    wide = torch.maximum(high / entry.qmax, low / entry.qmin) if symmetric else (high - low) / entry.qmax
-    if bool(((scale > 1.01 * wide) & (wide > 0)).any()):
-        yield f"steps are {float((scale / wide)[wide > 0].max()):.3g} times as wide as the range needs"
-
-
-def _grid(params: QParams, spec: QuantSpec, groups: int, channels: int) -> Iterator[str]:
-    """Whether the parameters are legal and are those of the spec."""
-    affine = spec.grid == "affine"
-    ends = (0, 2**spec.bits - 1) if affine else (-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1)
-    if (params.qmin, params.qmax) != ends:
-        yield f"codes {params.qmin} to {params.qmax} are not those of {spec} ({ends[0]} to {ends[1]})"
-    if params.boundaries != spec.boundaries:
-        yield f"boundaries {params.boundaries} are not the plan's {spec.boundaries}"
-    for name in ("scale", "zero_point"):
-        if tuple(getattr(params, name).shape) != (groups, channels):
-            yield f"{name} is {list(getattr(params, name).shape)}, not [{groups}, {channels}] for {spec}"
-    if not bool((torch.isfinite(params.scale) & (params.scale > 0)).all()):
-        yield "a scale is not finite and positive"
-    zero_point = params.zero_point.double()
-    if bool((zero_point != zero_point.round().clamp(params.qmin, params.qmax)).any()):
-        yield f"a zero point is not a code in {params.qmin} to {params.qmax}"
-    if not affine and bool((zero_point != 0).any()):
-        yield "the grid is symmetric, but a zero point is not 0"
+    grid = QParams(params.scale, params.zero_point, params.qmin, params.qmax, 0)
+    exact = steps(weight, grid, None)
+    centred = exact.double().flatten(1) - params.zero_point.double().T
+    moved = (codes.double() - exact.double()).flatten(1).square().sum(1)
+    allowed = _FARTHEST**2 * centred.square().sum(1) + exact[0].numel()
+    if bool((moved > allowed).any()):
+        row = int((moved / allowed).argmax())
+        share = float((moved[row] / centred[row].square().sum().clamp(min=1)).sqrt())
+        yield f"output channel {row} was moved by {share:.0%} of its weights, more than rounding may"
 
 
 def _channels(program: Program, site: Site) -> tuple[int, int] | None:
@@ -284,20 +227,3 @@ def _channels(program: Program, site: Site) -> tuple[int, int] | None:
     if axis is None or not isinstance(source, fx.Node):
         return None
     return axis, source.meta["val"].shape[axis]
-
-
-def _quantized_layer(program: Program, site: Site) -> bool:
-    """Whether a site is the input of a layer whose input and weight are both planned to be quantized."""
-    plans = [program.table.get(s, Planned) for s in (site, Site(site.at, "weight"))]
-    return site.arg == "input" and all(plan is not None and plan.spec is not None for plan in plans)
-
-
-def _depth(node: fx.Node) -> int:
-    """How many convolutions lie behind a value."""
-    seen, todo = set[fx.Node](), [node]
-    while todo:
-        here = todo.pop()
-        if here not in seen:
-            seen.add(here)
-            todo += here.all_input_nodes
-    return sum(1 for each in seen if ops.is_call(each, "conv2d", "qconv2d"))

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from dmqfx.checking.culprit import Culprit, find_culprit
+from dmqfx.checking.culprit import find_culprit
 from dmqfx.checking.evidence import contradictions
-from dmqfx.checking.judges import Close, Equal, Finding, Judge, Planlike, SameCodes, Signal
-from dmqfx.checking.probes import draw, strong
+from dmqfx.checking.headroom import Headroom
+from dmqfx.checking.judges import Close, Equal, Finding, Judge, Planlike, SameCodes, Signal, Together
+from dmqfx.checking.ledger import unaccounted
+from dmqfx.checking.probes import at_edges, draw, strong
+from dmqfx.checking.producers import wrong_producers
 from dmqfx.checking.tablecheck import Broken, broken_claims
 from dmqfx.errors import DmqfxError, VerifyError
-from dmqfx.graph.facts import QDQ
+from dmqfx.graph.facts import PAIRED, QDQ
 from dmqfx.graph.journal import Application, Journal
-from dmqfx.graph.pipeline import Observe, Pass, PassContext, Preserves, check_structure
+from dmqfx.graph.modules import label
+from dmqfx.graph.pipeline import Observe, Pass, PassContext, Preserves, check_facts, check_structure
 from dmqfx.graph.program import Program
 
 __all__ = ["Verdict", "checking", "error_after", "verify"]
@@ -88,8 +93,8 @@ def error_after(
 ) -> float:
     """The error that the first `fuel` applications of a pass make, as `verify` measures it."""
     trials = _trials(program, step, ctx or PassContext(), float64)
-    trial = next((t for t in trials if t.twin == float64), trials[0])
-    return trial.look(fuel)[0].error
+    findings = [t.look(fuel)[0] for t in [t for t in trials if t.twin == float64] or trials]
+    return next((finding for finding in findings if finding.wrong), findings[0]).error
 
 
 @dataclass(frozen=True)
@@ -132,22 +137,17 @@ class _Trial:
         numbers = f": {finding.error:.3g}, limit {finding.limit:.3g}" if finding.error < math.inf else ""
         what = f"{finding.what}, in {dtype}{numbers}"
         if finding.at:
-            rule = next((a.rule for a in applied if str(a.at) == finding.at), "")
-            return _error(self.step, what, finding, rule, finding.at, None, "")
+            rule = _rule_at(finding.at, applied)
+            return _error(self.step, what, finding, rule, finding.at, None, self._again(None))
         culprit = find_culprit(self._wrong_after, len(applied))
         if culprit.number == 0:
-            mend = "wrong before any application in its journal: the pass changes more than it records"
-            return _error(self.step, what, finding, "", "", 0, mend)
-        guilty = applied[culprit.number - 1]
-        return _error(
-            self.step,
-            what,
-            finding,
-            guilty.rule,
-            str(guilty.at),
-            culprit.number,
-            self._again(guilty, culprit, len(applied)),
-        )
+            why = "wrong before any application in its journal: the pass changes more than it records\n"
+            return _error(self.step, what, finding, "", "", 0, f"{why}  {self._again(0)}")
+        guilty, number = applied[culprit.number - 1], culprit.number
+        words = f" ({guilty.what})" if guilty.what else ""
+        where = f"application {number} of {len(applied)}{words}, found in {culprit.runs} runs of the pass\n"
+        mend = f"{where}  {self._again(number)}"
+        return _error(self.step, what, finding, guilty.rule, str(guilty.at), number, mend)
 
     def _wrong_after(self, fuel: int) -> bool:
         try:
@@ -155,12 +155,11 @@ class _Trial:
         except DmqfxError:  # a prefix that does not even stand
             return True
 
-    def _again(self, guilty: Application, culprit: Culprit, count: int) -> str:
-        words = f" ({guilty.what})" if guilty.what else ""
-        call = f"error_after(program, step, ctx, fuel={culprit.number}, float64={self.twin})"
+    def _again(self, fuel: int | None) -> str:
+        fuelled = "" if fuel is None else f"fuel={fuel}, "
         return (
-            f"application {culprit.number} of {count}{words}, found in {culprit.runs} runs of the pass\n"
-            f"  see it again: from dmqfx.checking.verify import error_after; {call}"
+            "see it again: from dmqfx.checking.verify import error_after; "
+            f"error_after(program, step, ctx, {fuelled}float64={self.twin})"
         )
 
 
@@ -171,13 +170,14 @@ def _verify(program: Program, step: Pass, ctx: PassContext, after: Program | Non
         ctx = replace(ctx, journal=journal)
     for broken in broken_claims(after):
         raise _refute_claim(step, broken, ctx.journal)
+    check_facts(after, step.name())
     findings = []
     for trial in trials:
         finding, applied = replace(trial, ctx=ctx).look(after=after if trial.program is program else None)
         if finding.wrong:
             raise trial.refute(finding, applied)
         findings.append(finding)
-    for broken in contradictions(program, after, ctx):
+    for broken in _unfounded(program, after, step, ctx):
         raise _refute_claim(step, broken, ctx.journal)
     first = findings[0]
     return Verdict(
@@ -185,28 +185,38 @@ def _verify(program: Program, step: Pass, ctx: PassContext, after: Program | Non
     )
 
 
+def _unfounded(before: Program, after: Program, step: Pass, ctx: PassContext) -> Iterator[Broken]:
+    """Entries that do not come from where they say, one reason after the other."""
+    yield from unaccounted(before, after, step, ctx.journal)
+    yield from contradictions(before, after, step, ctx)
+    if PAIRED in step.provides:
+        yield from wrong_producers(after, draw(after, ctx.generator())[0])
+
+
 def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> list[_Trial]:
     """The programs to look at and their judges, the float64 twin first (last for a lossy pass)."""
     if step.preserves is Preserves.LOSSY:
         judge = Signal(program, _rows(program, ctx), _floor(ctx))
-        lossy = [_Trial(program, step, ctx, judge, False)]
-        return lossy + [_twin(program, step, ctx, Planlike)] * (float64 and QDQ in step.provides)
+        by_plan = [_twin(program, step, ctx, Planlike) if float64 else _trial(program, step, ctx, Planlike)]
+        return [_Trial(program, step, ctx, judge, False), *(by_plan if QDQ in step.provides else ())]
     if step.preserves is Preserves.BITWISE:
-        return [_trial(program, step, ctx, Equal)]
+        return [_trial(program, step, ctx, Equal, Headroom)]
     kind = SameCodes if QDQ in program.facts else Close
-    own = _trial(program, step, ctx, kind)
-    return [_twin(program, step, ctx, kind), own] if float64 and program.dtype != torch.float64 else [own]
+    if not float64 or program.dtype == torch.float64:
+        return [_trial(program, step, ctx, kind, Headroom)]
+    return [_twin(program, step, ctx, kind, Headroom), _trial(program, step, ctx, kind)]
 
 
 def _trial(
-    program: Program, step: Pass, ctx: PassContext, kind: Callable[..., Judge], twin: bool = False
+    program: Program, step: Pass, ctx: PassContext, *kinds: Callable[..., Judge], twin: bool = False
 ) -> _Trial:
     probed = strong(program, ctx.generator())
-    return _Trial(probed, step, ctx, kind(probed, draw(probed, ctx.generator())), twin)
+    probes = draw(probed, ctx.generator()) + at_edges(probed, ctx.generator())
+    return _Trial(probed, step, ctx, Together([kind(probed, probes) for kind in kinds]), twin)
 
 
-def _twin(program: Program, step: Pass, ctx: PassContext, kind: Callable[..., Judge]) -> _Trial:
-    return _trial(program.astype(torch.float64), step, ctx, kind, True)
+def _twin(program: Program, step: Pass, ctx: PassContext, *kinds: Callable[..., Judge]) -> _Trial:
+    return _trial(program.astype(torch.float64), step, ctx, *kinds, twin=True)
 
 
 def _rows(program: Program, ctx: PassContext) -> list[dict[str, Tensor]]:
@@ -227,7 +237,7 @@ def _run(step: Pass, program: Program, ctx: PassContext, fuel: int | None) -> tu
     journal = Journal(fuel=fuel)
     after = step.run(program, replace(ctx, journal=journal))
     after = replace(after, facts=(program.facts - step.clears) | step.provides)
-    check_structure(after, step.name(), program, facts=fuel is None)
+    check_structure(after, step.name(), program)
     return after, journal
 
 
@@ -247,16 +257,30 @@ def _error(
 
 
 def _refute_claim(step: Pass, broken: Broken, journal: Journal) -> VerifyError:
-    rule = next((a.rule for a in journal.applied if a.at == broken.site.at), "")
     return VerifyError(
         f"{broken.kind} of {broken.site}: {broken.reason}",
         step=step.name(),
-        rule=rule,
+        rule=_rule_at(str(broken.site.at), journal.applied),
         address=str(broken.site.at),
+        mend="see it again: dmqfx.verify(program, step, ctx)",
     )
 
 
+def _rule_at(address: str, applied: Sequence[Application]) -> str:
+    """The rule that was applied at an address; where none was, the only one that was applied at all."""
+    every = {a.rule for a in applied}
+    return next((a.rule for a in applied if str(a.at) == address), every.pop() if len(every) == 1 else "")
+
+
 def _fingerprint(program: Program) -> tuple[object, ...]:
-    """What changes if a graph or a weight is edited in place."""
-    sums = ((name, float(value.sum(dtype=torch.float64))) for name, value in program.weights().items())
-    return (program.gm.code, *sums)
+    """What changes if a graph, a weight or an entry of the table is edited in place."""
+    labels = tuple(label(node) for node in program.graph.nodes)
+    entries = (getattr(entry, f.name) for _, entry in program.table for f in fields(entry))
+    tensors = [*program.weights().values(), *(value for value in entries if isinstance(value, Tensor))]
+    return (str(program.graph), program.gm.code, labels, *map(_checksum, tensors))
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of every bit: a sum would not see two channels that change places."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy())

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmqfx.cli import sources, terminal
+from dmqfx.cli import files, sources
 from dmqfx.errors import DmqfxError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _emoji(options: argparse.Namespace) -> Sampler:
     from dmqfx.judging.samplers import EmojiSampler
 
     shown = emoji.demo_prompts(options.pictures or 16)
-    prompts = terminal.read_prompts(options.prompts) if options.prompts else shown
+    prompts = files.read_prompts(options.prompts) if options.prompts else shown
     emoji.embed(prompts)  # what it does not know is said before anything long
     steps = 20 if options.steps is None else options.steps
     scale = 3.0 if options.guidance is None else options.guidance
@@ -76,7 +76,7 @@ def _emoji(options: argparse.Namespace) -> Sampler:
 def _pipeline(options: argparse.Namespace) -> tuple[UNet, Sampler]:
     from dmqfx.judging.samplers import PipelineSampler
 
-    prompts = terminal.read_prompts(options.prompts) if options.prompts else ()
+    prompts = files.read_prompts(options.prompts) if options.prompts else ()
     pipe = sources.load_pipeline(options.model)
     pipe.scheduler = _scheduler(options, pipe.scheduler)
     sampler = PipelineSampler(pipe, prompts, options.pictures or 1, options.steps, options.guidance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dmqfx.cli import sources, terminal
+from dmqfx.cli import files, sources, terminal
 from dmqfx.cli.terminal import Commands, bars, command, whole
 
 TARGETS = ("auto", "simulate", "reference")
@@ -36,7 +36,7 @@ def _eval(commands: Commands[argparse.ArgumentParser]) -> None:
         ),
     )
     parser.add_argument("compiled", metavar="COMPILED", help="folder of `dmqfx compile`")
-    terminal.add_model(parser)
+    terminal.add_model(parser, compiled=False)
     _add_rows(parser)
     _add_pictures(parser)
     parser.add_argument(
@@ -98,8 +98,9 @@ def eval_(options: argparse.Namespace) -> int:
     from dmqfx.calibration.calibration import Calibration
     from dmqfx.cli import drawing
     from dmqfx.evaluation import evaluate
+    from dmqfx.storage.atomic import replacing_file
 
-    out = terminal.to_be_file(options.out) if options.out else None
+    out = files.to_be_file(options.out) if options.out else None
     seeds, features, reference = options.seed or [1], drawing.features(options), drawing.reference(options)
     compiled = sources.load_compiled(options.compiled, options.target)
     recorded = [Calibration.load(folder) for folder in options.calibration]
@@ -119,7 +120,8 @@ def eval_(options: argparse.Namespace) -> int:
         progress=bars(),
     )
     if out is not None:
-        terminal.write_text(out, terminal.as_json(found.to_data()))
+        with replacing_file(out) as file:
+            file.write_text(terminal.as_json(found.to_data()), encoding="utf-8")
     terminal.say(options, str(found), found.to_data())
     return terminal.gate(
         found.misses(sqnr_db=options.min_sqnr, psnr_db=options.min_psnr, ssim=options.min_ssim)
@@ -140,25 +142,30 @@ def _verify(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     terminal.add_model(parser)
     terminal.add_policy(parser)
+    parser.set_defaults(policy=None)  # to know whether it was given
     parser.add_argument("--seed", type=whole(0), default=0, help="of the probes [0]")
 
 
 def verify(options: argparse.Namespace) -> int:
     """dmqfx verify."""
     from dmqfx.checking.modelcheck import verify_policy, verify_saved
-    from dmqfx.errors import StoreError, VerifyError
+    from dmqfx.errors import DmqfxError, StoreError, VerifyError
     from dmqfx.graph import registry
     from dmqfx.policy.policy import Policy
 
     if sources.is_compiled(options.model):
+        if options.policy or options.overrides:
+            raise DmqfxError(
+                f"{options.model} has its policy already; --policy and --set are for a float model"
+            )
         try:
             compiled = sources.load_compiled(options.model)
         except StoreError as error:
             raise VerifyError(str(error), step="load") from error
         found = verify_saved(compiled, seed=options.seed)
-        terminal.say(options, "\n".join(found), list(found))
+        terminal.say(options, "\n".join(found), dict(line.split(maxsplit=1) for line in found))
         return terminal.OK
-    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
+    policy = Policy.load(options.policy or "w4a8", options.overrides, check_step=registry.problems_with)
     checked = verify_policy(sources.load_unet(options.model), policy, seed=options.seed, progress=bars())
     terminal.say(options, str(checked), checked.to_data())
     return terminal.OK

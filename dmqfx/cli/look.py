@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
-from dmqfx.cli import sources, terminal
+from dmqfx.cli import files, sources, terminal
 from dmqfx.cli.terminal import Commands, command, whole
 
 if TYPE_CHECKING:
+    from dmqfx.policy.policy import Explanation
     from dmqfx.seeing.inventory import Item
     from dmqfx.seeing.lines import Line
-
-GLOB = "addresses: * stays inside one name, ** crosses names, re: starts a regular expression [**]"
 
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -38,7 +37,7 @@ def _inspect(commands: Commands[argparse.ArgumentParser]) -> None:
         ),
     )
     terminal.add_model(parser)
-    parser.add_argument("--at", metavar="GLOB", default="**", help=GLOB)
+    terminal.add_glob(parser)
     parser.add_argument("--picture", metavar="SVG", help="also draw the U of the whole program")
 
 
@@ -46,8 +45,9 @@ def inspect(options: argparse.Namespace) -> int:
     """dmqfx inspect."""
     from dmqfx.seeing.inventory import inventory, listing
     from dmqfx.seeing.picture import picture
+    from dmqfx.storage.atomic import replacing_file
 
-    drawing = terminal.to_be_file(options.picture) if options.picture else None
+    drawing = files.to_be_file(options.picture) if options.picture else None
     compiled = sources.load_stored(options.model) if sources.is_compiled(options.model) else None
     program = compiled.program if compiled is not None else sources.load_program(options.model)
     report = compiled.report if compiled is not None else None
@@ -56,7 +56,8 @@ def inspect(options: argparse.Namespace) -> int:
     if report is not None:
         text += f"\n\n{report.summary()}"
     if drawing is not None:
-        terminal.write_text(drawing, picture(program, report))
+        with replacing_file(drawing) as file:
+            file.write_text(picture(sources.flagged(program), report), encoding="utf-8")
         text += f"\n\npicture: {drawing.resolve()}"
     data = {
         "layers": [_item(item) for item in items],
@@ -87,7 +88,7 @@ def _show(commands: Commands[argparse.ArgumentParser]) -> None:
         ),
     )
     terminal.add_model(parser)
-    parser.add_argument("--at", metavar="GLOB", default="**", help=GLOB)
+    terminal.add_glob(parser)
 
 
 def show(options: argparse.Namespace) -> int:
@@ -125,7 +126,7 @@ def _diff(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     terminal.add_model(parser, "before")
     terminal.add_model(parser, "after")
-    parser.add_argument("--at", metavar="GLOB", default="**", help=GLOB)
+    terminal.add_glob(parser)
     parser.add_argument(
         "--context", type=whole(0), default=0, metavar="N", help="unchanged lines around a change [0]"
     )
@@ -178,27 +179,26 @@ def _explain(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     terminal.add_model(parser)
     terminal.add_policy(parser)
-    parser.add_argument("--at", metavar="GLOB", default="**", help=GLOB)
+    terminal.add_glob(parser)
 
 
 def explain(options: argparse.Namespace) -> int:
     """dmqfx explain."""
     from dmqfx.graph import registry
-    from dmqfx.graph.sites import operations
     from dmqfx.policy.policy import Policy
-    from dmqfx.policy.policy import explain as explanations
-    from dmqfx.seeing import wording
-    from dmqfx.seeing.selection import select
+    from dmqfx.seeing.explain import explanations, table
 
-    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
-    found = explanations(policy, operations(sources.load_program(options.model)))
-    wanted = select(dict.fromkeys(each.site.at for each in found), options.at)
-    rows = [["site", "bits", "rule", "overrides"]]
-    rows += [
-        [str(e.site), str(e.spec or "float"), e.rule, ", ".join(e.overridden)]
-        for e in found
-        if e.site.at in wanted
-    ]
-    data = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
-    terminal.say(options, wording.columns(rows), data)
+    policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
+    found = explanations(sources.load_captured(options.model), policy, options.at)
+    terminal.say(options, table(found), [_explained(each) for each in found])
     return terminal.OK
+
+
+def _explained(found: Explanation) -> dict[str, object]:
+    return {
+        "site": str(found.site),
+        "bits": found.spec.bits if found.spec else None,
+        "asked": str(found.spec or "float"),
+        "rule": found.rule,
+        "overrides": list(found.overridden),
+    }

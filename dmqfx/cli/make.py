@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmqfx.cli import sources, terminal
+from dmqfx.cli import files, sources, terminal
 from dmqfx.cli.terminal import Commands, bars, command, whole
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from dmqfx.calibration.calibration import Calibration
 
 
@@ -41,7 +42,7 @@ def demo(options: argparse.Namespace) -> int:
     """dmqfx demo."""
     from dmqfx import demo as show
 
-    out = terminal.to_be_file(options.out)
+    out = files.to_be_file(options.out)
     rows = show.run(options.policy or ["w4a8", "w4a6"], out, seed=options.seed, progress=bars())
     text = "\n\n".join([show.table(rows), *show.remarks(rows), f"picture: {out.resolve()}"])
     terminal.say(options, text, {"picture": str(out.resolve()), "rows": [row.to_data() for row in rows]})
@@ -64,15 +65,17 @@ def _calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
             ("dmqfx calibrate unet/ --out cal/", "a UNet alone: trajectories from noise"),
         ),
     )
-    terminal.add_model(parser)
+    terminal.add_model(parser, compiled=False)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write")
     parser.add_argument(
         "--prompts", metavar="FILE", help="one prompt a line; MODEL is then a pipeline folder, which is run"
     )
     parser.add_argument(
-        "--steps", type=whole(1), help="of each trajectory [a pipeline: 20; else by measured cost]"
+        "--steps", type=whole(1), help="of each trajectory [a pipeline and emoji: 20; else by measured cost]"
     )
-    parser.add_argument("--trajectories", type=whole(1), help="how many, without prompts [by measured cost]")
+    parser.add_argument(
+        "--trajectories", type=whole(1), help="how many, without --prompts [emoji: 8; else by measured cost]"
+    )
     parser.add_argument(
         "--guidance", type=float, help="scale of classifier-free guidance [the pipeline's own]"
     )
@@ -83,11 +86,11 @@ def calibrate(options: argparse.Namespace) -> int:
     """dmqfx calibrate."""
     from dmqfx.errors import DmqfxError
 
-    out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise DmqfxError(f"{out} is a file; --out is a folder")
+    out = files.to_be_folder(options.out)
     if options.guidance is not None and not options.prompts:
         raise DmqfxError("--guidance is for a pipeline: say --prompts too")
+    if options.trajectories is not None and options.prompts:
+        raise DmqfxError("--trajectories is for a model alone: with --prompts each prompt is run once")
     recorded = _recorded(options)
     recorded.save(out)
     about = {
@@ -104,15 +107,8 @@ def _recorded(options: argparse.Namespace) -> Calibration:
     from dmqfx.evaluation import emoji_calibration
 
     if options.prompts:
-        prompts = terminal.read_prompts(options.prompts)
-        return Calibration.record(
-            sources.load_pipeline(options.model),
-            prompts=prompts,
-            steps=options.steps or 20,
-            guidance_scale=options.guidance,
-            seed=options.seed,
-            progress=bars(),
-        )
+        prompts = files.read_prompts(options.prompts)
+        return _watched(sources.load_pipeline(options.model), prompts, options)
     if sources.is_emoji(options.model):
         return emoji_calibration(
             count=options.trajectories, steps=options.steps or 20, seed=options.seed, progress=bars()
@@ -124,6 +120,24 @@ def _recorded(options: argparse.Namespace) -> Calibration:
         seed=options.seed,
         progress=bars(),
     )
+
+
+def _watched(pipe: DiffusionPipeline, prompts: list[str], options: argparse.Namespace) -> Calibration:
+    """What a pipeline's UNet receives. What the pipeline itself refuses to do is no bug of ours."""
+    from dmqfx.calibration.calibration import Calibration
+    from dmqfx.errors import DmqfxError
+
+    try:
+        return Calibration.record(
+            pipe,
+            prompts=prompts,
+            steps=options.steps or 20,
+            guidance_scale=options.guidance,
+            seed=options.seed,
+            progress=bars(),
+        )
+    except (TypeError, ValueError) as error:
+        raise DmqfxError(f"{type(pipe).__name__} in {options.model} does not run so: {error}") from error
 
 
 def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -145,7 +159,7 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
             ),
         ),
     )
-    terminal.add_model(parser)
+    terminal.add_model(parser, compiled=False)
     terminal.add_policy(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a compiled model there is replaced")
     parser.add_argument(
@@ -165,13 +179,18 @@ def compile_(options: argparse.Namespace) -> int:
     """dmqfx compile."""
     from dmqfx.compiler import QualityWarning, needs_calibration
     from dmqfx.compiler import compile as compile_unet
+    from dmqfx.errors import DmqfxError
     from dmqfx.evaluation import emoji_calibration
     from dmqfx.graph import registry
     from dmqfx.policy.policy import Expect, Policy
     from dmqfx.storage.store import refuse_foreign
 
-    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
-    refuse_foreign(Path(options.out))
+    policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
+    out = files.to_be_folder(options.out)
+    refuse_foreign(out)
+    floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]
+    if floors and not options.rows:
+        raise DmqfxError(f"--rows 0 measures nothing, and {max(floors):g} dB SQNR are wanted; leave it out")
     calibration = sources.load_calibration(options.calibration)
     unet = sources.load_unet(options.model)
     wanted = options.rows > 0 or needs_calibration(policy)
@@ -189,10 +208,9 @@ def compile_(options: argparse.Namespace) -> int:
             progress=bars(),
             report_rows=options.rows,
         )
-    q.save_pretrained(options.out)
+    q.save_pretrained(out)
     report = q.report
     assert report is not None  # every compilation makes one
-    text = f"{report}\n\nwritten to {options.out}"
-    terminal.say(options, text, {"folder": str(Path(options.out).resolve()), "report": report.to_data()})
-    floors = dict.fromkeys([options.min_sqnr, policy.expect.sqnr_db])
-    return terminal.gate([miss for floor in floors for miss in report.misses(Expect(floor))])
+    text = f"{report}\n\nwritten to {out}"
+    terminal.say(options, text, {"folder": str(out.resolve()), "report": report.to_data()})
+    return terminal.gate(report.misses(Expect(max(floors, default=None))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from dmqfx.runtime.unet import CompiledUNet
 
 __all__ = [
+    "flagged",
     "is_compiled",
     "is_emoji",
     "load_calibration",
+    "load_captured",
     "load_compiled",
     "load_pipeline",
     "load_program",
@@ -101,16 +104,32 @@ def unlowered() -> Target:
     return Target("stored", (), "the portable program as it is saved")
 
 
-def load_program(name: str) -> Program:
-    """The program of a compiled folder, or the canonical program of a float UNet."""
-    if is_compiled(name):
-        return load_stored(name).program
+def load_captured(name: str) -> Program:
+    """The program of a compiled folder, or that of a float UNet as captured."""
     from dmqfx.frontend.capture import capture
+
+    return load_stored(name).program if is_compiled(name) else capture(load_unet(name))
+
+
+def load_program(name: str) -> Program:
+    """The program of a compiled folder, or the canonical program of a float UNet with its skips flagged."""
     from dmqfx.graph.pipeline import PassContext
     from dmqfx.graph.registry import pipeline
 
-    steps = pipeline([("canonicalize", {}), ("flag-skips", {})])
-    return steps.run(capture(load_unet(name)), PassContext())
+    if is_compiled(name):
+        return load_stored(name).program
+    return flagged(pipeline([("canonicalize", {})]).run(load_captured(name), PassContext()))
+
+
+def flagged(program: Program) -> Program:
+    """The program with its long skips in the table: not every policy runs flag-skips."""
+    from dmqfx.graph.facts import FLAGGED
+    from dmqfx.graph.pipeline import PassContext
+    from dmqfx.graph.registry import pipeline
+
+    if FLAGGED in program.facts:
+        return program
+    return pipeline([("flag-skips", {})]).run(program, PassContext())
 
 
 def load_calibration(name: str | None) -> Calibration | None:
@@ -134,7 +153,7 @@ def load_pipeline(name: str) -> DiffusionPipeline:
         raise DmqfxError(f"{name} is not a pipeline folder (no model_index.json), and --prompts needs one")
     _hush()
     try:
-        return DiffusionPipeline.from_pretrained(name, local_files_only=True)
+        return DiffusionPipeline.from_pretrained(name, local_files_only=True, **_variant(Path(name) / "unet"))
     except (ImportError, OSError, ValueError) as error:
         raise DmqfxError(f"cannot load the pipeline {name}: {error}") from error
 
@@ -169,6 +188,20 @@ def _from_hub(name: str) -> UNet:
     return _pretrained(name, "unet" if pipeline else "")
 
 
+def _variant(folder: Path) -> dict[str, str]:
+    """`variant=` of the weights in a folder, such as fp16, where there are no plain ones.
+
+    Raises: DmqfxError if there are no weights at all.
+    """
+    name = r"diffusion_pytorch_model(?:\.(\w+?))?(?:-\d+-of-\d+)?(?:\.(\w+?))?\.(?:safetensors|bin)"
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [match for file in there if (match := re.fullmatch(name, file.name))]
+    if not found:
+        raise DmqfxError(f"{folder} has no weights (diffusion_pytorch_model.safetensors)")
+    variants = {match[1] or match[2] or "" for match in found}
+    return {} if "" in variants else {"variant": min(variants)}
+
+
 def _pretrained(source: Path | str, inside: str, **more: bool) -> UNet:
     from diffusers import UNet2DModel
 
@@ -178,10 +211,12 @@ def _pretrained(source: Path | str, inside: str, **more: bool) -> UNet:
     where = {**more, **({"subfolder": inside} if inside else {})}
     try:
         config = UNet2DModel.load_config(source, **where)
-        kind = kinds.get(str(config.get("_class_name")))
+        named = config.get("_class_name") if isinstance(config, dict) else None
+        kind = kinds.get(str(named))
         if kind is None:
-            found = config.get("_class_name", "a folder whose config.json names no class")
+            found = named or "a folder whose config.json names no class"
             raise DmqfxError(f"{source} is {found}; dmqfx takes {', '.join(kinds)}")
-        return kind.from_pretrained(source, **where).float().eval()
+        weights = _variant(source / inside) if isinstance(source, Path) else {}
+        return kind.from_pretrained(source, **where, **weights).float().eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise DmqfxError(f"cannot load {source}: {error}") from error

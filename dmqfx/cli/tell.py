@@ -17,7 +17,9 @@ from dmqfx.machine import processor
 if TYPE_CHECKING:
     from dmqfx.graph.pipeline import Pass
 
-PACKAGES = ("dmqfx", "torch", "diffusers", "transformers", "safetensors", "networkx", "numpy", "pyyaml")
+PACKAGES = (
+    "dmqfx torch diffusers transformers accelerate safetensors huggingface_hub networkx numpy pyyaml"
+).split()
 
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -29,7 +31,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "the installed passes, those of other packages included",
         (("dmqfx passes", "all"), ("dmqfx passes round-weights", "one, with its options")),
     )
-    parser.add_argument("name", nargs="?", help="one pass")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one pass")
     parser = command(
         commands,
         "policies",
@@ -37,7 +39,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "the shipped policies",
         (("dmqfx policies", "all"), ("dmqfx policies w4a8 > my.yaml", "the YAML of one, to start from")),
     )
-    parser.add_argument("name", nargs="?", help="one policy")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one policy")
     command(
         commands,
         "env",

@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -78,8 +77,11 @@ def complain(run: Run, options: argparse.Namespace) -> int:
         return _said(str(error), REFUTED)
     except PolicyError as error:
         return _said("\n".join(str(p) if p.line else p.message for p in error.problems), FAILED)
-    except (DmqfxError, OSError) as error:
+    except DmqfxError as error:
         return _said(str(error), FAILED)
+    except OSError as error:
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _said(where, FAILED)
     except KeyboardInterrupt:
         return _said("interrupted", INTERRUPTED)
 
@@ -109,10 +111,17 @@ def bars() -> bool:
     return sys.stderr.isatty()
 
 
-def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
-    """The MODEL argument."""
-    about = "diffusers folder, saved dmqfx folder, hub id, or `emoji`"
+def add_model(parser: argparse.ArgumentParser, name: str = "model", *, compiled: bool = True) -> None:
+    """The MODEL argument; `compiled` says that a saved compiled model makes sense too."""
+    saved = "saved dmqfx folder, " if compiled else ""
+    about = f"diffusers folder, {saved}hub id, or `emoji`"
     parser.add_argument(name, metavar=name.upper(), help=about)
+
+
+def add_glob(parser: argparse.ArgumentParser) -> None:
+    """--at."""
+    about = "addresses: * stays inside one name, ** crosses names, re: starts a regular expression [**]"
+    parser.add_argument("--at", type=_glob, metavar="GLOB", default="**", help=about)
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:
@@ -145,51 +154,13 @@ def whole(least: int) -> Callable[[str], int]:
     return read
 
 
-def to_be_file(name: str) -> Path:
-    """The path of a file to write, its folder made, before anything long is computed for it.
+def _glob(text: str) -> str:
+    """The type of --at: a pattern that is legal, whatever it fits."""
+    from dmqfx.globs import problem_with_glob
 
-    Raises: DmqfxError if a folder has this name; OSError if the folder cannot be made.
-    """
-    from dmqfx.errors import DmqfxError
-
-    path = Path(name)
-    if path.is_dir():
-        raise DmqfxError(f"{name} is a folder; say the file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file that is the old one or the new one, never half of it."""
-    half = path.with_name(path.name + ".part")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)
-
-
-def read_text(name: str) -> str:
-    """The text of a file.
-
-    Raises: DmqfxError if it is not text; OSError if it cannot be read.
-    """
-    from dmqfx.errors import DmqfxError
-
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DmqfxError(f"{name} is not a text file in UTF-8: {error}") from error
-
-
-def read_prompts(name: str) -> list[str]:
-    """The prompts of a file, one a line.
-
-    Raises: DmqfxError if it holds none or is not text; OSError if it cannot be read.
-    """
-    from dmqfx.errors import DmqfxError
-
-    prompts = [line.strip() for line in read_text(name).splitlines() if line.strip()]
-    if not prompts:
-        raise DmqfxError(f"{name} holds no prompt; write one a line")
-    return prompts
+    if problem := problem_with_glob(text):
+        raise argparse.ArgumentTypeError(problem)
+    return text
 
 
 def _said(message: str, code: int) -> int:

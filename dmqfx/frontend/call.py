@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
+from numbers import Integral
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from dmqfx.graph.inputs import Input, InputSpec
 
 __all__ = ["arguments", "bind"]
 
+_NUMBERS = ("timestep", "label", "size")
 _LEAVE_OUT = "call without it"
 _MEND = {
     "attention_mask": "masks are not captured: call without it",
@@ -45,7 +48,7 @@ def bind(inputs: InputSpec, args: Sequence[object], kwargs: Mapping[str, object]
     given = dict(_flat(inputs, given))
     known = {i.name for i in inputs.inputs}
     for name in given:
-        if name not in known:
+        if name not in known and name not in inputs.unread:
             _refuse(inputs, name)
     tensors = {i.name: _tensor(inputs, i, given.get(i.name), sample) for i in inputs.inputs}
     _check_sizes(inputs, tensors)
@@ -83,8 +86,6 @@ def _flat(inputs: InputSpec, given: Mapping[str, object]) -> Iterator[tuple[str,
         match name, value:
             case ("return_dict", _) | ("guess_mode", False):
                 pass
-            case ("encoder_hidden_states", _) if name not in names:
-                pass  # diffusers demands it even of a model that does not read it
             case ("cross_attention_kwargs" | "added_cond_kwargs", dict()):
                 if name == "cross_attention_kwargs" and any(v is not None for v in value.values()):
                     yield name, value
@@ -93,6 +94,8 @@ def _flat(inputs: InputSpec, given: Mapping[str, object]) -> Iterator[tuple[str,
             case ("down_block_additional_residuals", list() | tuple()) if "mid_residual" in names:
                 yield from _residuals(inputs, given, value)
             case ("mid_block_additional_residual", _) if "mid_residual" in names:
+                if "down_block_additional_residuals" not in given:
+                    _refuse_half(inputs, name, "down_block_additional_residuals")
                 yield "mid_residual", value
             case _:
                 yield name, value
@@ -103,15 +106,20 @@ def _residuals(
 ) -> Iterator[tuple[str, object]]:
     wanted = sum(i.name.startswith("down_residual_") for i in inputs.inputs)
     if "mid_block_additional_residual" not in given:
-        raise CallError(
-            f"{inputs.root}: residuals for the encoder come without mid_block_additional_residual\n"
-            "  mend: pass both, as ControlNet gives them; T2I-Adapters are not captured"
-        )
+        _refuse_half(inputs, "down_block_additional_residuals", "mid_block_additional_residual")
     if len(residuals) != wanted:
         raise CallError(
             f"{inputs.root}: {len(residuals)} residuals, but the encoder has {wanted} skip connections"
         )
     yield from ((f"down_residual_{k}", residual) for k, residual in enumerate(residuals))
+
+
+def _refuse_half(inputs: InputSpec, here: str, missing: str) -> NoReturn:
+    """diffusers takes one of them alone for a T2I-Adapter's, or does not look at it."""
+    raise CallError(
+        f"{inputs.root}: {here} comes without {missing}\n"
+        "  mend: pass both, as ControlNet gives them; T2I-Adapters are not captured"
+    )
 
 
 def _refuse(inputs: InputSpec, name: str) -> None:
@@ -130,7 +138,7 @@ def _tensor(inputs: InputSpec, wanted: Input, value: object, sample: Tensor) -> 
         return _neutral(inputs, wanted, sample)
     if wanted.name == "timestep" and inputs.root == "UNet2DModel" and isinstance(value, float):
         value = int(value)  # as diffusers does in this class
-    if isinstance(value, (int, float)) and (wanted.kind in ("timestep", "label", "size") or not wanted.dims):
+    if isinstance(value, (Integral, float)) and (wanted.kind in _NUMBERS or not wanted.dims):
         value = torch.tensor(value, device=sample.device)
     if not isinstance(value, Tensor):
         raise CallError(f"{inputs.root}: {wanted.name} must be a tensor, not {type(value).__name__}")
@@ -138,6 +146,8 @@ def _tensor(inputs: InputSpec, wanted: Input, value: object, sample: Tensor) -> 
         raise CallError(f"{inputs.root}: {wanted.name} are class numbers, but come as {value.dtype}")
     value = value.to(device=sample.device, dtype=wanted.dtype)
     if not wanted.dims:
+        if value.numel() != 1:
+            raise CallError(f"{inputs.root}: {wanted.name} is one number, not {list(value.shape)}")
         return value.reshape(())
     if wanted.dims == ("B",) and value.ndim < 2 and value.numel() == 1:
         return value.reshape(1).repeat(batch)

@@ -12,12 +12,12 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, export
 
 from dmqfx.errors import CaptureError
 from dmqfx.frontend import exported
 from dmqfx.frontend.exclusions import is_foreign, refuse
+from dmqfx.frontend.failure import explained, quiet
 from dmqfx.frontend.signature import UNet, rounded_up, signature
 from dmqfx.graph import modules
 from dmqfx.graph.address import Address
@@ -73,37 +73,57 @@ def _read(found: ExportedProgram, spec: InputSpec) -> tuple[fx.Graph, dict[str, 
 
 def _program(graph: fx.Graph, weights: Mapping[str, Tensor], spec: InputSpec) -> Program:
     taken = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
-    spec = replace(spec, inputs=tuple(i for i in spec.inputs if i.name in taken))
+    read = tuple(i for i in spec.inputs if i.name in taken)
+    dropped = tuple(i.name for i in spec.inputs if i.name not in taken)
+    spec = replace(spec, inputs=read, unread=spec.unread + dropped)
     results = next(iter(reversed(graph.nodes))).args[0]
     if isinstance(results, tuple):
         names = (*(f"down_residual_{k}" for k in range(len(results) - 1)), "mid_residual")
         spec = replace(spec, outputs=names)
     gm = modules.build(graph, weights)
-    if any(i.optional for i in spec.inputs):
-        roomy = replace(spec, sizes={**spec.sizes, "H": 1024, "W": 1536})  # ten halvings can be told apart
-        modules.propagate(gm, roomy)
-        spec = replace(spec, inputs=tuple(_seen(i, gm, roomy) if i.optional else i for i in spec.inputs))
+    if any(i.optional for i in read):
+        spec = _with_residuals(gm, spec)
     modules.propagate(gm, spec)
     return Program(gm, spec)
 
 
-def _seen(residual: Input, gm: fx.GraphModule, spec: InputSpec) -> Input:
-    """A residual with the sizes of what it is added to: the latent's, over a power of two."""
-    placeholder = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.target == residual.name)
-    _, channels, height, width = next(iter(placeholder.users)).meta["val"].shape
-    fits = (
-        d
-        for d in (2**k for k in range(16))
-        if (-(-spec.sizes["H"] // d), -(-spec.sizes["W"] // d)) == (height, width)
-    )
-    divisor = next(fits, None)
-    if divisor is None:
+def _with_residuals(gm: fx.GraphModule, spec: InputSpec) -> InputSpec:
+    """Residuals have the sizes of skips: the latent's, halved and rounded up, if need be only where halves are even.
+
+    Raises: CaptureError if a skip is no power of two smaller than the latent.
+    """
+    any_size = (
+        _seen(gm, spec, 1023, 1025) if spec.multiple_of == 1 else None
+    )  # all halves differ if rounded down
+    if any_size is not None:
+        return replace(spec, inputs=any_size)
+    even = _seen(gm, spec, 1024, 1536)
+    if even is None:
         raise CaptureError(
-            f"{residual.name} is {height} x {width}, which is not the latent's size over a power of two",
+            "a skip connection has not the latent's size over a power of two",
             mend="capture without residuals=True",
         )
-    halved = f"/{divisor}" if divisor > 1 else ""
-    return replace(residual, dims=("B", channels, f"H{halved}", f"W{halved}"))
+    multiple = max(
+        spec.multiple_of, 1024 // min(i.shape({"B": 1, "H": 1024, "W": 1024})[2] for i in even if i.optional)
+    )
+    return replace(spec, inputs=even, multiple_of=multiple, sizes=rounded_up(spec.sizes, multiple))
+
+
+def _seen(gm: fx.GraphModule, spec: InputSpec, height: int, width: int) -> tuple[Input, ...] | None:
+    """The inputs, with the sizes that residuals must have at this latent; None if one is no rounded up part of it."""
+    modules.propagate(gm, replace(spec, sizes={**spec.sizes, "H": height, "W": width}))
+    parts = {(-(-height // 2**k), -(-width // 2**k)): f"/{2**k}" * (k > 0) for k in range(10)}
+    found = list[Input]()
+    for i in spec.inputs:
+        if i.optional:
+            placeholder = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.target == i.name)
+            _, channels, *sides = next(iter(placeholder.users)).meta["val"].shape
+            if tuple(sides) not in parts:
+                return None
+            part = parts[tuple(sides)]
+            i = replace(i, dims=("B", channels, f"H{part}", f"W{part}"))
+        found.append(i)
+    return tuple(found)
 
 
 class Canonical(nn.Module):
@@ -149,32 +169,32 @@ def _export_any_size(unet: UNet2DConditionModel, spec: InputSpec) -> tuple[Input
 
 
 def _export(unet: UNet, spec: InputSpec, *, larger: int = 1) -> ExportedProgram:
-    examples, dims = _examples(unet, spec, larger)
+    examples = _examples(unet, spec, larger)
     wrapper = Canonical(unet, tuple(i.name for i in spec.inputs)).eval()
     try:
-        return export(wrapper, examples, dynamic_shapes=(dims,), strict=False)
+        with quiet():
+            return export(wrapper, examples, dynamic_shapes=(_dynamic(spec),), strict=False)
     except Exception as error:  # whatever export meets, the user gets one kind of error with a place
-        address, operator = _place(error, unet)
-        raise CaptureError(
-            f"torch.export: {_gist(error)}",
-            address=address,
-            operator=operator,
-            mend="replace this module or its attention processor by one that torch.export accepts",
-        ) from error
+        raise explained(error, unet, wrapper, examples) from error
 
 
-def _examples(
-    unet: UNet, spec: InputSpec, larger: int
-) -> tuple[tuple[Tensor, ...], tuple[dict[int, object], ...]]:
+def _examples(unet: UNet, spec: InputSpec, larger: int) -> tuple[Tensor, ...]:
     """Tensors of sizes that are never 1 and all different, so that export ties them to nothing."""
     step = 2 ** (len(unet.config.block_out_channels) - 1)
     height, width = (4 * step, 6 * step) if spec.multiple_of > 1 else (9 * step // 2, 11 * step // 2)
     sizes = {**spec.sizes, "B": 2 + larger, "T": 7 * larger, "H": height * larger, "W": width * larger}
-    examples = tuple(torch.ones(i.shape(sizes), dtype=i.dtype, device=unet.device) for i in spec.inputs)
-    dims = tuple(
-        {k: Dim.DYNAMIC for k, dim in enumerate(i.dims) if isinstance(dim, str)} for i in spec.inputs
-    )
-    return examples, dims
+    return tuple(torch.ones(i.shape(sizes), dtype=i.dtype, device=unet.device) for i in spec.inputs)
+
+
+def _dynamic(spec: InputSpec) -> tuple[dict[int, object], ...]:
+    """The free dims of every input; sides that must be multiples are written so, which makes their halves exact."""
+    sides = {side: spec.multiple_of * Dim(side, min=2) for side in "HW"}
+
+    def free(dim: str) -> object:
+        side, _, factor = dim.partition("*")
+        return sides[side] * int(factor or 1) if side in sides and spec.multiple_of > 1 else Dim.DYNAMIC
+
+    return tuple({k: free(dim) for k, dim in enumerate(i.dims) if isinstance(dim, str)} for i in spec.inputs)
 
 
 @contextmanager
@@ -187,31 +207,6 @@ def evaluating(unet: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _place(error: BaseException, unet: nn.Module) -> tuple[str, str]:
-    """The deepest module and operator that were running when an error was raised."""
-    names = {id(module): name for name, module in unet.named_modules()}
-    address, operator, seen = "", "", set[int]()
-    causes: list[BaseException | None] = [error]
-    while causes:
-        cause = causes.pop()
-        if cause is None or id(cause) in seen:
-            continue
-        seen.add(id(cause))
-        causes += [cause.__context__, cause.__cause__]
-        trace = cause.__traceback__
-        while trace is not None:
-            local = trace.tb_frame.f_locals
-            address = names.get(id(local.get("self")), "") or address
-            operator = str(local["func"]) if isinstance(local.get("func"), OpOverload) else operator
-            trace = trace.tb_next
-    return address, operator
-
-
-def _gist(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
 
 
 def _refuse_if_sizes_matter(small: fx.Graph, large: fx.Graph) -> None:

@@ -8,7 +8,7 @@ from itertools import chain
 from torch import nn
 
 from dmqfx.errors import CaptureError
-from dmqfx.frontend.signature import SUPPORTED, UNet
+from dmqfx.frontend.signature import SUPPORTED, UNet, is_supported
 
 __all__ = ["is_foreign", "refuse"]
 
@@ -20,18 +20,20 @@ def refuse(unet: nn.Module) -> None:
 
     Raises: CaptureError for the first that is there.
     """
-    if not isinstance(unet, SUPPORTED):
-        compiled = hasattr(unet, "_orig_mod")
-        raise CaptureError(
-            f"{type(unet).__name__} is not a supported UNet",
-            mend="pass the module that torch.compile wrapped: unet._orig_mod"
-            if compiled
-            else f"supported are {', '.join(t.__name__ for t in SUPPORTED)} of diffusers",
-        )
+    if not is_supported(unet):
+        raise CaptureError(f"{type(unet).__name__} is not a supported UNet", mend=_instead(unet))
     found = chain(_model(unet), _modules(unet), _processors(unet))
     error = next(found, None)
     if error is not None:
         raise error
+
+
+def _instead(module: nn.Module) -> str:
+    if hasattr(module, "program"):
+        return "pass the float model that it was compiled from"
+    if hasattr(module, "_orig_mod"):
+        return "pass the module that torch.compile wrapped: unet._orig_mod"
+    return f"supported are {', '.join(supported.__name__ for supported in SUPPORTED)} of diffusers"
 
 
 def is_foreign(unet: UNet) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
@@ -27,7 +27,12 @@ def signature(unet: UNet, *, residuals: bool = False) -> InputSpec:
         names = [f"down_residual_{k}" for k in range(_skips(unet))] + ["mid_residual"]
         inputs += [Input(name, (1, 1, 1, 1), "residual", unet.dtype) for name in names]
     root = next(supported.__name__ for supported in SUPPORTED if isinstance(unet, supported))
-    return InputSpec(root, tuple(inputs), _sizes(unet), multiple_of(unet))
+    return InputSpec(root, tuple(inputs), _sizes(unet), multiple_of(unet), unread=tuple(_unread(unet)))
+
+
+def is_supported(module: object) -> TypeGuard[UNet]:
+    """Whether a module is a float model of a supported class; a compiled ControlNet is of one too, but has none."""
+    return isinstance(module, SUPPORTED) and not hasattr(module, "program")
 
 
 def multiple_of(unet: UNet) -> int:
@@ -49,15 +54,31 @@ def _common(unet: UNet) -> Iterator[Input]:
     yield Input("timestep", ("B",), "timestep")
     if config.get("time_cond_proj_dim") is not None:
         yield Input("timestep_cond", ("B", config.time_cond_proj_dim), "normal", dtype)
-    if not isinstance(unet, UNet2DModel) and config.encoder_hid_dim_type != "image_proj":
-        yield Input("encoder_hidden_states", ("B", "T", _context(unet)), "normal", dtype)
+    if (width := _context(unet)) is not None:
+        yield Input("encoder_hidden_states", ("B", "T", width), "normal", dtype)
 
 
-def _context(unet: UNet) -> int:
-    """Channels of the text context that a caller passes."""
+def _context(unet: UNet) -> int | None:
+    """Channels of the context that a caller passes; None if there is none."""
     config = unet.config
-    width = config.cross_attention_dim if config.encoder_hid_dim_type is None else config.encoder_hid_dim
-    return int(width if isinstance(width, int) else width[0])
+    if isinstance(unet, UNet2DModel) or config.encoder_hid_dim_type == "image_proj":
+        return None
+    if (
+        isinstance(unet, ControlNetModel) or config.encoder_hid_dim_type is None
+    ):  # a ControlNet projects nothing
+        width = config.cross_attention_dim
+    else:
+        width = config.encoder_hid_dim
+    widths = {width} if isinstance(width, int) else set(width)
+    return int(widths.pop()) if len(widths) == 1 else None  # different ones: every level attends to itself
+
+
+def _unread(unet: UNet) -> Iterator[str]:
+    """What diffusers demands or its pipelines say, and this configuration does not look at."""
+    if unet.config.get("encoder_hid_dim_type") == "image_proj":
+        yield "encoder_hidden_states"
+    if unet.config.get("global_pool_conditions"):
+        yield "guess_mode"
 
 
 def _labels(unet: UNet) -> Iterator[Input]:
@@ -86,6 +107,8 @@ def _added(unet: UNet) -> Iterator[Input]:
     if kind == "text_time":
         yield Input("text_embeds", ("B", "E"), "normal", dtype)
         yield Input("time_ids", ("B", "I"), "size")
+    if isinstance(unet, ControlNetModel):
+        return  # it has the embeddings of pictures, and never calls them
     if kind == "text_image":
         yield Input("text_embeds", ("B", config.cross_attention_dim), "normal", dtype)
     if kind == "text_image" or context == "text_image_proj":
@@ -115,8 +138,8 @@ def _sizes(unet: UNet) -> Mapping[str, int]:
     size = config.get("sample_size") or 32
     height, width = (size, size) if isinstance(size, int) else size
     sizes = dict(rounded_up({"B": 2, "H": int(height), "W": int(width)}, multiple_of(unet)))
-    if not isinstance(unet, UNet2DModel) and config.encoder_hid_dim_type != "image_proj":
-        sizes["T"] = 77 if _context(unet) >= 512 else 8
+    if (width := _context(unet)) is not None:
+        sizes["T"] = 77 if width >= 512 else 8
     if config.get("addition_embed_type") == "text_time":
         sizes.update(_pooled(config.projection_class_embeddings_input_dim, config.addition_time_embed_dim))
     return sizes

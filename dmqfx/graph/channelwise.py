@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
@@ -48,6 +49,24 @@ class Absorber:
         return torch.ones(count, dtype=factor.dtype, device=factor.device).index_put(
             (self.rows.to(factor.device),), factor
         )
+
+
+def divisor(node: object) -> tuple[fx.Node, fx.Node, int] | None:
+    """(x, gamma, axis) of x / gamma, where gamma is a constant with one number for each entry of one axis of x."""
+    if not isinstance(node, fx.Node) or not ops.is_call(node, "div"):
+        return None
+    named = ops.args(node)
+    x, gamma = named["self"], named["other"]
+    if not isinstance(x, fx.Node) or not isinstance(gamma, fx.Node) or named.get("rounding_mode") is not None:
+        return None
+    size, shape = x.meta["val"].shape, gamma.meta["val"].shape
+    padded = (1,) * (len(size) - len(shape)) + tuple(shape)
+    wide = [k for k, count in enumerate(padded) if count > 1] or [1 if len(size) == 4 else len(size) - 1]
+    if gamma.op != "get_attr" or len(padded) != len(size) or len(wide) > 1 or wide[0] == 0:
+        return None
+    axis = wide[0]
+    fits = padded[axis] == size[axis]
+    return (x, gamma, axis if (axis, len(size)) == (1, 4) else axis - len(size)) if fits else None
 
 
 def absorber(source: fx.Node, axis: int, table: Table) -> Absorber | Refuse:
@@ -88,6 +107,8 @@ def _way_back(source: fx.Node) -> list[fx.Node] | Refuse:
         return Refuse(f"{label(source) or 'an input'} mixes channels or is not linear in them", source)
     first: Refuse | None = None
     for step in steps:
+        if sum(read is step for read in tree_leaves((source.args, source.kwargs))) > 1:
+            return Refuse(f"{label(source)} reads {label(step)} more than once", source)
         shared = [user for user in step.users if user is not source]
         way = _also_read(step, shared[0]) if shared and not _takes_a_part(source) else _way_back(step)
         if not isinstance(way, Refuse):

@@ -22,6 +22,7 @@ __all__ = [
     "QDQ",
     "ROUNDED",
     "SCALED",
+    "SHIFTED",
     "Fact",
 ]
 
@@ -53,41 +54,48 @@ def _not_canonical(program: Program) -> str | None:
 
 
 def _no_observer(program: Program) -> str | None:
-    return (
-        None
-        if any(n.op == "call_module" for n in program.graph.nodes)
-        else "there is no observer in the graph"
-    )
+    from dmqfx.graph.sites import is_weight, quantized
+
+    asked = any(not is_weight(site) for site in quantized(program))
+    there = any(n.op == "call_module" for n in program.graph.nodes)
+    return "activations are planned, but the graph has no observer" if asked and not there else None
 
 
 def _no_dequantize(program: Program) -> str | None:
-    from dmqfx.graph.table import Planned
+    from dmqfx.graph.sites import quantized
 
-    asked = any(planned.spec is not None for planned in program.table.of(Planned).values())
-    there = any(program.calls("dequantize"))
+    asked, there = any(quantized(program)), any(program.calls("dequantize"))
     return "sites are planned, but the graph has no dequantize" if asked and not there else None
 
 
-def _has(kind: str) -> Callable[[Program], str | None]:
-    def missing(program: Program) -> str | None:
-        from dmqfx.graph import table
+def _no_plan(program: Program) -> str | None:
+    from dmqfx.graph.sites import unplanned
 
-        asked = any(planned.spec is not None for planned in program.table.of(table.Planned).values())
-        empty = not program.table.of(getattr(table, kind))
-        return f"sites are planned, but the table has no {kind}" if asked and empty else None
+    return next((f"{site} is not in the plan" for site in unplanned(program)), None)
 
-    return missing
+
+def _no_range(program: Program) -> str | None:
+    from dmqfx.graph.sites import without_range
+
+    return next((f"{site} is planned, but has no Range" for site in without_range(program)), None)
+
+
+def _no_codes(program: Program) -> str | None:
+    from dmqfx.graph.sites import without_codes
+
+    return next((f"{site} is planned, but has no Codes" for site in without_codes(program)), None)
 
 
 CANONICAL = Fact("canonical", "no evaluation-time no-op, schema-ordered arguments", _not_canonical)
 FLAGGED = Fact("flagged", "decoder concatenations of long skips are in the table")
-PLANNED = Fact("planned", "every quantizable site has its spec, or float, from the policy")
+PLANNED = Fact("planned", "every quantizable site has its spec, or float, from the policy", _no_plan)
 OBSERVED = Fact("observed", "identity observers stand at the planned activation sites", _no_observer)
-CALIBRATED = Fact("calibrated", "planned activation sites have their ranges in the table")
+CALIBRATED = Fact("calibrated", "planned activation sites have their ranges in the table", _no_range)
 FITTED = Fact("fitted", "planned activation sites have their scale and zero point in the table")
 PAIRED = Fact("paired", "layers that share an input share one equivalent scale")
 LEARNED = Fact("learned", "pairs have their equivalent scale in the table")
 SCALED = Fact("scaled", "x / gamma stands before scaled layers and gamma in their weights")
-ROUNDED = Fact("rounded", "planned weights have their integer codes in the table")
+SHIFTED = Fact("shifted", "channels that want finer steps have their shifts in the table")
+ROUNDED = Fact("rounded", "planned weights have their integer codes in the table", _no_codes)
 QDQ = Fact("qdq", "planned sites are quantized and dequantized in the graph", _no_dequantize)
 INTEGER = Fact("integer", "the graph was lowered for a target")

@@ -39,6 +39,8 @@ class Input:
 class InputSpec:
     """What a program takes and returns, and the example sizes its shapes are shown at.
 
+    `unread` names arguments that a call may give and that change nothing, as in diffusers.
+
     Units: height and width must be multiples of `multiple_of` (1: any size).
     """
 
@@ -47,6 +49,7 @@ class InputSpec:
     sizes: Mapping[str, int]
     multiple_of: int = 1
     outputs: tuple[str, ...] = ("sample",)
+    unread: tuple[str, ...] = ()
 
     def draw(
         self,

@@ -154,9 +154,10 @@ class Rule:
         found: Captures = {"root": root}
         if not self.pattern.match(root, found):
             return None
-        for inner in self.pattern.interior(root):
-            if len(inner.users) > 1:
-                others = sorted(label(reader) for reader in inner.users if reader is not root)
+        matched = [root, *self.pattern.interior(root)]
+        for inner in matched[1:]:
+            others = sorted(label(reader) for reader in inner.users if reader not in matched)
+            if others:
                 return Refuse(f"{label(inner)} is also read by {', '.join(others[:3])}", inner)
         with rw.before(root):
             return self.function(rw, **{name: found.get(name) for name in self.wants})

@@ -9,14 +9,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from dmqfx.errors import PipelineError, RewriteError
-from dmqfx.graph.facts import Fact
+from dmqfx.graph.facts import CALIBRATED, Fact
 from dmqfx.graph.journal import Journal, PassRecord
 from dmqfx.graph.modules import label
 from dmqfx.graph.program import Program
@@ -88,6 +87,11 @@ class Pass(ABC):
     clears: ClassVar[frozenset[Fact]] = frozenset()
     preserves: ClassVar[Preserves]
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it reads calibration rows and fails without."""
+        return CALIBRATED in self.provides
+
     @abstractmethod
     def run(self, program: Program, ctx: PassContext) -> Program:
         """The rewritten program; the given one is not touched."""
@@ -129,12 +133,14 @@ class Pipeline:
 
     steps: tuple[Pass, ...]
 
-    def check(self, program: Program, providers: Sequence[type[Pass]] = ()) -> None:
+    def check(self, program: Program | None, providers: Sequence[type[Pass]] = ()) -> None:
         """Refuse an order in which a pass lacks what it requires, before anything runs.
+
+        Without a program it is checked for one that was just captured, of which nothing is known.
 
         Raises: PipelineError naming the step, the fact and the pass that would help.
         """
-        known = set(program.facts)
+        known = set(program.facts) if program is not None else set()
         for k, step in enumerate(self.steps, 1):
             if not hasattr(step, "preserves"):
                 raise PipelineError(
@@ -173,22 +179,27 @@ def run_steps(
 
     Raises: RewriteError when a pass breaks a structural rule.
     """
-    started = time.perf_counter()
+    started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
     first = steps[0]
-    if isinstance(first, JointPass):
+    if isinstance(first, JointPass) and len(steps) > 1:
         joint = [
             (step, local) for step, local in zip(steps, locals_, strict=True) if isinstance(step, JointPass)
         ]
         after = first.run_jointly(joint, program)
     else:
         after = first.run(program, locals_[0])
+    names = ", ".join(step.name() for step in steps)
+    for name, version in _versions(program).items():
+        if version != versions[name]:
+            raise RewriteError(f"{names} wrote into {name}, which it shares with the program before it")
     facts = program.facts
     for step in steps:
         facts = (facts - step.clears) | step.provides
     after = replace(after, facts=facts)
-    names = ", ".join(step.name() for step in steps)
-    check_structure(after, names, program, facts=ctx.journal.fuel is None)
+    check_structure(after, names, program)
+    if ctx.journal.fuel is None:
+        check_facts(after, names)
     seconds = (time.perf_counter() - started) / len(steps)
     records = []
     for step, local in zip(steps, locals_, strict=True):
@@ -212,14 +223,28 @@ def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | 
 
 def _neighbours(steps: Sequence[Pass]) -> Iterator[tuple[Pass, ...]]:
     """Consecutive passes that run jointly, and every other pass alone."""
-    for kind, group in groupby(steps, lambda step: step.run_jointly if isinstance(step, JointPass) else None):
-        yield from [tuple(group)] if kind is not None else ((step,) for step in group)
+    run: list[Pass] = []
+    for step in steps:
+        if run and (_walk_of(step) is None or _walk_of(run[-1]) is not _walk_of(step)):
+            yield tuple(run)
+            run = []
+        run.append(step)
+    if run:
+        yield tuple(run)
 
 
-def check_structure(
-    program: Program, step: str, before: Program | None = None, *, facts: bool = True
-) -> None:
-    """What must hold after every pass: lint, unique addresses, live table sites, output shapes, facts.
+def _walk_of(step: Pass) -> object:
+    """What passes have in common that share a walk: the function, not the method bound to each class."""
+    return getattr(type(step).run_jointly, "__func__", None) if isinstance(step, JointPass) else None
+
+
+def _versions(program: Program) -> dict[str, int]:
+    """How often each weight has been written into, as far as torch counts it."""
+    return {name: w._version for name, w in program.weights().items() if not w.is_inference()}
+
+
+def check_structure(program: Program, step: str, before: Program | None = None) -> None:
+    """What must hold after every pass: lint, unique addresses, live table sites, output shapes.
 
     Raises: RewriteError naming the pass and the address.
     """
@@ -244,7 +269,14 @@ def check_structure(
             raise RewriteError(f"{step} left a table entry for {site}, but that operation is gone")
     if before is not None and _shapes(program) != _shapes(before):
         raise RewriteError(f"{step} changed the outputs from {_shapes(before)} to {_shapes(program)}")
-    for fact in program.facts if facts else ():
+
+
+def check_facts(program: Program, step: str) -> None:
+    """What a program is said to be must be so, as far as a fact can be checked.
+
+    Raises: RewriteError naming the pass, the fact and what contradicts it.
+    """
+    for fact in sorted(program.facts, key=str):
         if why := fact.broken(program):
             raise RewriteError(f"after {step} the fact {fact.name!r} ({fact.meaning}) does not hold: {why}")
 

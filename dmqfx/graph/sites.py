@@ -9,8 +9,8 @@ from torch import fx
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import SkipConcat
-from dmqfx.policy.policy import KIND_OF_OPERATOR, Operation
+from dmqfx.graph.table import Codes, Planned, Range, SkipArm, SkipConcat
+from dmqfx.policy.policy import KIND_OF_OPERATOR, OPERANDS, Operation
 
 CHANNEL_AXIS = {"conv2d": 1, "linear": -1, "scaled_dot_product_attention": -1}
 """The axis of an activation that counts channels, by operator."""
@@ -18,11 +18,23 @@ CHANNEL_AXIS = {"conv2d": 1, "linear": -1, "scaled_dot_product_attention": -1}
 
 def operations(program: Program) -> list[Operation]:
     """What a policy can decide about: convolutions, linear layers and attention products, in execution order."""
-    skips = {site.at for site in program.table.of(SkipConcat)}
     return [
-        Operation(node.meta["address"], KIND_OF_OPERATOR[ops.name(node)], _fed_by(node) in skips)
+        Operation(
+            node.meta["address"],
+            KIND_OF_OPERATOR[ops.name(node)],
+            fed_by_skip(program, Site(node.meta["address"], "input")),
+        )
         for node in program.calls(*KIND_OF_OPERATOR)
     ]
+
+
+def fed_by_skip(program: Program, site: Site) -> bool:
+    """Whether what arrives at a site is a decoder's concatenation with a long skip, or one arm of it."""
+    if program.table.get(site, SkipArm) is not None:
+        return True
+    source = ops.args(program.node(site.at)).get(site.arg)
+    at = source.meta.get("address") if isinstance(source, fx.Node) else None
+    return at is not None and program.table.get(Site(at, "tensors"), SkipConcat) is not None
 
 
 def readers(node: fx.Node) -> Iterator[tuple[fx.Node, str]]:
@@ -44,7 +56,25 @@ def is_weight(site: Site) -> bool:
     return site.arg == "weight"
 
 
-def _fed_by(node: fx.Node) -> object:
-    """The address of what makes the input of an operation."""
-    source = ops.args(node).get("input")
-    return source.meta.get("address") if isinstance(source, fx.Node) else None
+def quantized(program: Program) -> Iterator[Site]:
+    """Sites that are planned to be quantized."""
+    return (site for site, plan in program.table.of(Planned).items() if plan.spec is not None)
+
+
+def unplanned(program: Program) -> Iterator[Site]:
+    """Sites that could be quantized, but of which the plan says nothing."""
+    plan = program.table.of(Planned)
+    for node in program.calls(*KIND_OF_OPERATOR):
+        for arg in OPERANDS[KIND_OF_OPERATOR[ops.name(node)]]:
+            if (site := Site(node.meta["address"], arg)) not in plan:
+                yield site
+
+
+def without_codes(program: Program) -> Iterator[Site]:
+    """Weights that are planned to be quantized and have no Codes."""
+    return (s for s in quantized(program) if is_weight(s) and program.table.get(s, Codes) is None)
+
+
+def without_range(program: Program) -> Iterator[Site]:
+    """Activations that are planned to be quantized and have no Range."""
+    return (s for s in quantized(program) if not is_weight(s) and program.table.get(s, Range) is None)

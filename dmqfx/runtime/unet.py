@@ -10,7 +10,7 @@ from itertools import chain
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -21,7 +21,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, fx, nn
 
 import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx, which graphs call
-from dmqfx.errors import CallError, FixedGraphError
+from dmqfx.errors import CallError, FixedGraphError, StoreError
 from dmqfx.frontend.call import arguments, bind
 from dmqfx.frontend.signature import SUPPORTED
 from dmqfx.graph.modules import clone
@@ -29,6 +29,7 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Outputs, Program
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime import targets
+from dmqfx.runtime.fixed import refuse_inherited
 from dmqfx.runtime.targets import Target
 from dmqfx.seeing.report import Report
 from dmqfx.storage.codec import Json
@@ -211,6 +212,16 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
         twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return twin
 
+    def __copy__(self) -> CompiledUNet:
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise StoreError(
+            "a compiled UNet is not pickled\n  mend: save_pretrained(directory), and dmqfx.load(directory)"
+        )
+
     def __getattr__(self, name: str) -> object:
         try:
             return super().__getattr__(name)
@@ -224,6 +235,9 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
     def __repr__(self) -> str:
         policy = "" if self.policy is None else f", policy {self.policy.name}"
         return f"{type(self).__name__}({self.program.inputs.root}{policy}, target {self.target.name})"
+
+
+refuse_inherited(CompiledUNet)
 
 
 def _result(root: str, tensors: tuple[Tensor, ...], *, as_tuple: bool) -> Result:

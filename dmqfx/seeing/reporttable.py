@@ -1,4 +1,4 @@
-"""A report for a terminal: the summary, and the table of its layers."""
+"""A report for a terminal: the summary, its timesteps, the table of its layers, and what was refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dmqfx.seeing.report import LayerReport, SiteReport, badness
 if TYPE_CHECKING:
     from dmqfx.seeing.report import Report
 
-__all__ = ["summary", "table"]
+__all__ = ["refusals", "summary", "table", "timesteps"]
+
+_SIDE_BY_SIDE = 10
 
 
 def summary(report: Report) -> str:
@@ -21,7 +23,7 @@ def summary(report: Report) -> str:
 
 
 def table(report: Report, *, worst_first: bool = False, limit: int | None = None) -> str:
-    """A line for each layer; below a layer that did not get what was asked, who refused and why."""
+    """A line for each layer; below it what is particular about it, and what was not as asked and why."""
     chosen = list(report.layers)
     if worst_first:
         chosen.sort(key=lambda layer: badness(layer.sqnr_db))
@@ -30,9 +32,33 @@ def table(report: Report, *, worst_first: bool = False, limit: int | None = None
     lines = wording.columns(rows, right=frozenset({3, 4, 5, 6})).splitlines()
     told = [lines[0]]
     for layer, line in zip(chosen, lines[1:], strict=True):
-        told += [line, *(f"  ! {text}" for text in _differences(layer))]
+        told += [line, *(f"  - {site.argument}: {text}" for site in layer.sites for text in site.notes)]
+        told += [f"  ! {text}" for text in _differences(layer)]
     rest = len(report.layers) - len(chosen)
     return "\n".join([*told, *([f"... and {rest} more layers"] if rest else [])])
+
+
+def timesteps(report: Report) -> str:
+    """The output's SQNR in dB at each measured timestep, ten to a line; empty where nothing was measured."""
+    cells = [(f"{time:g}", f"{db:.1f}") for time, db in report.output_db.items()]
+    width = max((len(cell) for pair in cells for cell in pair), default=0)
+    lines = []
+    for start in range(0, len(cells), _SIDE_BY_SIDE):
+        for name, row in zip(
+            ("at t", "dB"), zip(*cells[start : start + _SIDE_BY_SIDE], strict=True), strict=True
+        ):
+            lines.append(f"{name:<6}" + "".join(f"  {cell:>{width}}" for cell in row))
+    return "\n".join(lines)
+
+
+def refusals(report: Report) -> str:
+    """A line for each pass that refused something: how often, and the first of it."""
+    rows = [["refused by", "", "the first"]]
+    for done in report.passes:
+        if done.refused:
+            first = done.refused[0]
+            rows.append([done.name, str(len(done.refused)), f"{first.address}: {first.reason}"])
+    return wording.columns(rows, right={1}) if len(rows) > 1 else ""
 
 
 def _summary(report: Report) -> Iterator[str]:
@@ -40,8 +66,10 @@ def _summary(report: Report) -> Iterator[str]:
     factor, word = (before / after, "smaller") if before >= after else (after / before, "larger")
     changed = f", {wording.number(factor)}x {word}" if wording.number(factor) != "1" else ""
     yield f"{report.root}: {wording.size(report.bytes_before)} -> {wording.size(report.bytes_after)}{changed}"
-    refused = report.asked - report.got
-    yield f"bits    {report.got} of {report.asked} sites as asked" + (f", {refused} not" if refused else "")
+    missed = report.asked - report.got
+    yield f"bits    {report.got} of {report.asked} sites as asked" + (f", {missed} not" if missed else "")
+    if not report.asked:
+        yield "        nothing was asked to be quantized: every layer is float"
     if report.memory_only:
         yield "        only weights are quantized: memory only, no speed claim"
     yield f"loss    {_loss(report)}"

@@ -94,9 +94,7 @@ def _bits(program: Program, bits: SiteBits) -> Iterator[str]:
 
 def _numbers(program: Program, site: Site) -> Iterator[str]:
     """Where a scale came from: range by timestep group, codes, equivalent scale."""
-    seen, params = program.table.get(site, Range), program.table.get(site, QParams)
-    if seen is not None:
-        yield from _groups(seen, params)
+    yield from _groups(program.table.get(site, Range), program.table.get(site, QParams))
     codes = program.table.get(site, Codes)
     if codes is not None:
         yield f"codes  {wording.entry(codes)}, {wording.size(codes.packed.numel())} packed"
@@ -109,23 +107,32 @@ def _numbers(program: Program, site: Site) -> Iterator[str]:
                 yield f"gamma  {wording.entry(scale).removeprefix('gamma ')} over {channels}"
 
 
-def _groups(seen: Range, params: QParams | None) -> Iterator[str]:
-    """One line for each timestep group: what calibration saw there and the scale that follows."""
-    for g, span in enumerate(_spans(seen.boundaries)):
-        count = int(seen.count[g])
-        words = f"{span}  range {wording.interval(seen.low[g], seen.high[g])}"
+def _groups(seen: Range | None, params: QParams | None) -> Iterator[str]:
+    """A line for each timestep group: what calibration saw there, if that is known, and the scale that follows.
+
+    A saved model has scales and no ranges.
+    """
+    known = seen or params
+    for g, span in enumerate(_spans(known.boundaries) if known is not None else ()):
+        words = [f"seen   {span}" if seen is not None else f"used   {span}"]
+        if seen is not None:
+            words.append(f"range {wording.interval(seen.low[g], seen.high[g])}")
         if params is not None:
             one = g if len(params.scale) > 1 else 0
-            words += f"  scale {_spread(params.scale[one])}  zero point {_spread(params.zero_point[one])}"
-        yield f"seen   {words}  " + (f"{count} values" if count else "no rows: taken from the nearest group")
+            words.append(f"scale {_spread(params.scale[one])}  zero point {_spread(params.zero_point[one])}")
+        if seen is not None:
+            count = int(seen.count[g])
+            words.append(f"{count} values" if count else "no rows: taken from the nearest group")
+        yield "  ".join(words)
 
 
 def _spans(boundaries: tuple[float, ...]) -> list[str]:
+    """What each timestep group holds: a boundary belongs to the group above it."""
     if not boundaries:
         return ["all timesteps"]
     words = [wording.number(b) for b in boundaries]
-    inner = [f"{low} < t <= {high}" for low, high in pairwise(words)]
-    spans = [f"t <= {words[0]}", *inner, f"{words[-1]} < t"]
+    inner = [f"{low} <= t < {high}" for low, high in pairwise(words)]
+    spans = [f"t < {words[0]}", *inner, f"{words[-1]} <= t"]
     return [span.rjust(max(map(len, spans))) for span in spans]
 
 

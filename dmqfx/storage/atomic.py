@@ -1,4 +1,4 @@
-"""Directories that are the old one or the new one, complete, whatever happens while they are written."""
+"""Files and directories that are the old one or the new one, complete, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "survivor"]
+__all__ = ["replacing", "replacing_file", "survivor"]
+
+
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """A path to write to; after the block the file there takes the place of `target`. An error changes nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    half = target.with_name(f".{target.name}.part")
+    try:
+        yield half
+        half.replace(target)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 @contextmanager

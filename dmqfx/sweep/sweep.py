@@ -7,15 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
 from tqdm import tqdm
 
+from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import JointPass, Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
-from dmqfx.sweep.turn import Turn, turns
+from dmqfx.sweep.chunks import chunked
+from dmqfx.sweep.finite import refuse_broken_weights
+from dmqfx.sweep.turn import Turn
 from dmqfx.sweep.walk import Walk
 
 __all__ = ["SweepPass"]
@@ -36,7 +38,7 @@ class SweepPass(JointPass):
         """Entries for the readers of a turn's tensor; each is in the turn's table once it is handed out."""
 
     @property
-    def needs_rows(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether it looks at activations; a sweep in which nobody does runs no forward pass."""
         return True
 
@@ -48,11 +50,13 @@ class SweepPass(JointPass):
         """
         passes = [(step, ctx) for step, ctx in steps if isinstance(step, SweepPass)]
         ctx = passes[0][1]
+        refuse_broken_weights(program)
+        data = _calibration(program, passes)
+        chunks = [] if data is None else chunked(data, program, ctx.chunk)
+        total = 0 if data is None else len(data)
+        walk = Walk(program, chunks, memory=ctx.memory, total=total, seed=ctx.seed)
         title = ", ".join(step.name() for step, _ in passes)
-        plan = turns(program)
-        with tqdm(
-            total=sum(map(len, plan.values())), desc=title, unit="layer", disable=not ctx.progress
-        ) as bar:
+        with tqdm(total=walk.schedule.turns, desc=title, unit="layer", disable=not ctx.progress) as bar:
 
             def visit(turn: Turn) -> Table:
                 bar.set_postfix_str(str(turn.site.at), refresh=False)
@@ -62,20 +66,21 @@ class SweepPass(JointPass):
                 bar.update()
                 return turn.table
 
-            walk = Walk(program, _chunks(program, passes), ctx.memory, ctx.seed)
             return program.with_table(walk.run(visit))
 
 
-def _chunks(program: Program, passes: Sequence[tuple[SweepPass, PassContext]]) -> list[dict[str, Tensor]]:
-    """The calibration rows in batches, or nothing where no pass looks at any."""
-    ctx = passes[0][1]
-    needy = [step.name() for step, _ in passes if step.needs_rows]
+def _calibration(program: Program, passes: Sequence[tuple[SweepPass, PassContext]]) -> Calibration | None:
+    """The calibration data, or None where no pass looks at any.
+
+    Raises: CalibrationError for data that are missing or do not fit.
+    """
+    needy = [step.name() for step, _ in passes if step.needs_calibration]
+    data = passes[0][1].calibration
     if not needy:
-        return []
-    if ctx.calibration is None:
+        return None
+    if data is None:
         raise CalibrationError(
             f"{needy[0]} needs calibration data; pass calibration= or let compile make one"
         )
-    ctx.calibration.check(program.inputs)
-    batches = ctx.calibration.batches(ctx.chunk, program.inputs, dtype=program.dtype)
-    return [{name: value.to(program.device) for name, value in batch.items()} for batch in batches]
+    data.check(program.inputs)
+    return data

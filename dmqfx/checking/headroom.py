@@ -1,0 +1,70 @@
+"""Ranges follow their tensors: what a pass does to a tensor, it does to what the table says of its range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from dmqfx.checking.judges import CLOSE, Finding, Inputs, Judge
+from dmqfx.checking.seen import Seen, seen_at
+from dmqfx.graph.address import Site
+from dmqfx.graph.facts import CALIBRATED, INTEGER, QDQ
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import Range
+
+__all__ = ["Headroom"]
+
+
+class Headroom(Judge):
+    """The room between what arrives at a site and the ends of its range is as before, in units of the range.
+
+    So a pass that divides a tensor must divide its range too, in every timestep group; one that does not touch
+    the tensor must leave the range alone. Any inputs serve, not only those that the range was made from.
+    """
+
+    def __init__(self, before: Program, probes: Sequence[Inputs]) -> None:
+        self.probes, self.limit = probes, 10 * CLOSE[before.dtype]
+        self.ranges = _ranges(before)
+        self.seen = seen_at(before, probes, self.ranges)
+
+    def judge(self, after: Program) -> Finding:
+        ranges = {site: found for site, found in _ranges(after).items() if site in self.seen}
+        for site, seen in seen_at(after, self.probes, ranges).items():
+            error = _change(self.ranges[site], self.seen[site], ranges[site], seen)
+            if not error <= self.limit:
+                what = f"change of the room between {site} and its Range"
+                return Finding(error, self.limit, what, str(site.at))
+        return Finding(0.0, self.limit, "change of the room between sites and their ranges")
+
+
+def _ranges(program: Program) -> dict[Site, Range]:
+    """The ranges of what arrives at sites; behind a dequantize they are those of something else."""
+    there = CALIBRATED in program.facts and not {QDQ, INTEGER} & program.facts
+    return program.table.of(Range) if there else {}
+
+
+def _change(was: Range, seen_before: Seen, now: Range, seen: Seen) -> float:
+    """How much the room at either end differs, in widths of the range; infinite for other channels."""
+    if was.low.shape != now.low.shape or seen_before.low.shape != seen.low.shape:
+        return math.inf
+    rows = (seen_before.count > 0) & (seen.count > 0)
+    was_low, was_high, now_low, now_high, before_low, before_high, after_low, after_high = (
+        end[rows].double()
+        for end in (
+            *(was.low, was.high, now.low, now.high),
+            *(seen_before.low, seen_before.high, seen.low, seen.high),
+        )
+    )
+    width, other = was_high - was_low, now_high - now_low
+    scale = torch.where(width > 0, width / other, was_high / now_high).nan_to_num(nan=1.0, posinf=1.0)
+    at_low = before_low - was_low - (after_low - now_low) * scale
+    at_high = was_high - before_high - (now_high - after_high) * scale
+    greatest = torch.maximum(was_low.abs(), was_high.abs()).amax(1, keepdim=True)
+    size = (width + greatest / 10).clamp_min(
+        torch.finfo(torch.float64).tiny
+    )  # a narrow channel is rounded as coarsely
+    off = torch.maximum(at_low.abs(), at_high.abs()) / size
+    off = off.where((width > 0) == (other > 0), math.inf)
+    return float(off.max()) if off.numel() else 0.0
