@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from mutants_sensitivity import MUTANTS as OF_SENSITIVITY
 from mutants_skips import MUTANTS as OF_SKIPS
 from planting import (
     Function,
@@ -859,4 +860,5 @@ MUTANTS: tuple[Mutant, ...] = (
         },
     ),
     *OF_SKIPS,
+    *OF_SENSITIVITY,
 )
