@@ -134,6 +134,13 @@ def test_a_program_takes_more_than_64_samples() -> None:
 def test_blocks_that_cannot_double_to_an_odd_size_say_so_in_multiple_of() -> None:
     assert captured("deep-floyd")[1].inputs.multiple_of == 4
     assert tiny_unconditional()[1].inputs.multiple_of == 2
+    later = conditional(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownBlock2D",) * 3,
+        mid_block_type=None,
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
+    assert capture(later.eval()).inputs.multiple_of == 4
 
 
 def test_a_timestep_may_differ_for_every_sample_of_a_batch() -> None:
