@@ -39,7 +39,7 @@ def main() -> None:
     unet = sd15()
     float_bytes = sum(p.numel() * p.element_size() for p in unet.parameters())
     peak = {"model built": peak_gigabytes()}
-    policy = Policy.load(options.policy, check_step=registry.problem_with)
+    policy = Policy.load(options.policy, check_step=registry.problems_with)
     seconds: dict[str, float] = {}
 
     started = time.perf_counter()

@@ -12,12 +12,11 @@ import torch
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.verify import checking
-from dmqfx.errors import PipelineError
+from dmqfx.errors import CaptureError, PipelineError
 from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import UNet
 from dmqfx.graph import registry
-from dmqfx.graph.facts import CALIBRATED
 from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
@@ -66,8 +65,9 @@ def compile(
     refuse(unet)
     bars = sys.stderr.isatty() if progress is None else progress
     lowered = targets.resolve(target)
-    chosen = Policy.load(policy, overrides, check_step=registry.problem_with)
+    chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
     _steps(chosen).check(None, tuple(registry.passes().values()))
+    check_finite(unet)
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
@@ -87,6 +87,21 @@ def compile(
     return CompiledUNet(
         after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
+
+
+def check_finite(unet: UNet) -> None:
+    """Refuse weights with nan or infinity before anything is computed from them.
+
+    Raises: CaptureError naming the module and the weight.
+    """
+    for name, weight in unet.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            module, _, own = name.rpartition(".")
+            bad = int((~torch.isfinite(weight)).sum())
+            reason = f"{own} has {bad} of {weight.numel()} values that are not finite"
+            raise CaptureError(
+                reason, address=module, mend="load the weights again, in a dtype that holds them"
+            )
 
 
 def computing(program: Program) -> Program:
@@ -124,7 +139,7 @@ def _steps(policy: Policy) -> Pipeline:
 
 def needs_calibration(policy: Policy) -> bool:
     """Whether a pass of the policy streams calibration data."""
-    return any(CALIBRATED in registry.passes()[step.name].provides for step in policy.pipeline)
+    return any(step.needs_calibration for step in _steps(policy).steps)
 
 
 def has_residuals(calibration: Calibration) -> bool:

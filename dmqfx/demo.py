@@ -66,7 +66,7 @@ def run(
 
     An interrupted demo leaves no half file.
     """
-    chosen = [Policy.load(policy, check_step=registry.problem_with) for policy in policies]
+    chosen = [Policy.load(policy, check_step=registry.problems_with) for policy in policies]
     unet, prompts = emoji.load_unet(), emoji.demo_prompts(count)
     calibration = emoji_calibration(progress=progress, seed=seed)
     started = time.perf_counter()

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.channelwise import divisor
-from dmqfx.graph.facts import PLANNED, QDQ, ROUNDED, Fact
+from dmqfx.graph.facts import FITTED, PLANNED, QDQ, ROUNDED, SHIFTED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
-from dmqfx.graph.sites import is_weight
-from dmqfx.graph.table import Bias, Codes, Planned, Range, Table
+from dmqfx.graph.sites import CHANNEL_AXIS, is_weight
+from dmqfx.graph.table import Bias, Codes, Planned, Range, Shift, Table
 from dmqfx.graph.timesteps import GroupIndex
 from dmqfx.numbers.quant import QParams, QuantSpec, params_from_range
 from dmqfx.runtime.operators import OPS
@@ -28,8 +28,9 @@ class InsertQdq(Pass):
     """w  ->  dequantize(unpack(codes));  x  ->  dequantize(quantize(x)).
 
     A division by an equivalent scale gamma in front of a quantize joins its step: quantize(x / gamma, s)
-    is quantize(x, gamma * s), and the integer product never sees gamma. Sites that read one tensor with
-    one set of parameters share the quantize. Activations become QParams entries of the table.
+    is quantize(x, gamma * s), and the integer product never sees gamma. Shifted channels are quantized in
+    their own steps, s / 2^D * 2^e, and the integer product sees the shift e alone. Sites that read one tensor
+    with one set of parameters share the quantize. Activations become QParams entries of the table.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED, ROUNDED})
@@ -42,7 +43,7 @@ class InsertQdq(Pass):
         Raises: RewriteError for a planned site without codes or range.
         """
         rw = Rewriter(program, self.name(), ctx.journal)
-        table = program.table
+        table = _current(program)
         self._check(table)
         activations = _Activations(rw)
         for site, planned in table.of(Planned).items():
@@ -53,7 +54,7 @@ class InsertQdq(Pass):
                 _weight(rw, site, codes, planned.spec)
                 _bias(rw, site.at, table.get(Site(site.at, "bias"), Bias))
             elif (params := _params(table, site, planned.spec)) is not None:
-                activations.quantize(site, params)
+                activations.quantize(site, params, table.get(site, Shift))
                 table = table.put(site, params)
         return rw.finish().with_table(table)
 
@@ -69,6 +70,14 @@ class InsertQdq(Pass):
                     else "range; run fit-ranges or freeze-observers"
                 )
                 raise RewriteError(f"insert-qdq: {site} is planned but has no {what} before")
+
+
+def _current(program: Program) -> Table:
+    """The table without what no fact stands behind any more: parameters of a tensor that was scaled since."""
+    table = program.table
+    if FITTED not in program.facts:
+        table = table.drop(QParams)
+    return table if {FITTED, SHIFTED} <= program.facts else table.drop(Shift)
 
 
 def _params(table: Table, site: Site, spec: QuantSpec) -> QParams | None:
@@ -118,46 +127,65 @@ class _Activations:
 
     def __init__(self, rw: Rewriter) -> None:
         self.rw, self.groups = rw, GroupIndex(rw)
-        self.made: dict[fx.Node, list[tuple[QParams, fx.Node]]] = {}
+        self.made: dict[fx.Node, list[tuple[QParams, Shift | None, fx.Node]]] = {}
 
-    def quantize(self, site: Site, params: QParams) -> None:
+    def quantize(self, site: Site, params: QParams, shift: Shift | None) -> None:
         """Put quantize and dequantize in front of one site."""
         reader = self.rw.node(site.at)
         x = ops.tensor(reader, site.arg)
-        real = next((node for known, node in self.made.get(x, []) if _equal(known, params)), None)
+        alike = (
+            node
+            for known, steps, node in self.made.get(x, [])
+            if _equal(known, params) and _alike(steps, shift)
+        )
+        real = next(alike, None)
         if real is None:
-            real = self._insert(site, x, reader, params)
-            self.made.setdefault(x, []).append((params, real))
+            real = self._insert(site, x, reader, params, shift)
+            self.made.setdefault(x, []).append((params, shift, real))
         self.rw.redirect(reader, x, real)
 
-    def _insert(self, site: Site, x: fx.Node, reader: fx.Node, params: QParams) -> fx.Node:
+    def _insert(
+        self, site: Site, x: fx.Node, reader: fx.Node, params: QParams, shift: Shift | None
+    ) -> fx.Node:
         rw, axis = self.rw, params.axis if params.axis is not None else 1
         group = self.groups.node(params.boundaries, reader)
         first = min((user for user in x.users), key=list(rw.graph.nodes).index)
         stem = f"{site.at.path}.{site.arg}".lstrip(".")
         with rw.before(first):
             scale, zero_point = (
-                rw.constant(f"{stem}_{k}", getattr(params, k)) for k in ("scale", "zero_point")
+                rw.constant(f"{stem}_{k}", value)
+                for k, value in (("scale", _finest(params, shift)), ("zero_point", params.zero_point))
             )
-            source, step, step_axis = x, scale, axis
+            source, step, step_axis, exponent = x, params.scale, axis, None
+            if shift is not None:
+                axis = step_axis = CHANNEL_AXIS[ops.name(reader)]
+                step = step * shift.factor.to(step)
+                exponent = rw.constant(f"{stem}_shift", shift.exponent)
             if (division := divisor(x)) is not None:
                 source, gamma, step_axis = division
-                step = rw.constant(f"{stem}_step", params.scale * rw.value(gamma).flatten().to(params.scale))
+                step = step * rw.value(gamma).flatten().to(step)
+            steps = scale if step is params.scale else rw.constant(f"{stem}_step", step)
             codes = rw.call(
-                OPS.quantize.default, near=reader, x=source, scale=step, zero_point=zero_point, group=group,
+                OPS.quantize.default, near=reader, x=source, scale=steps, zero_point=zero_point, group=group,
                 axis=step_axis, qmin=params.qmin, qmax=params.qmax,
             )  # fmt: skip
             return rw.call(
-                OPS.dequantize.default,
-                near=reader,
-                codes=codes,
-                scale=scale,
-                zero_point=zero_point,
-                group=group,
-                axis=axis,
-            )
+                OPS.dequantize.default, near=reader, codes=codes, scale=scale, zero_point=zero_point,
+                group=group, axis=axis, shift=exponent,
+            )  # fmt: skip
+
+
+def _finest(params: QParams, shift: Shift | None) -> Tensor:
+    """The step of which all others are a power of two."""
+    return params.scale if shift is None else params.scale / 2**shift.largest
 
 
 def _equal(a: QParams, b: QParams) -> bool:
     same = (a.qmin, a.qmax, a.axis, a.boundaries) == (b.qmin, b.qmax, b.axis, b.boundaries)
     return same and torch.equal(a.scale, b.scale) and torch.equal(a.zero_point, b.zero_point)
+
+
+def _alike(a: Shift | None, b: Shift | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.largest == b.largest and torch.equal(a.exponent, b.exponent)

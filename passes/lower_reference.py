@@ -12,6 +12,7 @@ from dmqfx.graph.facts import INTEGER, QDQ, Fact
 from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.graph.pipeline import Preserves
 from dmqfx.graph.rewrite import Refuse, Rewriter
+from dmqfx.runtime import integer
 from dmqfx.runtime.operators import OPS
 
 WEIGHT = p.dequantize(codes=p.unpack().as_("unpacked")).as_("weight")
@@ -61,11 +62,13 @@ def _operands(
     if not ops.is_call(x, "dequantize"):
         return Refuse("the input is float: weight-only layers are dequantized at every call", x)
     activation, codes, real = ops.args(x), ops.args(unpacked), ops.args(weight)
-    scale = activation["scale"]
+    scale, shift = activation["scale"], activation["shift"]
     if isinstance(scale, fx.Node) and scale.meta["val"].shape[1] != 1:
         return Refuse(
             "the input has a scale per channel, which an integer product cannot take out of the sum", x
         )
+    if (why := _overflow(rw, unpacked, weight, shift)) is not None:
+        return Refuse(why, root)
     return {
         "x_codes": activation["codes"],
         "x_scale": scale,
@@ -78,4 +81,15 @@ def _operands(
         "w_scale": real["scale"],
         "w_zero_point": real["zero_point"],
         "bias": ops.args(root)["bias"],
+        "shift": shift,
     }
+
+
+def _overflow(rw: Rewriter, unpacked: fx.Node, weight: fx.Node, shift: fx.node.Argument) -> str | None:
+    """Why the sums may overflow int32, or None; codes are looked at only where their number alone allows it."""
+    exponent = rw.value(shift) if isinstance(shift, fx.Node) else None
+    most = 0 if exponent is None else int(exponent.amax())
+    if weight.meta["val"][0].numel() * 255 * 255 << most < 2**31:
+        return None
+    zero_point = rw.value(ops.tensor(weight, "zero_point"))
+    return integer.overflow(integer.centered_weight(rw.value(unpacked), zero_point), exponent)

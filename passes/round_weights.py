@@ -12,7 +12,7 @@ from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import PLANNED, ROUNDED, Fact
 from dmqfx.graph.pipeline import PassContext
-from dmqfx.graph.table import Bias, Codes, Entry
+from dmqfx.graph.table import Bias, Codes, Entry, Sensitivity
 from dmqfx.numbers.packing import pack
 from dmqfx.numbers.quant import QuantSpec, quantize
 from dmqfx.numbers.ranges import search_range
@@ -25,9 +25,11 @@ from dmqfx.sweep.turn import Reader, Turn
 class RoundWeights(SweepPass):
     """Write Codes for every planned weight; the float weight stays in the graph until insert-qdq.
 
-    Units: `rows` output positions make up a layer's local problem; damping is relative to the mean energy
-    of an input; `asymmetric` aims at the float layer's output on its float input.
-    Source: `nearest` rounds to the nearest code; `gptq` minds the layer's output (arXiv 2210.17323).
+    Where measure-sensitivity has run, `gptq` minds the UNet's output through the layer's, else the layer's
+    alone; `damping` and `asymmetric` are those of Reconstruction.
+
+    Units: `rows` output positions make up a layer's local problem.
+    Source: `nearest` rounds to the nearest code; `gptq` hands each error on (arXiv 2210.17323).
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
@@ -35,10 +37,10 @@ class RoundWeights(SweepPass):
     method: Literal["nearest", "gptq"] = "nearest"
     rows: int = 8192
     damping: float = 0.1
-    asymmetric: bool = True
+    asymmetric: float = 0.0
 
     @property
-    def needs_rows(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Only `nearest` looks at no activations."""
         return self.method != "nearest"
 
@@ -65,14 +67,22 @@ class RoundWeights(SweepPass):
     ) -> Iterator[tuple[Site, Entry]]:
         weight, bias = turn.scaled_weight(reader), turn.bias(reader)
         rows = turn.rows(reader, self.rows)
-        given = turn.deployed(reader, rows)
-        wanted = rows.real.double() @ turn.weight(reader).flatten(1).double().T
-        if not self.asymmetric:
-            wanted = given.double() @ weight.flatten(1).double().T
-        found = reconstruct(Reconstruction(given, wanted, weight, spec, self.damping))
-        yield at, Codes(pack(found.codes, spec.bits), tuple(weight.shape), found.params)
-        shift = found.offset.to(weight.dtype)
-        yield Site(reader.site.at, "bias"), Bias(shift if bias is None else bias + shift)
+        felt = turn.table.get(Site(reader.site.at, "out"), Sensitivity)
+        found = reconstruct(
+            Reconstruction(
+                given=turn.deployed(reader, rows),
+                wanted=rows.real @ turn.weight(reader).flatten(1).T,
+                weight=weight,
+                spec=spec,
+                damping=self.damping,
+                asymmetric=self.asymmetric,
+                importance=None if felt is None else felt.of(rows.timestep),
+                metric=None if felt is None else felt.metric,
+            )
+        )
+        yield at, Codes(pack(found.codes, spec.bits), tuple(weight.shape), found.params, nearest=False)
+        offset = found.offset.to(weight.dtype)
+        yield Site(reader.site.at, "bias"), Bias(offset if bias is None else bias + offset)
 
 
 def nearest(weight: Tensor, spec: QuantSpec) -> Codes:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from mutants_skips import MUTANTS as OF_SKIPS
 from planting import (
     Function,
     Mutant,
@@ -857,4 +858,5 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         },
     ),
+    *OF_SKIPS,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
@@ -33,9 +33,14 @@ ORDER = (
     "apply-scaling absorb-scaling round-weights insert-qdq"
 ).split()
 """The pipeline of the programs that bugs are planted in; both lowering passes may follow."""
+SWEPT = (
+    "canonicalize flag-skips split-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
+    "apply-scaling absorb-scaling fit-ranges vote-shifts round-weights insert-qdq"
+).split()
+"""The same with the passes that sweep, and skips whose arms are layers of their own."""
 
 
-def _policy(name: str, *more: Mapping[str, object]) -> Policy:
+def _policy(name: str, *more: Mapping[str, object], order: Sequence[str] = ORDER) -> Policy:
     """Signed and unsigned, 4 and 8 bit weights, scales per tensor and per channel, and float layers."""
     rules = [
         {"name": "ends", "at": ["conv_in/*", "conv_out/*"], "keep": "float"},
@@ -47,7 +52,7 @@ def _policy(name: str, *more: Mapping[str, object]) -> Policy:
         "weight": {"bits": 4, "grid": "symmetric", "per": "channel", "range": "minmax"},
         "input": {"bits": 8, "grid": "affine", "per": "tensor", "groups": 4},
     }
-    whole = {"schema": "dmqfx.policy/1", "name": name, "default": default, "rules": rules, "pipeline": ORDER}
+    whole = {"schema": "dmqfx.policy/1", "name": name, "default": default, "rules": rules, "pipeline": order}
     return Policy.load(whole)
 
 
@@ -60,6 +65,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             {"name": "channels", "at": "up.0.conv_shortcut/*", "input": {"per": "channel"}},
             {"name": "keys", "at": "mid.to_k/*", "input": {"bits": 6}, "weight": {"range": "mse"}},
         ),
+        "shifts": _policy("shifts", order=SWEPT),
     }
 )
 
@@ -77,10 +83,11 @@ def program_before(step: str, policy: str = "layers") -> Program:
         return run_step(
             passes()["round-weights"](), program_before("absorb-scaling", policy), context(policy)
         )
-    index = ORDER.index(step) if step in ORDER else len(ORDER)
+    order = [each.name for each in POLICIES[policy].pipeline]
+    index = order.index(step) if step in order else len(order)
     if index == 0:
         return toy()
-    last = ORDER[index - 1]
+    last = order[index - 1]
     return run_step(passes()[last](), program_before(last, policy), context(policy))
 
 

@@ -385,6 +385,7 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
         ("eval unet unet", 1, "unet holds no dmqfx.json: it was not saved by dmqfx"),
         ("eval handmade handmade", 1, "handmade is a compiled model"),
         ("verify owner/name", 1, "there is no folder owner/name, and as a hub id it cannot be read"),
+        ("verify handmade --policy w4a8", 1, "--policy and --set are for a float model"),
         ("verify unet --policy w4a9", 1, "did you mean 'w4a8'?"),
         (
             "inspect handmade --at conv_on/*",

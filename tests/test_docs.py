@@ -44,6 +44,7 @@ folder = "pipeline"
 calibration = Calibration.record(pipe, prompts=["a cat"], steps=2)
 """,
     "calibration.md": PIPELINE,
+    "evaluation.md": PIPELINE,
     "file-format.md": PIPELINE
     + """
 import dmqfx
@@ -109,7 +110,7 @@ def test_a_whole_policy_on_a_page_is_a_legal_policy(page: Path) -> None:
     for text in blocks(page, "yaml"):
         found = yaml.safe_load(text)
         if isinstance(found, dict) and "schema" in found and "split-concat" not in text:
-            Policy.load(found, check_step=registry.problem_with)
+            Policy.load(found, check_step=registry.problems_with)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -11,22 +11,23 @@ from pathlib import Path
 
 import pytest
 from mutants import MUTANTS
-from planting import ORDER, context, program_before
+from planting import ORDER, SWEPT, context, program_before
 
 from dmqfx.graph.pipeline import Pass, run_step
 from dmqfx.graph.registry import passes
 from dmqfx.seeing.show import diff
 
 GOLDENS = Path(__file__).parent / "goldens"
-POLICY = "attention"
+POLICY = dict.fromkeys(SWEPT, "shifts") | dict.fromkeys(ORDER, "attention")
 PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
 PART |= dict.fromkeys(("lower-simulate", "lower-reference"), "mid.**")
 
 
 def text(step: Pass) -> str:
     """The difference that a pass makes, and what it refused."""
-    before = program_before(step.name(), POLICY)
-    after = run_step(step, before, context(POLICY))
+    policy = POLICY.get(step.name(), "attention")
+    before = program_before(step.name(), policy)
+    after = run_step(step, before, context(policy))
     record = after.log[-1]
     part = PART.get(step.name(), "**")
     lines = [f"{step.name()} on the toy, {part}", "", *diff(before, after, part).splitlines(), ""]
@@ -35,7 +36,7 @@ def text(step: Pass) -> str:
     return re.sub(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+", "#", "\n".join(lines)) + "\n"
 
 
-@pytest.mark.parametrize("name", [*ORDER, "lower-simulate", "lower-reference"])
+@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *ORDER]), "lower-simulate", "lower-reference"])
 def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
     golden = GOLDENS / f"{name}.txt"
     found = text(passes()[name]())
@@ -49,6 +50,8 @@ def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
     [
         ("canonicalize", "a factor of 2 is dropped as if it were 1"),
         ("flag-skips", "the arms of a skip change roles"),
+        ("split-skips", "the bias is added by both arms"),
+        ("vote-shifts", "rows that do not agree get the finest step"),
         ("pair-layers", "a reader of a shared input is left out"),
         ("absorb-scaling", "the bias is forgotten"),
         ("insert-qdq", "one reader of three stays float"),

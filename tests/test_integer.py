@@ -56,7 +56,7 @@ def test_convolution_equals_brute_force(data: st.DataObject) -> None:
     stride, dilation, taps = (list(data.draw(pair)) for _ in range(3))
     padding = list(data.draw(st.tuples(st.integers(0, 2), st.integers(0, 2))))
     groups, depth, per_group = (data.draw(st.integers(1, 3)) for _ in range(3))
-    x_signed, w_signed, extreme, mixed, per_channel = (data.draw(st.booleans()) for _ in range(5))
+    x_signed, w_signed, extreme, mixed, per_channel, shifted = (data.draw(st.booleans()) for _ in range(6))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     size = [
         max(1, d * (t - 1) + 1 - 2 * p) + data.draw(st.integers(0, 4))
@@ -68,9 +68,13 @@ def test_convolution_equals_brute_force(data: st.DataObject) -> None:
     x_zero = draw_codes(generator, [rows, 1], x_signed, extreme).int()
     w_zero = draw_codes(generator, [1, groups * per_group if per_channel else 1], w_signed, extreme).int()
     group = torch.randint(rows, (batch,), generator=generator) if mixed else None
-    found = conv2d_accumulators(x, x_zero, group, w, w_zero, stride, padding, dilation, groups)
+    shift = torch.randint(8, (rows, groups * depth), generator=generator).byte() if shifted else None
+    found = conv2d_accumulators(x, x_zero, group, w, w_zero, stride, padding, dilation, groups, shift)
     zero = x_zero[group] if group is not None else x_zero
     centered = x.long() - zero.reshape(-1, 1, 1, 1), w.long() - w_zero.reshape(-1, 1, 1, 1)
+    if shift is not None:
+        bits = (shift[group] if group is not None else shift).long()
+        centered = centered[0] << bits[:, :, None, None], centered[1]
     assert found.dtype == torch.int32
     assert np.array_equal(found.numpy(), brute_conv2d(*centered, stride, padding, dilation, groups))
 
@@ -78,7 +82,7 @@ def test_convolution_equals_brute_force(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_linear_layer_equals_brute_force(data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    x_signed, w_signed, extreme = (data.draw(st.booleans()) for _ in range(3))
+    x_signed, w_signed, extreme, shifted = (data.draw(st.booleans()) for _ in range(4))
     lead = data.draw(st.sampled_from([[0], [1], [3], [2, 5], [2, 2, 3]]))
     depth, rows = data.draw(st.sampled_from([1, 7, 64, 700])), data.draw(st.integers(1, 4))
     x = draw_codes(generator, [*lead, depth], x_signed, extreme)
@@ -88,9 +92,11 @@ def test_linear_layer_equals_brute_force(data: st.DataObject) -> None:
         draw_codes(generator, [1, 5], w_signed, extreme).int(),
     )
     group = torch.randint(min(rows, 3), (lead[0],), generator=generator)
-    found = linear_accumulators(x, x_zero, group, w, w_zero)
+    shift = torch.randint(8 if shifted else 1, (3, depth), generator=generator).byte()
+    found = linear_accumulators(x, x_zero, group, w, w_zero, shift if shifted else None)
     zero = x_zero[group].reshape([lead[0]] + [1] * len(lead))
-    assert torch.equal(found.long(), (x.long() - zero) @ (w.long() - w_zero.reshape(5, 1)).T)
+    bits = shift[group].long().reshape([lead[0]] + [1] * (len(lead) - 1) + [depth])
+    assert torch.equal(found.long(), ((x.long() - zero) << bits) @ (w.long() - w_zero.reshape(5, 1)).T)
 
 
 @pytest.mark.parametrize("channels", [128, 129, 1000, 4000])
@@ -133,6 +139,28 @@ def test_weights_that_could_overflow_int32_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[1, 67000\].*add up to 8509000.*overflow int32"):
         linear_accumulators(x, zero, None, w, zero)
     assert linear_accumulators(x[:, :66000], zero, None, w[:, :66000], zero).item() == 0
+
+
+def test_shifts_count_in_the_room_that_int32_leaves_each_input_channel_by_its_greatest() -> None:
+    x, w = torch.full((1, 9000), 255, dtype=torch.uint8), torch.full((1, 9000), -120, dtype=torch.int8)
+    zero, shift = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 9000, dtype=torch.uint8)
+    group = torch.zeros(1, dtype=torch.long)
+    shift[1, :100] = 7
+    expected = -120 * 255 * 9000
+    assert linear_accumulators(x, zero, group, w, zero[:1], shift).item() == expected
+    assert (
+        linear_accumulators(x, zero, group + 1, w, zero[:1], shift).item() == expected - 127 * 100 * 120 * 255
+    )
+    shift[1] = 3
+    with pytest.raises(ValueError, match=r"shifted by the steps of the input's channels add up to 8640000"):
+        linear_accumulators(x, zero, group, w, zero[:1], shift)
+
+
+def test_a_shift_reaches_the_channels_of_its_own_group() -> None:
+    x, w = torch.ones(1, 4, 1, 1, dtype=torch.uint8), torch.ones(2, 2, 1, 1, dtype=torch.int8)
+    zero, shift = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8)
+    found = conv2d_accumulators(x, zero, None, w, zero, [1, 1], [0, 0], [1, 1], 2, shift)
+    assert found.flatten().tolist() == [3, 12]
 
 
 def test_padding_stands_for_zero_whatever_the_zero_point() -> None:

@@ -78,12 +78,24 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
         OPS.dequantize,
         (torch.randint(255, (2, 3), dtype=torch.uint8), *grid(4, 1), torch.tensor([1, 3]), 1),
     ),
+    "dequantize shifted": lambda: (
+        OPS.dequantize,
+        (
+            torch.randint(255, (2, 3, 4), dtype=torch.uint8),
+            *grid(4, 1),
+            torch.tensor([1, 3]),
+            -1,
+            torch.randint(4, (4, 4)).byte(),
+        ),
+    ),
     "unpack nibbles": lambda: (OPS.unpack, (torch.randint(255, (8,), dtype=torch.uint8), 4, True, [3, 5])),
     "unpack bytes": lambda: (OPS.unpack, (torch.randint(255, (15,), dtype=torch.uint8), 8, False, [3, 5])),
     "qconv2d": lambda: (OPS.qconv2d, conv_case()),
     "qconv2d grouped": lambda: (OPS.qconv2d, conv_case(3)),
     "qconv2d empty batch": lambda: (OPS.qconv2d, conv_case(3, batch=0)),
+    "qconv2d shifted": lambda: (OPS.qconv2d, (*conv_case(3), torch.randint(4, (3, 4)).byte())),
     "qlinear": lambda: (OPS.qlinear, linear_case()),
+    "qlinear shifted": lambda: (OPS.qlinear, (*linear_case(3), torch.randint(4, (3, 5)).byte())),
     "qlinear grouped": lambda: (OPS.qlinear, linear_case(3)),
 }
 

@@ -176,14 +176,15 @@ def test_a_layer_that_did_not_get_what_was_asked_has_a_red_edge() -> None:
 
 
 def test_a_tooltip_tells_shape_share_bits_and_rule_and_with_a_report_the_sqnr() -> None:
-    report = Report("Tiny", (LayerReport("out/conv2d", (), 12.34),), {1.0: 20.0}, 1, 2000, 500, ())
+    layer = LayerReport("out/conv2d", (), 12.34, timestep_db={900.0: 15.0, 1.0: 9.87})
+    report = Report("Tiny", (layer,), {1.0: 20.0}, 1, 2000, 500, ())
     text = picture(quantized(), report)
     assert tooltip(text, "out/conv2d") == [
         "out/conv2d",
         "output 1x4x4, weight 1x4x1x1, 33.3% of MACs",
         "input: float (rule ends)",
         "weight: 8 bit (rule last)",
-        "SQNR 12.3 dB",
+        "SQNR 12.3 dB, worst 9.9 dB at t = 1",
     ]
     assert not any("SQNR" in line for line in tooltip(text, "conv_in/conv2d"))
     assert any("2 kB to 500 B" in words and "output SQNR 20.0 dB" in words for words in legend(text))

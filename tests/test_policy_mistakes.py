@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dmqfx import policies as shipped
 from dmqfx.errors import PolicyError, Problem
+from dmqfx.graph import registry
 from dmqfx.policy.file import parse_policy
 from dmqfx.policy.policy import Mark, Policy, Rule
 
@@ -318,22 +319,38 @@ def test_an_expression_that_begins_with_a_star_must_be_quoted() -> None:
 # --- what a step means is for others to say
 
 
-def only_canonicalize(name: str, options: Mapping[str, object]) -> str | None:
+def only_canonicalize(name: str, options: Mapping[str, object]) -> Mapping[str, str]:
     if name != "canonicalize":
-        return f"there is no pass {name!r}"
-    return f"canonicalize has no option {min(options)!r}" if options else None
+        return {"": f"there is no pass {name!r}"}
+    return {option: f"canonicalize has no option {option!r}" for option in options}
 
 
 def test_the_check_of_steps_is_told_names_and_options_and_its_words_are_reported_with_the_place() -> None:
     text = (
         HEAD
         + "default: {weight: float, input: float}\n"
-        + "pipeline:\n- canonicalize\n- x\n- canonicalize: {fast: true}\n"
+        + "pipeline:\n- canonicalize\n- x\n- canonicalize: {fast: true, slow: 1}\n"
     )
     assert problems(text, check_step=only_canonicalize) == [
         "p.yaml:5:3: there is no pass 'x'",
-        "p.yaml:6:3: canonicalize has no option 'fast'",
+        "p.yaml:6:18: canonicalize has no option 'fast'",
+        "p.yaml:6:30: canonicalize has no option 'slow'",
     ]
+
+
+def test_every_wrong_option_of_a_real_pass_is_told_at_once_where_it_stands() -> None:
+    step = "{learn-scaling: {exponent: 7, metod: x, method: smooth}}"
+    assert problems(f"{HEAD}extends: w4a8\npipeline: [{step}]\n", check_step=registry.problems_with) == [
+        "p.yaml:3:29: learn-scaling: exponent must be between 0 and 1, not 7",
+        "p.yaml:3:42: learn-scaling has no option 'metod'; did you mean 'method'? (legal: exponent, method)",
+        "p.yaml:3:52: learn-scaling: option method must be one of smoothquant, not 'smooth'",
+    ]
+
+
+@pytest.mark.parametrize("source", [["w4a8"], 5, None])
+def test_what_is_no_policy_at_all_is_told_what_is(source: object) -> None:
+    with pytest.raises(PolicyError, match="a policy is a shipped name, a path, a dict or a Policy, not "):
+        Policy.load(source)  # type: ignore[arg-type]  # that is the mistake
 
 
 def test_a_step_that_an_override_changed_is_reported_there() -> None:

@@ -118,6 +118,52 @@ def test_the_output_at_each_timestep_is_that_of_its_own_rows() -> None:
     assert report.worst == min(report.output_db.items(), key=lambda each: each[1])
 
 
+def test_a_layer_has_its_sqnr_at_each_timestep_and_over_all() -> None:
+    data = calibration(plain(), [900.0, 3.0, 900.0, 3.0, 3.0])
+    layer = Report.measure(plain(), quantized(), data).layer("conv_in/conv2d")
+    assert list(layer.timestep_db) == [900.0, 3.0]
+    batch, signal, noise = next(data.batches(5)), 0.0, 0.0
+    for time, db in layer.timestep_db.items():
+        chosen = {name: value[batch["timestep"] == time] for name, value in batch.items()}
+        exact, approximate = (outputs(program, chosen)[IN].double() for program in (plain(), quantized()))
+        one, other = float(exact.square().sum()), float((exact - approximate).square().sum())
+        assert db == pytest.approx(10 * math.log10(one / other), rel=1e-9)
+        signal, noise = signal + one, noise + other
+    assert layer.sqnr_db == pytest.approx(10 * math.log10(signal / noise), rel=1e-9)
+
+
+def outputs(program: Program, batch: dict[str, Tensor]) -> dict[Address, Tensor]:
+    """What every operation gives, from fx's own interpreter."""
+    found: dict[Address, Tensor] = {}
+
+    class Listening(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> object:
+            value = super().run_node(node)
+            if "address" in node.meta and isinstance(value, Tensor):
+                found[node.meta["address"]] = value
+            return value
+
+    Listening(program.gm).run(*batch.values())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ((2, 3), {1.0: 20.0, 2.0: 0.0}),  # a batch
+        ((4, 3), {1.0: 20.0, 2.0: 0.0}),  # batch and channels as one
+        ((1, 3), {1.0: 20.0, 2.0: 20.0}),  # the same for every sample
+    ],
+)
+def test_rows_of_any_layout_are_counted_at_their_timestep(
+    shape: tuple[int, int], wanted: dict[float, float]
+) -> None:
+    exact, approximate, found = torch.ones(shape), torch.full(shape, 1.1), dict[float, lockstep.Ratio]()
+    approximate[1 if len(exact) == 2 else 2 :] = 2.0
+    lockstep._count(found, [1.0, 2.0], exact, approximate)
+    assert {time: ratio.db for time, ratio in found.items()} == pytest.approx(wanted, abs=1e-3)
+
+
 def test_every_recorded_timestep_is_measured_even_with_few_rows(
     compiled: tuple[Program, Program, Program],
 ) -> None:
@@ -295,7 +341,9 @@ def small() -> Report:
     attention = (SiteReport("query", None, None),)
     layers = (
         LayerReport("a.conv/conv2d", sites, 31.25, 4000, 500, 900, 0.9),
-        LayerReport("b.attn/scaled_dot_product_attention", attention, 9.5, 0, 0, 100, 0.1),
+        LayerReport(
+            "b.attn/scaled_dot_product_attention", attention, 9.5, 0, 0, 100, 0.1, {981.0: 9.5, 1.0: math.inf}
+        ),
         LayerReport("c/linear", (), None, 1200, 1200),
     )
     passes = (PassReport("canonicalize", "bitwise", 3, (Refused("a/cat", "flag", "no"),), 0.5, 1e-16),)

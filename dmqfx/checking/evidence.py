@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from dmqfx.calibration.calibration import Calibration
+from dmqfx.checking.recount import miscounted
 from dmqfx.checking.seen import Seen, seen_at
 from dmqfx.checking.tablecheck import Broken
 from dmqfx.checking.unevenness import misjudged
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, FLAGGED, PLANNED
+from dmqfx.graph.facts import CALIBRATED, FITTED, FLAGGED, PLANNED, SHIFTED
 from dmqfx.graph.pipeline import Pass, PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import operations
@@ -31,6 +32,8 @@ def contradictions(before: Program, after: Program, step: Pass, ctx: PassContext
     """Entries that a pass wrote against the policy or the calibration rows."""
     if PLANNED in step.provides and ctx.policy is not None:
         yield from _plan(after, ctx)
+    if SHIFTED in step.provides:
+        yield from miscounted(after, step, ctx)
     if ctx.calibration is None:
         return
     if FLAGGED in step.provides:
@@ -39,7 +42,9 @@ def contradictions(before: Program, after: Program, step: Pass, ctx: PassContext
     ranges, known = after.table.of(Range), before.table.of(Range)
     if CALIBRATED in step.provides:
         yield from _ranges(after, ctx.calibration, ranges, exactly=True)
-    elif new := {site: found for site, found in ranges.items() if site not in known}:
+    elif FITTED not in step.provides and (
+        new := {site: found for site, found in ranges.items() if site not in known}
+    ):
         few = ctx.calibration.select(_ROWS, ctx.generator())
         yield from _ranges(after, few, new, exactly=False)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -15,10 +16,21 @@ from dmqfx.checking.probes import unobserved
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Codes, Planned
+from dmqfx.graph.table import Codes, Planned, Shift
 from dmqfx.numbers.quant import QParams
 
-__all__ = ["Sites", "arguments", "expand", "fake", "group_of", "near_tie", "real", "steps", "unpacked"]
+__all__ = [
+    "Sites",
+    "arguments",
+    "expand",
+    "fake",
+    "group_of",
+    "near_tie",
+    "real",
+    "shifted",
+    "steps",
+    "unpacked",
+]
 
 Sites = Mapping[Site, Tensor]
 
@@ -60,6 +72,12 @@ def real(codes: Tensor, params: QParams, group: Tensor | None) -> Tensor:
     dims = codes.dim()
     zero_point = expand(params.zero_point, group, params.axis, dims)
     return (codes.double() - zero_point) * expand(params.scale, group, params.axis, dims)
+
+
+def shifted(params: QParams, shift: Shift, axis: int) -> QParams:
+    """Parameters with a step for each channel on `axis`: the site's own, halved once for each exponent missing."""
+    halvings = shift.largest - shift.exponent.double()
+    return replace(params, scale=params.scale.double() * 0.5**halvings, axis=axis)
 
 
 def near_tie(before_rounding: Tensor, tolerance: float) -> Tensor:
@@ -167,6 +185,8 @@ class Faked(fx.Interpreter):
         params = self.params.get(site)
         if params is None:
             return x, nowhere
+        if (shift := self._table.get(site, Shift)) is not None:
+            params = shifted(params, shift, 1 if site.at.op == "conv2d" else -1)
         group = None
         if params.boundaries and self._timestep is not None:
             group = group_of(self._timestep, params.boundaries)

@@ -16,6 +16,7 @@ from dmqfx.graph.modules import label
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned, Range
 from dmqfx.numbers.quant import QParams, QuantSpec
+from dmqfx.sweep.deploy import pending_scales
 
 __all__ = ["HALF_STEP", "activation_claims", "grid_claims", "scale_claims"]
 
@@ -52,15 +53,18 @@ def scale_claims(weight: Tensor, params: QParams, spec: QuantSpec) -> Iterator[s
         yield from _finest(low, high, params)
         return
     step, zero_point = _needed(low, high, params)
-    wide = params.scale.double() > step * (1 + _SAME_STEP)
-    if bool((wide & _live(step, params)).any()):
-        yield f"output channel {int(wide.flatten().nonzero()[0])} has wider steps than its whole range needs"
+    live = _live(step, params)[0]
+    wide = (params.scale.double() > step * (1 + _SAME_STEP))[0]
     whole = replace(params, scale=step.where(step > 0, 1.0), zero_point=zero_point.round(), axis=0)
     ours, theirs = (
         (fake(rows, grid, None) - rows).double().square().sum(1) for grid in (replace(params, axis=0), whole)
     )
-    if bool((ours > _WORSE * theirs).any()):
-        yield f"output channel {int((ours / theirs).argmax())} is rounded worse than in its whole range"
+    for wrong, told in (
+        (wide, "has wider steps than its whole range needs"),
+        (ours > _WORSE * theirs, "is rounded worse than in its whole range"),
+    ):
+        if bool((wrong & live).any()):
+            yield f"output channel {int((wrong & live).nonzero()[0])} {told}"
 
 
 def activation_claims(program: Program, site: Site, entry: QParams) -> Iterator[str]:
@@ -77,6 +81,8 @@ def activation_claims(program: Program, site: Site, entry: QParams) -> Iterator[
     if seen is None or reasons:
         return
     low, high = seen.low.double(), seen.high.double()
+    if (gamma := pending_scales(program, program.table).get(site)) is not None:
+        low, high = low / gamma.double(), high / gamma.double()
     if planned.spec.per == "tensor":
         low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
     elif entry.scale.shape != low.shape:

@@ -8,28 +8,30 @@ from types import MappingProxyType
 from dmqfx.checking.structure import is_quantized_layer, skip_of
 from dmqfx.checking.tablecheck import Broken
 from dmqfx.graph.address import Address, Site
-from dmqfx.graph.facts import FLAGGED, LEARNED, PAIRED, PLANNED, QDQ, ROUNDED, Fact
+from dmqfx.graph.facts import FITTED, FLAGGED, LEARNED, PAIRED, PLANNED, QDQ, ROUNDED, SHIFTED, Fact
 from dmqfx.graph.journal import Journal
 from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import Pass
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import quantized
-from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, SkipConcat
+from dmqfx.graph.table import Bias, ChannelScale, Codes, LayerPair, Planned, Shift, SkipConcat
 from dmqfx.numbers.quant import QParams
 
 __all__ = ["unaccounted"]
 
-_BEHIND: Mapping[type, Fact] = MappingProxyType(
+_BEHIND: Mapping[type, Collection[Fact]] = MappingProxyType(
     {
-        Planned: PLANNED,
-        SkipConcat: FLAGGED,
-        LayerPair: PAIRED,
-        ChannelScale: LEARNED,
-        Codes: ROUNDED,
-        QParams: QDQ,
+        Planned: {PLANNED},
+        SkipConcat: {FLAGGED},
+        LayerPair: {PAIRED},
+        ChannelScale: {LEARNED},
+        Shift: {SHIFTED, FITTED, QDQ},
+        Codes: {ROUNDED},
+        Bias: {ROUNDED},
+        QParams: {FITTED, QDQ},
     }
 )
-"""The fact that entries of a kind are there for. A Range follows its tensor, which Headroom watches over."""
+"""The facts that entries of a kind are there for. A Range follows its tensor, which Headroom watches over."""
 
 
 def unaccounted(before: Program, after: Program, step: Pass, journal: Journal) -> Iterator[Broken]:
@@ -46,7 +48,7 @@ def unaccounted(before: Program, after: Program, step: Pass, journal: Journal) -
 
 def _rewritten(before: Program, after: Program, free: frozenset[Fact]) -> Iterator[Broken]:
     """Entries of operations that are still there, added, changed or dropped behind the back of their fact."""
-    guarded = {kind for kind, fact in _BEHIND.items() if fact not in free}
+    guarded = {kind for kind, facts in _BEHIND.items() if not free & set(facts)}
     old, new = (
         {(site, type(entry)): entry for site, entry in program.table if type(entry) in guarded}
         for program in (before, after)
@@ -54,8 +56,8 @@ def _rewritten(before: Program, after: Program, free: frozenset[Fact]) -> Iterat
     for site, kind in {**old, **new}:
         was, now = old.get((site, kind)), new.get((site, kind))
         if was is not now and was != now and site.at in before and site.at in after:
-            fact = _BEHIND[kind].name
-            yield Broken(site, kind.__name__, f"written by a pass that does not provide the fact {fact!r}")
+            names = " or ".join(sorted(repr(fact.name) for fact in _BEHIND[kind]))
+            yield Broken(site, kind.__name__, f"written by a pass that does not provide the fact {names}")
 
 
 def _unflagged(program: Program, refused: Collection[Address]) -> Iterator[Broken]:

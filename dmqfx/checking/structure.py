@@ -14,7 +14,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.sites import readers
 from dmqfx.graph.table import LayerPair, Planned, SkipConcat
 
-__all__ = ["is_quantized_layer", "pair_claims", "skip_claims", "skip_of"]
+__all__ = ["depth", "is_quantized_layer", "pair_claims", "skip_claims", "skip_of"]
 
 
 def skip_claims(program: Program, site: Site, entry: SkipConcat) -> Iterator[str]:
@@ -29,7 +29,7 @@ def skip_claims(program: Program, site: Site, entry: SkipConcat) -> Iterator[str
         yield f"the arms have {counts} channels, not {claimed}"
         return
     deep, skip = arms if entry.skip_last else arms[::-1]
-    if _depth(deep) <= _depth(skip):
+    if depth(deep) <= depth(skip):
         yield f"{label(deep)} is called deep, but {label(skip)} has as many convolutions behind it"
     if (entry.deep_variance != entry.deep_variance) != (entry.skip_variance != entry.skip_variance):
         yield "the variance of one arm is measured, that of the other is not"
@@ -41,7 +41,7 @@ def skip_of(node: fx.Node) -> fx.Node | None:
     if len(arms) != 2 or arms[0].meta["val"].dim() != 4 or ops.args(node)["dim"] not in (1, -3):
         return None
     for skip, deep in (arms, arms[::-1]):
-        if skip in _upstream(deep) and _depth(deep) > _depth(skip):
+        if skip in _upstream(deep) and depth(deep) > depth(skip):
             return skip
     return None
 
@@ -82,7 +82,7 @@ def _arms(node: fx.Node) -> list[fx.Node] | None:
     return [arm for arm in arms if isinstance(arm, fx.Node)] if isinstance(arms, (list, tuple)) else None
 
 
-def _depth(node: fx.Node) -> int:
+def depth(node: fx.Node) -> int:
     """How many convolutions lie behind a value."""
     return sum(1 for each in _upstream(node) if ops.is_call(each, "conv2d", "qconv2d"))
 

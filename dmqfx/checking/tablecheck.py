@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from dmqfx.checking.faked import steps, unpacked
 from dmqfx.checking.grids import HALF_STEP, activation_claims, grid_claims, scale_claims
+from dmqfx.checking.stepclaims import arm_claims, shift_claims
 from dmqfx.checking.structure import pair_claims, skip_claims
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
@@ -17,11 +18,14 @@ from dmqfx.graph.facts import CALIBRATED, INTEGER, OBSERVED, PLANNED, QDQ, ROUND
 from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, unplanned, without_codes, without_range
-from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
+from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, Shift, SkipArm, SkipConcat
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams, QuantSpec
+from dmqfx.sweep.deploy import scaled_weight
 
 __all__ = ["Broken", "broken_claims"]
+
+_FARTHEST = 0.5  # share of a row's norm; another row's codes, or a sign, move it by more than all of it
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,10 @@ def _against(program: Program, site: Site, entry: object) -> Iterator[str]:
             return _range(program, site, entry)
         case SkipConcat():
             return skip_claims(program, site, entry)
+        case SkipArm():
+            return arm_claims(program, site, entry)
+        case Shift():
+            return shift_claims(program, site, entry)
         case LayerPair():
             return pair_claims(program, site, entry)
         case ChannelScale():
@@ -171,8 +179,12 @@ def _codes(program: Program, site: Site, entry: Codes) -> Iterator[str]:
     if not params.qmin <= int(codes.min()) <= int(codes.max()) <= params.qmax:
         yield f"codes from {int(codes.min())} to {int(codes.max())} are not in {params.qmin} to {params.qmax}"
     if not reasons and ROUNDED in program.facts and not {QDQ, INTEGER} & program.facts:
-        yield from scale_claims(program.constant_at(site), params, planned.spec)
-        yield from _rounding(program.constant_at(site), codes, params, planned.spec)
+        weight = scaled_weight(program, site)
+        if entry.nearest:
+            yield from scale_claims(weight, params, planned.spec)
+            yield from _rounding(weight, codes, params, planned.spec)
+        else:
+            yield from _learned(weight, codes, params)
 
 
 def _rounding(weight: Tensor, codes: Tensor, params: QParams, spec: QuantSpec) -> Iterator[str]:
@@ -190,6 +202,22 @@ def _rounding(weight: Tensor, codes: Tensor, params: QParams, spec: QuantSpec) -
     if spec.range == "minmax" and float(clipped.max()) > HALF_STEP:
         row = int(clipped.argmax())
         yield f"output channel {row} is clipped by {float(clipped[row]):.3g} steps; minmax clips nothing"
+
+
+def _learned(weight: Tensor, codes: Tensor, params: QParams) -> Iterator[str]:
+    """Whether codes that were moved from the nearest ones still spell the weight."""
+    if weight.shape != codes.shape:
+        yield f"codes are {list(codes.shape)}, the weight is {list(weight.shape)}"
+        return
+    grid = QParams(params.scale, params.zero_point, params.qmin, params.qmax, 0)
+    exact = steps(weight, grid, None)
+    centred = exact.double().flatten(1) - params.zero_point.double().T
+    moved = (codes.double() - exact.double()).flatten(1).square().sum(1)
+    allowed = _FARTHEST**2 * centred.square().sum(1) + exact[0].numel()
+    if bool((moved > allowed).any()):
+        row = int((moved / allowed).argmax())
+        share = float((moved[row] / centred[row].square().sum().clamp(min=1)).sqrt())
+        yield f"output channel {row} was moved by {share:.0%} of its weights, more than rounding may"
 
 
 def _channels(program: Program, site: Site) -> tuple[int, int] | None:

@@ -188,7 +188,7 @@ def explain(options: argparse.Namespace) -> int:
     from dmqfx.policy.policy import Policy
     from dmqfx.seeing.explain import explanations, table
 
-    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
+    policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
     found = explanations(sources.load_captured(options.model), policy, options.at)
     terminal.say(options, table(found), [_explained(each) for each in found])
     return terminal.OK

@@ -104,14 +104,10 @@ def calibrate(options: argparse.Namespace) -> int:
 
 def _recorded(options: argparse.Namespace) -> Calibration:
     from dmqfx.calibration.calibration import Calibration
-    from dmqfx.errors import DmqfxError
     from dmqfx.evaluation import emoji_calibration
 
     if options.prompts:
-        lines = [line.strip() for line in files.read_text(options.prompts).splitlines()]
-        prompts = [line for line in lines if line]
-        if not prompts:
-            raise DmqfxError(f"{options.prompts} holds no prompt; write one a line")
+        prompts = files.read_prompts(options.prompts)
         return _watched(sources.load_pipeline(options.model), prompts, options)
     if sources.is_emoji(options.model):
         return emoji_calibration(
@@ -189,7 +185,7 @@ def compile_(options: argparse.Namespace) -> int:
     from dmqfx.policy.policy import Expect, Policy
     from dmqfx.storage.store import refuse_foreign
 
-    policy = Policy.load(options.policy, options.overrides, check_step=registry.problem_with)
+    policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
     out = files.to_be_folder(options.out)
     refuse_foreign(out)
     floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _ADDRESS = re.compile(r"^(?P<path>[^/~#:]*)/(?P<op>[^/~#:]+)(?:#(?P<call>\d+))?(?:~(?P<made_by>[^/~#:]+))?$")
 
@@ -28,6 +28,16 @@ class Address:
         call = f"#{self.call}" if self.call else ""
         made_by = f"~{self.made_by}" if self.made_by else ""
         return f"{self.path}/{self.op}{call}{made_by}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a pattern may match: the address itself and, if a pass made this of an operation, that operation's.
+
+        Example:
+            >>> Address.parse("conv/conv2d~split-skips.1").names
+            ('conv/conv2d~split-skips.1', 'conv/conv2d')
+        """
+        return (str(self), str(replace(self, made_by=""))) if self.made_by else (str(self),)
 
     @staticmethod
     def parse(text: str) -> Address:

@@ -22,6 +22,7 @@ __all__ = [
     "QDQ",
     "ROUNDED",
     "SCALED",
+    "SHIFTED",
     "Fact",
 ]
 
@@ -94,6 +95,7 @@ FITTED = Fact("fitted", "planned activation sites have their scale and zero poin
 PAIRED = Fact("paired", "layers that share an input share one equivalent scale")
 LEARNED = Fact("learned", "pairs have their equivalent scale in the table")
 SCALED = Fact("scaled", "x / gamma stands before scaled layers and gamma in their weights")
+SHIFTED = Fact("shifted", "channels that want finer steps have their shifts in the table")
 ROUNDED = Fact("rounded", "planned weights have their integer codes in the table", _no_codes)
 QDQ = Fact("qdq", "planned sites are quantized and dequantized in the graph", _no_dequantize)
 INTEGER = Fact("integer", "the graph was lowered for a target")

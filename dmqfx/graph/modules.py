@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
 from dmqfx.graph.inputs import InputSpec
 
@@ -57,7 +57,9 @@ def call_with(
     target: Callable[..., object], args: object, kwargs: object, value_of: Callable[[fx.Node], object]
 ) -> object:
     """A call with each node among its arguments, at any depth, replaced by a value."""
-    positional, keywords = tree_map_only(fx.Node, value_of, (args, kwargs))
+    given: Any = (args, kwargs)  # fx's types know only what a graph may hold, and values may be anything
+    read: Any = value_of
+    positional, keywords = fx.node.map_arg(given, read)
     return target(*positional, **keywords)
 
 

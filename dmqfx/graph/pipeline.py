@@ -9,13 +9,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from dmqfx.errors import PipelineError, RewriteError
-from dmqfx.graph.facts import Fact
+from dmqfx.graph.facts import CALIBRATED, Fact
 from dmqfx.graph.journal import Journal, PassRecord
 from dmqfx.graph.modules import label
 from dmqfx.graph.program import Program
@@ -44,9 +45,9 @@ class Preserves(enum.Enum):
 class PassContext:
     """What a pass may read besides the program.
 
-    Units: seed starts every generator; a sweep takes `chunk` calibration rows at a time and keeps at most
-    `memory` bytes of activations; the journal's fuel is the number of applications still allowed
-    (None: no limit).
+    Units: seed starts every generator; a sweep takes at most `chunk` calibration rows at a time, `memory`
+    bytes beside the model and about `budget` seconds (None: what it takes), and keeps its finished turns in
+    `run_dir`; the journal's fuel is the number of applications still allowed (None: no limit).
     Example:
         >>> PassContext(seed=3).generator().initial_seed()
         3
@@ -59,6 +60,8 @@ class PassContext:
     train_timesteps: int = 1000
     memory: int = 6 * 2**30
     chunk: int = 16
+    budget: float | None = None
+    run_dir: Path | None = None
     journal: Journal = field(default_factory=Journal)
 
     def generator(self) -> torch.Generator:
@@ -86,6 +89,11 @@ class Pass(ABC):
     provides: ClassVar[frozenset[Fact]] = frozenset()
     clears: ClassVar[frozenset[Fact]] = frozenset()
     preserves: ClassVar[Preserves]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it reads calibration rows and fails without."""
+        return CALIBRATED in self.provides
 
     @abstractmethod
     def run(self, program: Program, ctx: PassContext) -> Program:
@@ -177,7 +185,7 @@ def run_steps(
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
     first = steps[0]
-    if isinstance(first, JointPass):
+    if isinstance(first, JointPass) and len(steps) > 1:
         joint = [
             (step, local) for step, local in zip(steps, locals_, strict=True) if isinstance(step, JointPass)
         ]
@@ -201,8 +209,9 @@ def run_steps(
         drift = observe(step, program, after, local) if observe is not None else None
         journal = local.journal
         record = PassRecord(
-            step.name(), step.preserves.value, tuple(journal.applied), tuple(journal.refused), seconds, drift
-        )
+            step.name(), step.preserves.value, tuple(journal.applied), tuple(journal.refused), seconds, drift,
+            journal.note,
+        )  # fmt: skip
         logger.info("%s", record)
         records.append(record)
     return replace(after, log=(*program.log, *records))
@@ -220,13 +229,17 @@ def _neighbours(steps: Sequence[Pass]) -> Iterator[tuple[Pass, ...]]:
     """Consecutive passes that run jointly, and every other pass alone."""
     run: list[Pass] = []
     for step in steps:
-        joins = isinstance(step, JointPass)
-        if run and not (joins and isinstance(run[-1], JointPass) and run[-1].run_jointly == step.run_jointly):
+        if run and (_walk_of(step) is None or _walk_of(run[-1]) is not _walk_of(step)):
             yield tuple(run)
             run = []
         run.append(step)
     if run:
         yield tuple(run)
+
+
+def _walk_of(step: Pass) -> object:
+    """What passes have in common that share a walk: the function, not the method bound to each class."""
+    return getattr(type(step).run_jointly, "__func__", None) if isinstance(step, JointPass) else None
 
 
 def _versions(program: Program) -> dict[str, int]:

@@ -39,29 +39,30 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Pass:
 
     Raises: PassNotFoundError for an unknown name or option, or a value of the wrong type, with the nearest legal word.
     """
-    problem = problem_with(name, options or {})
-    if problem:
+    for problem in problems_with(name, options or {}).values():
         raise PassNotFoundError(problem)
     return passes()[name](**(options or {}))
 
 
-def problem_with(name: str, options: Mapping[str, object]) -> str | None:
-    """What is wrong with a step of a policy's pipeline, or None."""
+def problems_with(name: str, options: Mapping[str, object]) -> Mapping[str, str]:
+    """What is wrong with a step of a policy's pipeline, by the option at fault; "" is the step itself."""
     known = passes()
     if name not in known:
-        return f"there is no pass {name!r}; {suggest(name, list(known))}"
+        return {"": f"there is no pass {name!r}; {suggest(name, list(known))}"}
     fields = {field.name: field for field in dataclasses.fields(known[name])}
     hints = typing.get_type_hints(known[name])
+    found: dict[str, str] = {}
     for option, value in options.items():
         if option not in fields:
-            return f"{name} has no option {option!r}; {suggest(option, list(fields))}"
-        if not _fits(value, hints[option]):
-            return f"{name}: option {option} must be {_words(hints[option])}, not {value!r}"
+            found[option] = f"{name} has no option {option!r}; {suggest(option, list(fields))}"
+        elif not _fits(value, hints[option]):
+            found[option] = f"{name}: option {option} must be {_words(hints[option])}, not {value!r}"
     try:
-        known[name](**options)
+        known[name](**{option: value for option, value in options.items() if option not in found})
     except (TypeError, ValueError) as error:
-        return f"{name}: {error}"
-    return None
+        named = str(error).partition(" ")[0]  # as in "exponent must be between 0 and 1, not 7"
+        found.setdefault(named if named in options else "", f"{name}: {error}")
+    return found
 
 
 def pipeline(steps: typing.Iterable[tuple[str, Mapping[str, object]]]) -> Pipeline:

@@ -9,7 +9,7 @@ from torch import fx
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Codes, Planned, Range, SkipConcat
+from dmqfx.graph.table import Codes, Planned, Range, SkipArm, SkipConcat
 from dmqfx.policy.policy import KIND_OF_OPERATOR, OPERANDS, Operation
 
 CHANNEL_AXIS = {"conv2d": 1, "linear": -1, "scaled_dot_product_attention": -1}
@@ -18,11 +18,23 @@ CHANNEL_AXIS = {"conv2d": 1, "linear": -1, "scaled_dot_product_attention": -1}
 
 def operations(program: Program) -> list[Operation]:
     """What a policy can decide about: convolutions, linear layers and attention products, in execution order."""
-    skips = {site.at for site in program.table.of(SkipConcat)}
     return [
-        Operation(node.meta["address"], KIND_OF_OPERATOR[ops.name(node)], _fed_by(node) in skips)
+        Operation(
+            node.meta["address"],
+            KIND_OF_OPERATOR[ops.name(node)],
+            fed_by_skip(program, Site(node.meta["address"], "input")),
+        )
         for node in program.calls(*KIND_OF_OPERATOR)
     ]
+
+
+def fed_by_skip(program: Program, site: Site) -> bool:
+    """Whether what arrives at a site is a decoder's concatenation with a long skip, or one arm of it."""
+    if program.table.get(site, SkipArm) is not None:
+        return True
+    source = ops.args(program.node(site.at)).get(site.arg)
+    at = source.meta.get("address") if isinstance(source, fx.Node) else None
+    return at is not None and program.table.get(Site(at, "tensors"), SkipConcat) is not None
 
 
 def readers(node: fx.Node) -> Iterator[tuple[fx.Node, str]]:
@@ -66,9 +78,3 @@ def without_codes(program: Program) -> Iterator[Site]:
 def without_range(program: Program) -> Iterator[Site]:
     """Activations that are planned to be quantized and have no Range."""
     return (s for s in quantized(program) if not is_weight(s) and program.table.get(s, Range) is None)
-
-
-def _fed_by(node: fx.Node) -> object:
-    """The address of what makes the input of an operation."""
-    source = ops.args(node).get("input")
-    return source.meta.get("address") if isinstance(source, fx.Node) else None

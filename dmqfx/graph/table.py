@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from dmqfx.graph.address import Address, Site
-from dmqfx.numbers.quant import QParams, QuantSpec
+from dmqfx.numbers.quant import QParams, QuantSpec, powers_of_two
 
 __all__ = [
     "Bias",
@@ -21,7 +21,9 @@ __all__ = [
     "LayerPair",
     "Planned",
     "Range",
+    "Sensitivity",
     "Shift",
+    "SkipArm",
     "SkipConcat",
     "Table",
 ]
@@ -70,6 +72,18 @@ class SkipConcat:
 
 
 @dataclass(frozen=True)
+class SkipArm:
+    """The input of a convolution that reads one arm of what was a long skip's concatenation.
+
+    `concat` names the concatenation; it may be gone, if nothing else read it. `uneven` is what flag-skips said.
+    """
+
+    arm: Literal["deep", "skip"]
+    concat: Address
+    uneven: bool = False
+
+
+@dataclass(frozen=True)
 class LayerPair:
     """Layers that read one tensor and therefore share one equivalent scale, and who could absorb it.
 
@@ -94,17 +108,22 @@ class ChannelScale:
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """Power-of-two scaling of an input site: channel c has the step scale * 2^exponent[g, c].
+    """Power-of-two scaling of an input site: channel c has the step scale * 2^(exponent[g, c] - largest).
 
-    Shapes: exponent uint8 [G, C] or [1, C], 0 for the finest step. Source: DMQ, channel-wise power-of-two scaling.
+    So a channel with the largest exponent has the site's own step, and no channel a coarser one. In the graph
+    the finest step, scale / 2^largest, is the scale, and an integer is shifted to the left by the exponent.
+
+    Shapes: exponent uint8 [G, C], 0..largest, for the site's QParams [G, 1] and C channels.
+    Source: DMQ, channel-wise power-of-two scaling (the published code's steps; the text has no fallback that is safe).
     """
 
     exponent: Tensor
+    largest: int
 
     @property
     def factor(self) -> Tensor:
-        """2^exponent in float32."""
-        return torch.exp2(self.exponent.float())
+        """What the site's step is multiplied by, exactly: 1, 1/2, 1/4, ... in float32 [G, C]."""
+        return powers_of_two(self.exponent).float().div(2**self.largest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +137,30 @@ class Bias:
 
 
 @dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """How much the UNet's output feels an error e of a layer's output: the expectation of e' metric e.
+
+    `metric` is None for layers too wide for one. `weight` is the layer's share by timestep group, 1 in the mean.
+
+    Shapes: weight [G]; metric [O, O], positive semidefinite.
+    """
+
+    weight: Tensor
+    metric: Tensor | None
+    boundaries: tuple[float, ...] = ()
+
+    def of(self, timestep: Tensor) -> Tensor:
+        """The weight of each timestep's group.
+
+        Shapes: timestep, result [N].
+        """
+        edges = torch.tensor(self.boundaries, device=timestep.device)
+        return self.weight.to(timestep.device)[torch.bucketize(timestep.to(edges), edges, right=True)]
+
+
+@dataclass(frozen=True, eq=False)
 class Codes:
-    """Integer codes of a weight and their meaning.
+    """Integer codes of a weight and their meaning; `nearest` says that each is the one next to its weight.
 
     Shapes: packed uint8 [ceil(numel * width / 8)] (width 4 for <= 4 bits, else 8); qparams.scale [1, O].
     """
@@ -127,10 +168,36 @@ class Codes:
     packed: Tensor
     shape: tuple[int, ...]
     qparams: QParams
+    nearest: bool = True
 
 
-Entry: TypeAlias = Planned | Range | SkipConcat | LayerPair | ChannelScale | Shift | Bias | Codes | QParams
-_Kind = TypeVar("_Kind", Planned, Range, SkipConcat, LayerPair, ChannelScale, Shift, Bias, Codes, QParams)
+Entry: TypeAlias = (
+    Planned
+    | Range
+    | SkipConcat
+    | SkipArm
+    | LayerPair
+    | ChannelScale
+    | Shift
+    | Bias
+    | Sensitivity
+    | Codes
+    | QParams
+)
+_Kind = TypeVar(
+    "_Kind",
+    Planned,
+    Range,
+    SkipConcat,
+    SkipArm,
+    LayerPair,
+    ChannelScale,
+    Shift,
+    Bias,
+    Sensitivity,
+    Codes,
+    QParams,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +234,10 @@ class Table:
     def drop(self, kind: type) -> Table:
         """This table without any entry of a kind."""
         return Table(MappingProxyType({key: e for key, e in self._rows.items() if key[0] is not kind}))
+
+    def without(self, site: Site, kind: type) -> Table:
+        """This table without a site's entry of a kind."""
+        return Table(MappingProxyType({key: e for key, e in self._rows.items() if key != (kind, site)}))
 
     def sites(self) -> list[Site]:
         """Every site that has an entry of any kind, once each."""

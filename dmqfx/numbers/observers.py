@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.table import Range
+from dmqfx.numbers.voting import nearest_full
 
 __all__ = ["Observer"]
 
@@ -71,7 +72,7 @@ class Observer(nn.Module):
         kept = seen.low.dtype
         mean, variance = seen.mean.to(kept), (seen.spread / seen.count.clamp(min=1)).to(kept)
         low, high, mean, variance = (
-            value[_nearest(seen.count)] for value in (seen.low, seen.high, mean, variance)
+            value[nearest_full(seen.count[:, 0])] for value in (seen.low, seen.high, mean, variance)
         )
         return Range(low, high, mean, variance, seen.count[:, 0].long(), self.axis, self.boundaries)
 
@@ -133,13 +134,3 @@ class _Moments:
             self.mean + shift * share,
             self.spread + other.spread + shift.square() * self.count * share,
         )
-
-
-def _nearest(count: Tensor) -> Tensor:
-    """For each group the nearest that has rows; of two as near the earlier.
-
-    Shapes: count [G, 1]; returns int64 [G].
-    """
-    full = count[:, 0].nonzero().flatten()
-    distance = torch.arange(len(count), device=count.device)[:, None] - full
-    return full[distance.abs().argmin(1)]

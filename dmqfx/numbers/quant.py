@@ -19,6 +19,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "params_from_range",
+    "powers_of_two",
     "qrange",
     "quantize",
 ]
@@ -130,14 +131,31 @@ def quantize(
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None = None, axis: int = 0
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor | None = None,
+    axis: int = 0,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """real = (code - zero_point) * scale in the dtype of scale.
+    """real = (code - zero_point) * scale * 2^shift in the dtype of scale; without a shift it is 0.
 
-    Shapes: as for quantize.
+    Shapes: as for quantize; shift uint8 [G, C].
     """
+    step = scale if shift is None else scale * powers_of_two(shift).to(scale.dtype)
     real = codes.to(scale.dtype).sub_(spread(zero_point, group, axis, codes.dim()))
-    return real.mul_(spread(scale, group, axis, codes.dim()))
+    return real.mul_(spread(step, group, axis, codes.dim()))
+
+
+def powers_of_two(shift: Tensor) -> Tensor:
+    """2^shift as int32.
+
+    Shapes: shift uint8, any; its numbers are below 31.
+    Example:
+        >>> powers_of_two(torch.tensor([0, 3], dtype=torch.uint8))
+        tensor([1, 8], dtype=torch.int32)
+    """
+    return torch.ones_like(shift, dtype=torch.int32) << shift.to(torch.int32)
 
 
 def fake_quantize(x: Tensor, params: QParams, group: Tensor | None = None) -> Tensor:

@@ -1,4 +1,9 @@
-"""Integer codes of a weight that keep a layer's output, not the weight, near what it was."""
+"""Integer codes of a weight that keep what the network's output feels of a layer, not the weight itself.
+
+With X the layer's inputs, M the metric of its output and E = V - W the change of the weight, the codes V
+make tr(M E X'X E') small. Both factors are minded by handing an error on: the error of a column to the
+columns not yet rounded (X'X), the error of a block of rows to the rows not yet rounded (M).
+"""
 
 from __future__ import annotations
 
@@ -12,20 +17,29 @@ from dmqfx.numbers.ranges import search_range
 
 __all__ = ["Reconstruction", "Rounded", "reconstruct"]
 
+_COLUMNS = 128  # columns whose errors are handed on together: a matrix product instead of many vector ones
+_ROW_BLOCKS = 8  # blocks of rows: more follow the metric closer and take longer, for a gain that levels off
+
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """A layer's local problem: codes of the weight such that given @ weight' is near wanted.
+    """A layer's local problem.
 
-    Shapes: given [N, K], as the layer will see it; wanted [N, O], as the float layer gives it; weight [O, ...].
-    Units: damping is relative to the mean energy of an input column.
+    Shapes: given [N, K], the inputs as the layer will see them; wanted [N, O], the float layer's outputs
+    without bias; weight [O, ...]; importance [N] of each row, or None; metric [O, O] of an error of the
+    output, or None for all channels alike.
+    Units: damping is relative to the mean energy of an input column (and of an output channel's metric);
+    `asymmetric` is the share 0..1 of the way from the float weight to the one that best gives `wanted`.
     """
 
     given: Tensor
     wanted: Tensor
     weight: Tensor
     spec: QuantSpec
-    damping: float
+    damping: float = 0.1
+    asymmetric: float = 0.0
+    importance: Tensor | None = None
+    metric: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,117 +52,103 @@ class Rounded:
 
 
 def reconstruct(problem: Reconstruction) -> Rounded:
-    """The weight that solves the problem in floats, then codes that keep its output (GPTQ).
+    """Codes of the weight; means are left to the offset, the codes see centred columns only.
 
-    Means are left to the offset: the codes see centred columns only.
+    Source: GPTQ (arXiv 2210.17323) for the columns; its elimination once more, by blocks, for the rows.
     """
     x, y = problem.given.double(), problem.wanted.double()
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    centred = x - mean_x
-    normal = Normal(centred.T @ centred, centred.T @ (y - mean_y))
-    flat = problem.weight.flatten(1).double()
-    target = least_squares(normal, flat, problem.damping)
+    share = _shares(problem)
+    mean_x, mean_y = share @ x, share @ y
+    scaled = (x - mean_x) * share.sqrt()[:, None]
+    gram = _damped(scaled.T @ scaled, problem.damping)
+    target = problem.weight.flatten(1).double()
+    if problem.asymmetric:
+        lacking = scaled.T @ ((y - mean_y) * share.sqrt()[:, None]) - scaled.T @ scaled @ target.T
+        target = target + problem.asymmetric * torch.linalg.solve(gram, lacking).T
     params = search_range(target.to(problem.weight.dtype).view_as(problem.weight), problem.spec)
-    scale, zero = (value.T.double().expand(len(flat), 1) for value in (params.scale, params.zero_point))
-    codes = gptq(target, normal.gram, scale, zero, params.qmin, params.qmax, problem.damping)
-    offset = mean_y - ((codes - zero) * scale) @ mean_x
+    grid = _Grid.of(params, len(target))
+    codes = _by_rows(target, gram, grid, problem)
+    offset = mean_y - grid.real(codes) @ mean_x
     dtype = torch.int8 if params.qmin < 0 else torch.uint8
     return Rounded(codes.to(dtype).view(problem.weight.shape), params, offset)
 
 
 @dataclass(frozen=True, eq=False)
-class Normal:
-    """The normal equations of a layer's local problem, min over V of |X V' - Y|^2.
+class _Grid:
+    """Scales and zero points [O] in float64, and the range of codes."""
 
-    Shapes: gram [K, K] = X'X; cross [K, O] = X'Y.
-    """
+    scale: Tensor
+    zero_point: Tensor
+    qmin: int
+    qmax: int
 
-    gram: Tensor
-    cross: Tensor
+    @staticmethod
+    def of(params: QParams, rows: int) -> _Grid:
+        scale, zero_point = (each.double()[0].expand(rows) for each in (params.scale, params.zero_point))
+        return _Grid(scale, zero_point, params.qmin, params.qmax)
 
+    def rows(self, index: Tensor | slice) -> _Grid:
+        return _Grid(self.scale[index], self.zero_point[index], self.qmin, self.qmax)
 
-def least_squares(problem: Normal, weight: Tensor, damping: float) -> Tensor:
-    """The float weight that solves the problem, pulled to `weight` by damping times the mean diagonal.
+    def nearest(self, column: Tensor) -> Tensor:
+        return (torch.round(column / self.scale) + self.zero_point).clamp(self.qmin, self.qmax)
 
-    Shapes: weight, result [O, K].
-    """
-    gram = problem.gram
-    ridge = damping * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    damped = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-    residual = problem.cross - gram @ weight.T.to(gram)
-    return weight + torch.linalg.solve(damped, residual).T.to(weight)
-
-
-def gptq(
-    target: Tensor, gram: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, damping: float
-) -> Tensor:
-    """Codes column by column, each column's error passed on to the columns not yet rounded.
-
-    Shapes: target [O, K]; gram [K, K]; scale, zero [O, 1]; returns codes as floats [O, K].
-    Source: GPTQ (arXiv 2210.17323), algorithm 1, in the order of falling diagonal.
-    """
-    order = gram.diagonal().argsort(descending=True)
-    w = target.to(gram)[:, order].clone()
-    h = gram[order][:, order]
-    ridge = damping * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny)
-    h = h + ridge * torch.eye(len(h), dtype=h.dtype)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    scale, zero = scale.to(w)[:, 0], zero.to(w)[:, 0]
-    codes = torch.empty_like(w)
-    block = 128
-    for start in range(0, w.shape[1], block):
-        end = min(start + block, w.shape[1])
-        errors = torch.zeros(len(w), end - start, dtype=w.dtype)
-        for k in range(start, end):
-            column = w[:, k]
-            q = (torch.round(column / scale) + zero).clamp(qmin, qmax)
-            codes[:, k] = q
-            error = (column - (q - zero) * scale) / upper[k, k]
-            w[:, k + 1 : end] -= error[:, None] * upper[k, k + 1 : end]
-            errors[:, k - start] = error
-        w[:, end:] -= errors @ upper[start:end, end:]
-    return codes[:, order.argsort()]
+    def real(self, codes: Tensor) -> Tensor:
+        return (codes - self.zero_point[:, None]) * self.scale[:, None]
 
 
-def descend(
-    codes: Tensor,
-    target: Tensor,
-    gram: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    qmin: int,
-    qmax: int,
-    sweeps: int,
-    damping: float,
-) -> Tensor:
-    """Coordinate descent on the codes: each column set to its best value given the others, several times.
+def _shares(problem: Reconstruction) -> Tensor:
+    """Each row's share of the mean [N]; they add up to 1."""
+    if problem.importance is None or not bool((problem.importance > 0).any()):
+        return problem.given.new_full((len(problem.given),), 1 / len(problem.given), dtype=torch.float64)
+    weight = problem.importance.double()
+    return weight / weight.sum()
 
-    Shapes: as for gptq; target is the float optimum.
-    """
-    order = gram.diagonal().argsort(descending=True)
-    ridge = damping * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    h = (gram + ridge * torch.eye(len(gram), dtype=gram.dtype))[order][:, order]
-    s, z = scale.to(h), zero.to(h)
-    c = codes.to(h)[:, order].clone()
-    t = target.to(h)[:, order]
-    diagonal = h.diagonal()
-    block = 128
-    for _ in range(sweeps):
-        before = c.clone()
-        gradient = (t - (c - z) * s) @ h  # [O, K]
-        for start in range(0, h.shape[1], block):
-            end = min(start + block, h.shape[1])
-            local = gradient[:, start:end].clone()
-            delta = torch.zeros_like(local)
-            for k in range(start, end):
-                old = c[:, k]
-                want = (old - z[:, 0]) * s[:, 0] + local[:, k - start] / diagonal[k]
-                new = (torch.round(want / s[:, 0]) + z[:, 0]).clamp(qmin, qmax)
-                move = (new - old) * s[:, 0]
-                c[:, k] = new
-                delta[:, k - start] = move
-                local -= move[:, None] * h[k, start:end]
-            gradient -= delta @ h[start:end]
-        if torch.equal(before, c):
-            break
-    return c[:, order.argsort()]
+
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    """The matrix with damping times its mean diagonal added to the diagonal; the identity if it is all 0."""
+    ridge = damping * gram.diagonal().mean()
+    return gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge if float(ridge) > 0 else 1.0)
+
+
+def _elimination(gram: Tensor) -> Tensor:
+    """Upper triangular U with U'U the inverse: what rounding one variable does to those after it."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
+
+
+def _by_rows(target: Tensor, gram: Tensor, grid: _Grid, problem: Reconstruction) -> Tensor:
+    """Codes [O, K], block of rows by block of rows where there is a metric."""
+    by_energy = gram.diagonal().argsort(descending=True)
+    columns = _elimination(gram[by_energy][:, by_energy])
+    if problem.metric is None:
+        return _by_columns(target[:, by_energy], columns, grid)[:, by_energy.argsort()]
+    metric = _damped(problem.metric.double(), problem.damping)
+    order = metric.diagonal().argsort(descending=True)
+    rows, left = _elimination(metric[order][:, order]), target[order][:, by_energy]
+    codes, height = torch.empty_like(left), -(-len(order) // _ROW_BLOCKS)
+    for start in range(0, len(order), height):
+        block, rest = slice(start, start + height), slice(start + height, None)
+        part = grid.rows(order[block])
+        codes[block] = _by_columns(left[block], columns, part)
+        change = part.real(codes[block]) - left[block]
+        handed = torch.linalg.solve_triangular(rows[block, block].T, change, upper=False)
+        left[rest] += rows[block, rest].T @ handed
+    return codes[order.argsort()][:, by_energy.argsort()]
+
+
+def _by_columns(target: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
+    """Codes [R, K] of some rows, column by column in the given order."""
+    left, codes = target.clone(), torch.empty_like(target)
+    for start in range(0, left.shape[1], _COLUMNS):
+        end = min(start + _COLUMNS, left.shape[1])
+        block, local = left[:, start:end], factor[start:end, start:end]
+        errors = torch.empty_like(block)
+        for k in range(end - start):
+            column = block[:, k]
+            codes[:, start + k] = code = grid.nearest(column)
+            errors[:, k] = error = (column - (code - grid.zero_point) * grid.scale) / local[k, k]
+            block[:, k + 1 :] -= torch.outer(error, local[k, k + 1 :])
+        left[:, end:] -= errors @ factor[start:end, end:]
+    return codes

@@ -40,8 +40,12 @@ def load_policy(
     elif isinstance(source, Mapping):
         tree = tree_of_python({"schema": SCHEMA, **source}, Mark(), reader.problems)
         found = _Source("<policy>", _UNNAMED, Path(), tree)
-    else:
+    elif isinstance(source, (str, os.PathLike)):
         found = _find(source, Path(), Mark(), reader)
+    else:
+        kinds = "a shipped name, a path, a dict or a Policy"  # type: ignore[unreachable]  # not for every caller
+        reader.note(Mark(), f"a policy is {kinds}, not {source!r} ({type(source).__name__})")
+        found = None
     return _finish(found, overrides, check_step, reader)
 
 

@@ -43,8 +43,8 @@ Kind = Literal["conv2d", "linear", "attention"]
 FedBy = Literal["skip_concat"]
 Scalar = bool | int | float | str | None
 Option = Scalar | tuple[Scalar, ...]
-CheckStep = Callable[[str, Mapping[str, object]], "str | None"]
-"""Says what is wrong with a step's name and options, or None."""
+CheckStep = Callable[[str, Mapping[str, object]], Mapping[str, str]]
+"""Says what is wrong with a step's name (as "") and with each of its options."""
 
 KIND_OF_OPERATOR: Final[Mapping[str, Kind]] = MappingProxyType(
     {"conv2d": "conv2d", "linear": "linear", "scaled_dot_product_attention": "attention"}
@@ -76,7 +76,8 @@ class Mark:
 class Operation:
     """One operation that has sites.
 
-    `fed_by_skip` says that its input is a decoder's concatenation with a long skip, as flag-skips found it.
+    `fed_by_skip` says that its input is a decoder's concatenation with a long skip, as flag-skips found it, or
+    one arm of it, as split-skips left it.
     """
 
     address: Address
@@ -88,8 +89,9 @@ class Operation:
 class Rule:
     """An exception from the default: which operations (`at`, `kind` and `fed_by` must all hold) get what.
 
-    `at` holds globs and `re:` expressions of which one must match, () is any address; a setting of None
-    leaves that argument to others; `keep: float` in a file is both settings at once.
+    `at` holds globs and `re:` expressions of which one must match, () is any address; they match what a pass
+    made of an operation (`conv/conv2d~split-skips.1`) where they match the operation. A setting of None leaves
+    that argument to others; `keep: float` in a file is both settings at once.
     """
 
     name: str
@@ -114,8 +116,7 @@ class Rule:
         def holds(operation: Operation) -> bool:
             if self.kind not in (None, operation.kind) or (self.fed_by and not operation.fed_by_skip):
                 return False
-            address = str(operation.address)
-            return not patterns or any(fits(address) for fits in patterns)
+            return not patterns or any(fits(name) for fits in patterns for name in operation.address.names)
 
         return holds
 

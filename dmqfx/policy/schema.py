@@ -134,13 +134,12 @@ class _Settings:
             return self.reader.whole(tree, path, 1, _MOST_GROUPS)
         items = self.reader.listing(tree, path) or ()
         found = [self.reader.number(item, path) for item in items]
-        numbers = tuple(number for number in found if number is not None)
-        for before, after, item in zip(numbers, numbers[1:], items[1:], strict=False):
-            if not before < after and len(numbers) == len(items):
+        for before, after, item in zip(found, found[1:], items[1:], strict=False):
+            if before is not None and after is not None and not before < after:
                 self.reader.note(
                     item.mark, f"{path}: boundaries must ascend, but {after:g} follows {before:g}"
                 )
-        return numbers
+        return tuple(number for number in found if number is not None)
 
 
 @dataclass(frozen=True)

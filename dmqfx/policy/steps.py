@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dmqfx.policy.marked import Leaf, Listing, Odd, Section, Tree
-from dmqfx.policy.policy import CheckStep, Option, Scalar, Step
+from dmqfx.policy.policy import CheckStep, Mark, Option, Scalar, Step
 from dmqfx.policy.reading import Reader
 
 __all__ = ["read_pipeline", "step_name"]
@@ -17,13 +17,23 @@ def step_name(tree: Tree) -> str | None:
 
 
 def read_pipeline(tree: Tree, reader: Reader, check_step: CheckStep | None) -> tuple[Step, ...]:
-    """The steps that can be read; what `check_step` has against one is noted where the step stands."""
-    steps = [_step(item, reader) for item in reader.listing(tree, "pipeline") or ()]
-    for step in steps:
-        problem = check_step(step.name, step.keywords()) if step and check_step else None
-        if step and problem:
-            reader.note(step.mark, problem)
-    return tuple(step for step in steps if step is not None)
+    """The steps that can be read; what `check_step` has against a step or an option is noted where that stands."""
+    steps = []
+    for item in reader.listing(tree, "pipeline") or ():
+        step = _step(item, reader)
+        if step is None:
+            continue
+        steps.append(step)
+        for option, problem in check_step(step.name, step.keywords()).items() if check_step else ():
+            reader.note(_mark(item, step, option), problem)
+    return tuple(steps)
+
+
+def _mark(tree: Tree, step: Step, option: str) -> Mark:
+    """Where an option of a step was given; the place of the step for what was not."""
+    options = tree.get(step.name) if isinstance(tree, Section) else None
+    entry = options.entries.get(option) if isinstance(options, Section) else None
+    return entry.mark if entry else step.mark
 
 
 def _step(tree: Tree, reader: Reader) -> Step | None:

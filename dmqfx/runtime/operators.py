@@ -20,6 +20,7 @@ _WEIGHT = (
     "Tensor packed_weight, int bits, bool signed, SymInt[] weight_shape, Tensor w_scale, Tensor w_zero_point"
 )
 _CONV = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
+_SHIFT = "Tensor? shift=None"
 
 
 def timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
@@ -49,6 +50,7 @@ def qconv2d(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Convolution of codes with packed codes; see runtime.integer.conv2d."""
     w_codes = packing.unpack(packed_weight, bits, signed, weight_shape)
@@ -65,6 +67,7 @@ def qconv2d(
         padding,
         dilation,
         groups,
+        shift,
     )
 
 
@@ -80,10 +83,11 @@ def qlinear(
     w_scale: Tensor,
     w_zero_point: Tensor,
     bias: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Linear layer of codes with packed codes; see runtime.integer.linear."""
     w_codes = packing.unpack(packed_weight, bits, signed, weight_shape)
-    return integer.linear(x_codes, x_scale, x_zero_point, group, w_codes, w_scale, w_zero_point, bias)
+    return integer.linear(x_codes, x_scale, x_zero_point, group, w_codes, w_scale, w_zero_point, bias, shift)
 
 
 def _fake_timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
@@ -97,7 +101,12 @@ def _fake_quantize(
 
 
 def _fake_dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None = None, axis: int = 0
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor | None = None,
+    axis: int = 0,
+    shift: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(codes, dtype=scale.dtype)
 
@@ -122,6 +131,7 @@ def _fake_qconv2d(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    shift: Tensor | None = None,
 ) -> Tensor:
     spatial = [
         (size + 2 * pad - spacing * (tap - 1) - 1) // step + 1
@@ -144,6 +154,7 @@ def _fake_qlinear(
     w_scale: Tensor,
     w_zero_point: Tensor,
     bias: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
 
@@ -158,13 +169,13 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
         _fake_quantize,
     ),
     "dequantize": (
-        f"Tensor codes, {_GRID}, Tensor? group=None, int axis=0",
+        f"Tensor codes, {_GRID}, Tensor? group=None, int axis=0, {_SHIFT}",
         quant.dequantize,
         _fake_dequantize,
     ),
     "unpack": ("Tensor packed, int bits, bool signed, SymInt[] shape", packing.unpack, _fake_unpack),
-    "qconv2d": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_CONV}", qconv2d, _fake_qconv2d),
-    "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None", qlinear, _fake_qlinear),
+    "qconv2d": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_CONV}, {_SHIFT}", qconv2d, _fake_qconv2d),
+    "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_SHIFT}", qlinear, _fake_qlinear),
 }
 
 for _name, (_arguments, _kernel, _fake) in _OPERATORS.items():

@@ -14,11 +14,11 @@ from dmqfx.graph.address import Address, Site
 from dmqfx.graph.facts import INTEGER, QDQ
 from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Codes, Planned
+from dmqfx.graph.table import Codes, Planned, Shift, SkipArm
 from dmqfx.numbers.packing import unpack
 from dmqfx.numbers.quant import QuantSpec, dequantize
 from dmqfx.policy.policy import KIND_OF_OPERATOR, OPERANDS
-from dmqfx.seeing.wording import bit_count
+from dmqfx.seeing import wording
 
 __all__ = ["SiteBits", "is_quantized", "layers", "site_bits", "sites"]
 
@@ -32,7 +32,8 @@ class SiteBits:
     """What one site was asked to have and what it has.
 
     `asked` is None for float and `rule` the deciding one ("" where there is no plan); `got` is None for float
-    and `how` says what stands in the graph; `refused` holds "pass: reason" where that is not what was asked.
+    and `how` says what stands in the graph; `refused` holds "pass: reason" where that is not what was asked;
+    `notes` say what else a reader of bits should know: the arm of a skip that it is, the shifts that it has.
     """
 
     site: Site
@@ -41,6 +42,7 @@ class SiteBits:
     got: int | None
     how: str
     refused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def as_asked(self) -> bool:
@@ -76,7 +78,12 @@ def site_bits(program: Program, site: Site) -> SiteBits:
     own, others = _refusals(program, site)
     differs = planned is not None and (asked.bits if asked else None) != got
     refused = own or (others if differs else ())
-    return SiteBits(site, asked, planned.rule if planned else "", got, how, refused)
+    return SiteBits(site, asked, planned.rule if planned else "", got, how, refused, _notes(program, site))
+
+
+def _notes(program: Program, site: Site) -> tuple[str, ...]:
+    known = (program.table.get(site, SkipArm), program.table.get(site, Shift))
+    return tuple(wording.entry(entry) for entry in known if entry is not None)
 
 
 def _refusals(program: Program, site: Site) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -96,7 +103,7 @@ def _got(program: Program, site: Site) -> tuple[int | None, str]:
     for node in _upwards(codes if codes is not None else named.get(site.arg)):
         if ops.is_call(node, "quantize"):
             low, high = (_integer(ops.args(node)[key]) for key in ("qmin", "qmax"))
-            return bit_count(low, high), f"quantized by {label(node)}"
+            return wording.bit_count(low, high), f"quantized by {label(node)}"
         if ops.is_call(node, "unpack"):
             return _integer(ops.args(node)["bits"]), f"unpacked by {label(node)}"
         if node.op == "get_attr" and _on_grid(program, site, node):
@@ -118,7 +125,7 @@ def _upwards(value: object) -> Iterator[fx.Node]:
 
 def _bits(program: Program, site: Site) -> int:
     codes = program.table.get(site, Codes)
-    return bit_count(codes.qparams.qmin, codes.qparams.qmax) if codes is not None else 0
+    return wording.bit_count(codes.qparams.qmin, codes.qparams.qmax) if codes is not None else 0
 
 
 def _on_grid(program: Program, site: Site, node: fx.Node) -> bool:

@@ -57,7 +57,7 @@ def explanations(
 
     Raises: as explain.
     """
-    chosen = Policy.load(policy, check_step=registry.problem_with)
+    chosen = Policy.load(policy, check_step=registry.problems_with)
     found = resolved(chosen, operations(_to_be_planned(program, chosen)))
     wanted = select(dict.fromkeys(each.site.at for each in found), at)
     return [each for each in found if each.site.at in wanted]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,12 @@ class Ratio:
     signal: float = 0.0
     noise: float = 0.0
 
+    @classmethod
+    def of_all(cls, ratios: Iterable[Ratio]) -> Ratio:
+        """The sum of several."""
+        each = list(ratios)
+        return cls(sum(one.signal for one in each), sum(one.noise for one in each))
+
     def add(self, right: Tensor, approximate: Tensor) -> None:
         """Count two tensors of one shape."""
         exact = right.double()
@@ -50,9 +56,9 @@ class Ratio:
 
 @dataclass
 class Tally:
-    """What was compared so far: layers by address, outputs by timestep."""
+    """What was compared so far, by timestep: each layer, and the outputs."""
 
-    layers: dict[Address, Ratio] = field(default_factory=dict)
+    layers: dict[Address, dict[float, Ratio]] = field(default_factory=dict)
     outputs: dict[float, Ratio] = field(default_factory=dict)
 
 
@@ -63,6 +69,7 @@ def compare(
 
     A layer's output is dropped as soon as both programs have made it.
     """
+    times = batch["timestep"].reshape(-1).tolist()
     waiting: dict[Address, Tensor] = {}
     left, right = _Steps(before, layers), _Steps(after, layers)
     results = right.run_with(batch)
@@ -72,12 +79,18 @@ def compare(
             waiting[other] = value
         approximate = waiting.pop(at)
         if exact.shape == approximate.shape and approximate.is_floating_point():
-            tally.layers.setdefault(at, Ratio()).add(exact, approximate)
+            _count(tally.layers.setdefault(at, {}), times, exact, approximate)
     waiting.update(results)  # the rest of the second program, up to its outputs
-    times = batch["timestep"].reshape(-1).tolist()
     for exact, approximate in zip(left.outputs, right.outputs, strict=True):
-        for time, one, two in zip(times, exact, approximate, strict=True):
-            tally.outputs.setdefault(time, Ratio()).add(one, two)
+        _count(tally.outputs, times, exact, approximate)
+
+
+def _count(found: dict[float, Ratio], times: Sequence[float], exact: Tensor, approximate: Tensor) -> None:
+    """Add each sample at its timestep. Some layers take batch and channels as one, and some no batch at all."""
+    rows = len(times) if len(exact) % len(times) == 0 else 1
+    for k, time in enumerate(times):
+        one, two = (each.reshape(rows, -1)[k % rows] for each in (exact, approximate))
+        found.setdefault(time, Ratio()).add(one, two)
 
 
 class _Steps(fx.Interpreter):

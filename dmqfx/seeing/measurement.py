@@ -17,7 +17,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import LayerPair
 from dmqfx.seeing.bits import SiteBits, layers, site_bits, sites
 from dmqfx.seeing.inventory import macs
-from dmqfx.seeing.lockstep import Tally, compare
+from dmqfx.seeing.lockstep import Ratio, Tally, compare
 from dmqfx.seeing.report import LayerReport, PassReport, Refused, Report, SiteReport
 
 if TYPE_CHECKING:
@@ -98,11 +98,12 @@ def _between(graph: fx.Graph, producer: fx.Node, readers: set[fx.Node]) -> set[f
 def _layer(
     before: Program, after: Program, at: Address, tally: Tally, macs: int, share: float
 ) -> LayerReport:
-    ratio = tally.layers.get(at)
+    ratios = tally.layers.get(at, {})
     return LayerReport(
         address=str(at),
         sites=tuple(_site(site_bits(after, site)) for site in sites(at) if at in after),
-        sqnr_db=ratio.db if ratio is not None else None,
+        sqnr_db=Ratio.of_all(ratios.values()).db if ratios else None,
+        timestep_db={time: ratios[time].db for time in sorted(ratios, reverse=True)},
         bytes_before=_size(before, _constants(before.node(at))),
         bytes_after=_size(after, _constants(after.node(at))) if at in after else 0,
         macs=macs,
@@ -119,6 +120,7 @@ def _site(found: SiteBits) -> SiteReport:
         asked=str(asked or "float"),
         rule=found.rule,
         reasons=found.refused,
+        notes=found.notes,
     )
 
 

@@ -14,6 +14,7 @@ from dmqfx.policy.policy import KIND_OF_OPERATOR
 from dmqfx.seeing import wording
 from dmqfx.seeing.bits import is_quantized
 from dmqfx.seeing.inventory import Item, inventory
+from dmqfx.seeing.report import badness
 from dmqfx.seeing.ushape import Arc, Lane, Unit, UShape, u_shape
 
 if TYPE_CHECKING:
@@ -109,14 +110,23 @@ def _mark(item: Item, quantized: bool, measured: LayerReport | None) -> _Mark:
         f"{s.site.arg}: {f'{b} bit' if b else 'float'}" + (f" (rule {s.rule})" if s.rule else "")
         for s, b in zip(item.sites, bits, strict=True)
     ]
+    said += [f"{s.site.arg}: {note}" for s in item.sites for note in s.notes]
     refused = [f"refused: {reason}" for s in item.sites for reason in s.refused]
     output = "x".join(map(str, item.shape[1:]))
     weight = f", weight {'x'.join(map(str, item.weight))}" if item.weight else ""
     lines = [str(item.address), f"output {output}{weight}, {item.share:.1%} of MACs", *said, *refused]
     if measured is not None and measured.sqnr_db is not None:
-        lines.append(f"SQNR {measured.sqnr_db:.1f} dB")
+        lines.append(f"SQNR {measured.sqnr_db:.1f} dB" + _worst(measured))
     as_asked = all(s.as_asked for s in item.sites) if quantized else not refused
     return _Mark(KIND_OF_OPERATOR[item.address.op], bits, as_asked, "\n".join(lines))
+
+
+def _worst(measured: LayerReport) -> str:
+    """The timestep at which a layer is farthest from float."""
+    if len(measured.timestep_db) < 2:
+        return ""
+    time, db = min(measured.timestep_db.items(), key=lambda each: badness(each[1]))
+    return f", worst {db:.1f} dB at t = {time:g}"
 
 
 def _header(program: Program, marks: Mapping[str, _Mark], report: Report | None) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from dmqfx.errors import StoreError
@@ -24,7 +24,10 @@ SCHEMA: Final = "dmqfx.report/1"
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One tensor of a layer: bits asked and got (None is float), the rule that decided, and who refused."""
+    """One tensor of a layer: bits asked and got (None is float), the rule that decided, and who refused.
+
+    `notes` say which arm of a skip it is, and what shifts it has.
+    """
 
     argument: str
     asked_bits: int | None
@@ -32,6 +35,7 @@ class SiteReport:
     asked: str = "float"
     rule: str = ""
     reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def as_asked(self) -> bool:
@@ -44,8 +48,8 @@ class LayerReport:
     """One convolution, linear layer or attention.
 
     Units: sqnr_db of the layer's output against the same layer of the float program, each in its own network,
-    so it holds what earlier layers lost; inf is bit-equal, None not measured. Bytes of the layer's constants;
-    macs per sample at the example sizes, and their share of all.
+    so it holds what earlier layers lost; inf is bit-equal, None not measured; timestep_db the same at each
+    measured timestep. Bytes of the layer's constants; macs per sample at the example sizes, and their share of all.
     """
 
     address: str
@@ -55,6 +59,7 @@ class LayerReport:
     bytes_after: int = 0
     macs: int = 0
     macs_share: float = 0.0
+    timestep_db: Mapping[float, float] = field(default_factory=dict)
 
     def site(self, argument: str) -> SiteReport | None:
         """The site of an argument, or None if the layer has no such one."""
@@ -95,10 +100,12 @@ class Report:
     the float UNet's output and y_q the quantized one's; empty where nothing was measured. Bytes are those of
     all constants.
     Example:
-        >>> report = Report("UNet2DModel", (), {981.0: 12.5, 1.0: float("inf")}, 2, 4000, 1000, ())
+        >>> layer = LayerReport("conv_in/conv2d", (SiteReport("weight", 4, 4, "4 bit", "default"),))
+        >>> report = Report("UNet2DModel", (layer,), {981.0: 12.5, 1.0: float("inf")}, 2, 4000, 1000, ())
         >>> print(report.summary())
         UNet2DModel: 4 kB -> 1 kB, 4x smaller
-        bits    0 of 0 sites as asked
+        bits    1 of 1 sites as asked
+                only weights are quantized: memory only, no speed claim
         loss    output SQNR 12.5 dB in the mean of 2 timesteps, worst 12.5 dB at t = 981 (2 rows)
         >>> Report.from_json(report.to_json()) == report
         True
@@ -240,8 +247,16 @@ def badness(db: float | None) -> float:
 
 
 def _layer(found: dict[str, Any]) -> LayerReport:
-    sites = tuple(SiteReport(**{**site, "reasons": tuple(site["reasons"])}) for site in found.pop("sites"))
-    return LayerReport(**{**found, "sites": sites, "sqnr_db": _number(found["sqnr_db"])})
+    sites = tuple(map(_site, found.pop("sites")))
+    times = {float(time): float(db) for time, db in found.get("timestep_db", {}).items()}
+    return LayerReport(
+        **{**found, "sites": sites, "sqnr_db": _number(found["sqnr_db"]), "timestep_db": times}
+    )
+
+
+def _site(found: dict[str, Any]) -> SiteReport:
+    words = {key: tuple(found.get(key, ())) for key in ("reasons", "notes")}
+    return SiteReport(**{**found, **words})
 
 
 def _pass(found: dict[str, Any]) -> PassReport:

@@ -23,7 +23,7 @@ def summary(report: Report) -> str:
 
 
 def table(report: Report, *, worst_first: bool = False, limit: int | None = None) -> str:
-    """A line for each layer; below a layer that did not get what was asked, who refused and why."""
+    """A line for each layer; below it what is particular about it, and what was not as asked and why."""
     chosen = list(report.layers)
     if worst_first:
         chosen.sort(key=lambda layer: badness(layer.sqnr_db))
@@ -32,7 +32,8 @@ def table(report: Report, *, worst_first: bool = False, limit: int | None = None
     lines = wording.columns(rows, right=frozenset({3, 4, 5, 6})).splitlines()
     told = [lines[0]]
     for layer, line in zip(chosen, lines[1:], strict=True):
-        told += [line, *(f"  ! {text}" for text in _differences(layer))]
+        told += [line, *(f"  - {site.argument}: {text}" for site in layer.sites for text in site.notes)]
+        told += [f"  ! {text}" for text in _differences(layer)]
     rest = len(report.layers) - len(chosen)
     return "\n".join([*told, *([f"... and {rest} more layers"] if rest else [])])
 

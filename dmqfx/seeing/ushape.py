@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import SkipConcat
+from dmqfx.graph.table import SkipArm, SkipConcat
 from dmqfx.seeing.bits import layers
 
 __all__ = ["CELL", "Arc", "Lane", "UShape", "Unit", "u_shape"]
@@ -85,7 +85,7 @@ class Arc:
     """A long skip from one unit to another, bridging at height `y`."""
 
     at: Address
-    entry: SkipConcat
+    entry: SkipConcat | SkipArm
     source: Unit
     target: Unit
     y: float
@@ -111,6 +111,16 @@ class UShape:
 
 
 @dataclass(frozen=True)
+class _Skip:
+    """A long skip: what is known of it, and the numbers of the units that make and that read it."""
+
+    at: Address
+    entry: SkipConcat | SkipArm
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
 class _Run:
     """Layers of one unit, one after another, at one resolution."""
 
@@ -127,7 +137,7 @@ def u_shape(program: Program) -> UShape:
     top = _TOP
     for size in sorted({run.size for run in runs}, key=lambda size: -math.prod(size or (math.inf,))):
         height = max(_rows(len(run.layers)) for run in runs if run.size == size) * CELL + 2 * _PAD
-        arcs = sum(1 for *_, target in skips if runs[target].size == size)
+        arcs = sum(1 for skip in skips if runs[skip.target].size == size)
         room = _ARC_ROOM + _ARC_STEP * arcs if arcs else _GAP
         lanes[size] = Lane(size, top, top + room + height / 2, top + room + height + _LABEL_ROOM)
         top = lanes[size].bottom
@@ -171,33 +181,46 @@ def _placed(runs: Sequence[_Run], lanes: Mapping[Size | None, Lane]) -> tuple[Un
     return tuple(units)
 
 
-def _skips(
-    program: Program, unit_of: Mapping[Address, int]
-) -> Iterator[tuple[Address, SkipConcat, int, int]]:
-    """(concat, entry, number of the unit that makes the skip, number of the unit that reads it)."""
+def _skips(program: Program, unit_of: Mapping[Address, int]) -> Iterator[_Skip]:
+    """The long skips that are made and read by layers."""
     place = {node: k for k, node in enumerate(program.graph.nodes)}
     made = [(place[program.node(at)], unit) for at, unit in unit_of.items()]
-    for site, entry in program.table.of(SkipConcat).items():
-        node = program.node(site.at)
-        arms = ops.args(node)["tensors"]
-        arm = arms[-1 if entry.skip_last else 0] if isinstance(arms, (list, tuple)) else None
-        if isinstance(arm, fx.Node):
-            source = max((unit for k, unit in made if k <= place[arm]), default=None)
-            target = min((unit for k, unit in made if k > place[node]), default=None)
-            if source is not None and target is not None:
-                yield site.at, entry, source, target
+    for at, entry, arm, reader in _skip_arms(program):
+        source = max((unit for k, unit in made if k <= place[arm]), default=None)
+        target = min((unit for k, unit in made if k >= place[reader]), default=None)
+        if source is not None and target is not None:
+            yield _Skip(at, entry, source, target)
 
 
-def _bridged(units: tuple[Unit, ...], skips: list[tuple[Address, SkipConcat, int, int]]) -> Iterator[Arc]:
+def _skip_arms(program: Program) -> Iterator[tuple[Address, SkipConcat | SkipArm, fx.Node, fx.Node]]:
+    """(address, entry, skip, reader): of concatenations and, where those are gone, of the layer that reads the skip."""
+    for site, concat in program.table.of(SkipConcat).items():
+        arms = ops.args(program.node(site.at))["tensors"]
+        skip = arms[-1 if concat.skip_last else 0] if isinstance(arms, (list, tuple)) else None
+        if isinstance(skip, fx.Node):
+            yield site.at, concat, skip, program.node(site.at)
+    for site, arm in program.table.of(SkipArm).items():
+        if arm.arm == "skip" and arm.concat not in program:
+            reader = program.node(site.at)
+            yield site.at, arm, _unquantized(reader.all_input_nodes[0]), reader
+
+
+def _unquantized(node: fx.Node) -> fx.Node:
+    """What was quantized, if this is of codes."""
+    while ops.is_call(node, "quantize", "dequantize"):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _bridged(units: tuple[Unit, ...], skips: list[_Skip]) -> Iterator[Arc]:
     """Arcs with their heights: in each lane the longest bridges over the others."""
     depth: dict[Size | None, int] = {}
-    for at, entry, source, target in sorted(skips, key=lambda skip: skip[3] - skip[2]):
-        size = units[target].size
-        top = min(unit.y for unit in units if unit.size == size)
-        yield Arc(
-            at, entry, units[source], units[target], top - _ARC_ROOM / 2 - _ARC_STEP * depth.get(size, 0)
-        )
-        depth[size] = depth.get(size, 0) + 1
+    for skip in sorted(skips, key=lambda skip: skip.target - skip.source):
+        source, target = units[skip.source], units[skip.target]
+        top = min(unit.y for unit in units if unit.size == target.size)
+        height = top - _ARC_ROOM / 2 - _ARC_STEP * depth.get(target.size, 0)
+        yield Arc(skip.at, skip.entry, source, target, height)
+        depth[target.size] = depth.get(target.size, 0) + 1
 
 
 def _block(path: str) -> str:

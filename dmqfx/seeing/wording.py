@@ -8,7 +8,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
+from dmqfx.graph.table import (
+    Bias,
+    ChannelScale,
+    Codes,
+    LayerPair,
+    Planned,
+    Range,
+    Shift,
+    SkipArm,
+    SkipConcat,
+)
 from dmqfx.numbers.quant import QParams
 
 __all__ = ["argument", "bit_count", "columns", "count", "entry", "interval", "number", "shape", "size"]
@@ -143,6 +153,20 @@ def _skip_concat(found: SkipConcat) -> str:
     return " + ".join(arms if found.skip_last else arms[::-1]) + ", uneven" * found.uneven
 
 
+def _skip_arm(found: SkipArm) -> str:
+    return f"{found.arm} arm of {found.concat}" + ", uneven" * found.uneven
+
+
+def _shift(found: Shift) -> str:
+    finer = int((found.exponent < found.largest).any(0).sum())
+    finest = 2 ** (found.largest - int(found.exponent.min()))
+    return f"{finer} of {found.exponent.shape[1]} channels have finer steps, down to 1/{finest}"
+
+
+def _bias(found: Bias) -> str:
+    return f"bias {_spread(found.value)}"
+
+
 def _spread(values: Tensor) -> str:
     low, high = number(values.min().item()), number(values.max().item())
     return low if low == high else f"{low}..{high}"
@@ -156,4 +180,7 @@ _PHRASES: Mapping[type, Callable[..., str]] = {
     ChannelScale: _channel_scale,
     LayerPair: _layer_pair,
     SkipConcat: _skip_concat,
+    SkipArm: _skip_arm,
+    Shift: _shift,
+    Bias: _bias,
 }

@@ -14,7 +14,7 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.facts import Fact
 from dmqfx.graph.journal import PassRecord
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Range, Table
+from dmqfx.graph.table import Range, Sensitivity, Table
 from dmqfx.storage.codec import Json, decode, encode
 
 __all__ = ["read_table", "write_table"]
@@ -23,7 +23,8 @@ __all__ = ["read_table", "write_table"]
 def write_table(program: Program, tensors: dict[str, Tensor]) -> dict[str, Json]:
     """Facts, table and log; tensors of entries are added to `tensors`, unless an equal one is there.
 
-    Ranges are left out: what calibration saw is much larger than what came of it, which is in the graph.
+    Ranges and sensitivities are left out: what calibration saw is much larger than what came of it, which is
+    in the graph.
     So are the fact that they are there, and the seconds that passes took: the same model gives the same file.
 
     Raises: StoreError for an entry of an unknown kind.
@@ -45,7 +46,9 @@ def write_table(program: Program, tensors: dict[str, Tensor]) -> dict[str, Json]
         return {"tensor": name}
 
     rows: list[Json] = [
-        [str(site), encode(entry, tag)] for site, entry in program.table if not isinstance(entry, Range)
+        [str(site), encode(entry, tag)]
+        for site, entry in program.table
+        if not isinstance(entry, (Range, Sensitivity))
     ]
     return {
         "facts": [[fact.name, fact.meaning] for fact in sorted(program.facts - {facts.CALIBRATED}, key=str)],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
@@ -15,72 +17,92 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.sites import channel_axis
 from dmqfx.graph.table import Bias, ChannelScale, Codes, LayerPair, Planned, Shift, Table
 from dmqfx.numbers.packing import unpack
-from dmqfx.numbers.quant import QParams, dequantize, quantize
+from dmqfx.numbers.quant import QParams, dequantize, quantize, spread
+from dmqfx.numbers.scaling import column_factor
 from dmqfx.runtime.operators import timestep_group
 
-__all__ = ["Deployed", "deployed_input", "deployed_weight", "pending_scale"]
+__all__ = ["Deployed", "deployed_input", "deployed_weight", "pending_scales", "scaled_weight"]
 
 
 class Deployed:
-    """Calls with their planned arguments quantized, as far as the table knows how.
+    """One call with its planned arguments quantized, as far as the table knows how.
 
     Shapes: timestep [B].
     """
 
-    def __init__(self, program: Program, table: Table, timestep: Tensor) -> None:
-        self._program, self._table, self._timestep = program, table, timestep
+    def __init__(self, program: Program, table: Table, node: fx.Node, gammas: Mapping[Site, Tensor]) -> None:
+        self._node, self._program = node, program
+        self._constants: dict[str, Tensor] = {}
+        self._inputs: dict[str, _Input] = {}
+        for arg in ops.args(node) if "address" in node.meta else ():
+            site = Site(node.meta["address"], arg)
+            if (constant := _constant(program, table, site, gammas)) is not None:
+                self._constants[arg] = constant
+            elif (params := table.get(site, QParams)) is not None or site in gammas:
+                axis = channel_axis(program, site)
+                self._inputs[arg] = _Input(params, gammas.get(site), table.get(site, Shift), axis)
 
-    def changes(self, node: fx.Node) -> bool:
-        """Whether some argument of a call is quantized."""
-        at = node.meta.get("address")
-        return at is not None and any(
-            self._table.get(Site(at, arg), QParams) or self._table.get(Site(at, arg), Codes)
-            for arg in ops.args(node)
-        )
+    @property
+    def differs(self) -> bool:
+        """Whether some argument is quantized."""
+        return bool(self._constants or self._inputs)
 
-    def call(self, node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
+    def __call__(self, timestep: Tensor, value_of: Callable[[fx.Node], object]) -> object:
         """The call's quantized value."""
-        if not self.changes(node):
-            assert callable(node.target)
-            return call_with(node.target, node.args, node.kwargs, value_of)
-        at, changed = node.meta["address"], dict[str, object]()
-        for arg, given in ops.args(node).items():
-            site = Site(at, arg)
-            if isinstance(given, fx.Node):
-                if arg == "weight" and (codes := self._table.get(site, Codes)):
-                    changed[arg] = deployed_weight(codes, self._planned_bits(site))
-                elif params := self._table.get(site, QParams):
-                    x = value_of(given)
-                    assert isinstance(x, Tensor)
-                    gamma = pending_scale(self._program, self._table, site)
-                    changed[arg] = deployed_input(
-                        x, params, gamma, self._table.get(site, Shift),
-                        self._timestep, channel_axis(self._program, site),
-                    )  # fmt: skip
-            if arg == "bias" and (bias := self._table.get(site, Bias)):
-                changed[arg] = bias.value
-        return _call(node, changed, value_of)
+        assert isinstance(self._node.target, OpOverload)  # sites are arguments of operators
+        named = {**ops.args(self._node), **self._constants}
+        for arg, given in ops.args(self._node).items():
+            if arg in self._inputs and isinstance(given, fx.Node):
+                named[arg] = self._inputs[arg](value_of(given), timestep)
+        return call_with(self._node.target, (), named, value_of)
 
-    def _planned_bits(self, site: Site) -> int:
-        planned = self._table.get(site, Planned)
-        assert planned is not None and planned.spec is not None
-        return planned.spec.bits
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """What becomes of an input: divided by gamma, rounded, or both."""
+
+    params: QParams | None
+    gamma: Tensor | None
+    shift: Shift | None
+    axis: int
+
+    def __call__(self, x: object, timestep: Tensor) -> Tensor:
+        assert isinstance(x, Tensor)
+        return deployed_input(x, self.params, self.gamma, self.shift, timestep, self.axis)
+
+
+def _constant(program: Program, table: Table, site: Site, gammas: Mapping[Site, Tensor]) -> Tensor | None:
+    """The weight or bias that stands for the float one, or None where that stays."""
+    codes, bias, gamma = table.get(site, Codes), table.get(site, Bias), gammas.get(Site(site.at, "input"))
+    if codes is not None:
+        return deployed_weight(codes, _bits(table, site)).to(program.device)
+    if bias is not None:
+        return bias.value.to(program.device)
+    if site.arg == "weight" and gamma is not None:
+        weight = program.constant_at(site)
+        return weight * column_factor(weight.shape, gamma.to(weight))
+    return None
 
 
 def deployed_weight(codes: Codes, bits: int) -> Tensor:
-    """The weight that the codes stand for."""
+    """The weight that the codes stand for.
+
+    Shapes: as the weight was, [O, ...].
+    """
     params = codes.qparams
     real = unpack(codes.packed, bits, params.qmin < 0, codes.shape)
     return dequantize(real, params.scale, params.zero_point, None, params.axis or 0)
 
 
 def deployed_input(
-    x: Tensor, params: QParams, gamma: Tensor | None, shift: Shift | None, timestep: Tensor, axis: int
+    x: Tensor, params: QParams | None, gamma: Tensor | None, shift: Shift | None, timestep: Tensor, axis: int
 ) -> Tensor:
-    """Q(x / gamma), with the parameters of each row's timestep group.
+    """Q(x / gamma), with the parameters of each row's timestep group; without parameters x / gamma.
 
     Shapes: x [B, ...] with C channels on `axis`; gamma [C]; timestep [B].
     """
+    if params is None:
+        return x if gamma is None else x / spread(gamma[None].to(x), None, axis, x.dim())
     group = None
     if params.boundaries:
         group = timestep_group(timestep, torch.tensor(params.boundaries, device=timestep.device))
@@ -92,22 +114,24 @@ def deployed_input(
     return dequantize(codes, scale, zero_point, group, axis)
 
 
-def pending_scale(program: Program, table: Table, site: Site) -> Tensor | None:
-    """The scale [C] that is learned for an input site and not yet in the graph, or None."""
+def pending_scales(program: Program, table: Table) -> dict[Site, Tensor]:
+    """The equivalent scale [C] of every input site that has one which is learned and not yet in the graph."""
     if SCALED in program.facts:
-        return None
-    first = next((at for at, pair in table.of(LayerPair).items() if site in pair.readers), None)
-    scale = table.get(first, ChannelScale) if first is not None else None
-    return None if scale is None else scale.gamma
+        return {}
+    scales = table.of(ChannelScale)
+    pairs = ((pair, scales[at].gamma) for at, pair in table.of(LayerPair).items() if at in scales)
+    return {site: gamma for pair, gamma in pairs for site in pair.readers}
 
 
-def _call(node: fx.Node, changed: dict[str, object], value_of: Callable[[fx.Node], object]) -> object:
-    from torch.utils._pytree import tree_map_only
+def scaled_weight(program: Program, site: Site) -> Tensor:
+    """The weight at a site as it is rounded: times the equivalent scale that is not yet in the graph."""
+    weight = program.constant_at(site).detach()
+    gamma = pending_scales(program, program.table).get(Site(site.at, "input"))
+    return weight if gamma is None else weight * column_factor(weight.shape, gamma.to(weight))
 
-    named = {
-        arg: changed[arg] if arg in changed else tree_map_only(fx.Node, value_of, given)
-        for arg, given in ops.args(node).items()
-    }
-    args, kwargs = ops.call_spelling(node.target, named)  # type: ignore[arg-type]
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
+
+def _bits(table: Table, site: Site) -> int:
+    planned = table.get(site, Planned)
+    assert planned is not None
+    assert planned.spec is not None  # codes are made of what was planned
+    return planned.spec.bits

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Geometry", "Rows"]
+__all__ = ["Batch", "Batches", "Geometry", "Rows", "sampled"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,38 @@ class Geometry:
 
 
 @dataclass(frozen=True, eq=False)
+class Batch:
+    """The tensor of a turn on one chunk of calibration rows, the first of which has the number `first`.
+
+    Shapes: real, quantized [B, ...]; timestep [B].
+    """
+
+    real: Tensor
+    quantized: Tensor
+    timestep: Tensor
+    first: int = 0
+
+
+class Batches(Protocol):
+    """The tensor of a turn, chunk by chunk; may be gone through several times.
+
+    Units: total is the number of calibration rows, those of other processes included.
+    """
+
+    @property
+    def total(self) -> int:
+        """Calibration rows in all."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def reserve(self, nbytes: int, what: str) -> None:
+        """Room in memory until the turn ends.
+
+        Raises: CalibrationError if the budget has none.
+        """
+
+
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Sampled rows of a layer's input.
 
@@ -72,3 +105,49 @@ class Rows:
     timestep: Tensor
     sample: Tensor
     taps: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both values."""
+        return self.real.nbytes + (0 if self.quantized is self.real else self.quantized.nbytes)
+
+
+def sampled(batches: Batches, geometry: Geometry, count: int, seed: int, what: str) -> Rows:
+    """About `count` output positions, as many of every calibration row; which ones is drawn row by row.
+
+    What is drawn for a calibration row depends on the seed and its number alone, not on how rows are chunked.
+
+    Raises: CalibrationError if the memory budget has no room for them.
+    """
+    each = max(1, -(-count // batches.total))
+    parts: list[Rows] = []
+    for batch in batches:
+        part = _of_batch(batch, geometry, each, seed)
+        batches.reserve(2 * part.nbytes, what)  # once more when parts are joined
+        parts.append(part)
+    return _joined(parts)
+
+
+def _of_batch(batch: Batch, geometry: Geometry, each: int, seed: int) -> Rows:
+    size, possible = len(batch.timestep), geometry.positions(batch.real.shape)
+    drawn = torch.cat([_drawn(possible, each, seed + batch.first + k) for k in range(size)])
+    sample = torch.arange(size).repeat_interleave(len(drawn) // size)
+    here, there = sample.to(batch.real.device), drawn.to(batch.real.device)
+    real = geometry.gather(batch.real, here, there)
+    same = batch.quantized is batch.real
+    quantized = real if same else geometry.gather(batch.quantized, here, there)
+    return Rows(real, quantized, batch.timestep[here], sample + batch.first, geometry.taps)
+
+
+def _drawn(possible: int, count: int, seed: int) -> Tensor:
+    """Some of the positions, none twice."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(possible, generator=generator)[:count].sort().values
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    real = torch.cat([part.real for part in parts])
+    same = all(part.quantized is part.real for part in parts)
+    quantized = real if same else torch.cat([part.quantized for part in parts])
+    timestep, sample = (torch.cat([getattr(part, k) for part in parts]) for k in ("timestep", "sample"))
+    return Rows(real, quantized, timestep, sample, parts[0].taps)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-from tqdm import tqdm
-
-from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import JointPass, Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Entry, Table
-from dmqfx.sweep.turn import Turn, turns
-from dmqfx.sweep.walk import Walk
+from dmqfx.graph.table import Entry
+from dmqfx.sweep.joint import sweep
+from dmqfx.sweep.turn import Reader, Turn
 
 __all__ = ["SweepPass"]
 
@@ -26,7 +23,8 @@ class SweepPass(JointPass):
     """A pass that writes entries for the readers of one tensor at a time, when the tensor's turn comes.
 
     It sees that tensor in the float network and in the network as quantized so far. Consecutive sweep
-    passes share one walk: at each turn they run in their order, then the walk goes on.
+    passes share one walk: at each turn they run in their order, then the walk goes on. A time budget
+    multiplies its fields `rows` (output positions of a local problem) and `iterations`, if it has them.
     """
 
     preserves: ClassVar[Preserves] = Preserves.BITWISE
@@ -36,9 +34,28 @@ class SweepPass(JointPass):
         """Entries for the readers of a turn's tensor; each is in the turn's table once it is handed out."""
 
     @property
-    def needs_rows(self) -> bool:
+    def needs_calibration(self) -> bool:
         """Whether it looks at activations; a sweep in which nobody does runs no forward pass."""
         return True
+
+    def cost(self, reader: Reader) -> float:
+        """About how many double-precision multiply-adds it spends on a reader.
+
+        Without `rows` none. With them, as much as normal equations, their solution and a rounding that is
+        searched; with `iterations`, that many steps forward and back instead.
+        """
+        rows = self.problem_rows()
+        if not rows or not reader.shape or reader.weight_spec is None:
+            return 0.0
+        out, columns = reader.shape[0], math.prod(reader.shape[1:])
+        if iterations := getattr(self, "iterations", 0):
+            return float(3 * iterations * rows * columns * out)
+        solution = 2 * columns**3 + 3 * out * columns * (columns + 100)
+        return float(rows * columns * (columns + out) + 200 * rows * (columns + out) + solution)
+
+    def problem_rows(self) -> int:
+        """Output positions of one local problem; 0 where there is none."""
+        return int(getattr(self, "rows", 0)) if self.needs_calibration else 0
 
     @classmethod
     def run_jointly(cls, steps: Sequence[tuple[Pass, PassContext]], program: Program) -> Program:
@@ -46,36 +63,4 @@ class SweepPass(JointPass):
 
         Raises: CalibrationError without calibration data, if some step needs it.
         """
-        passes = [(step, ctx) for step, ctx in steps if isinstance(step, SweepPass)]
-        ctx = passes[0][1]
-        title = ", ".join(step.name() for step, _ in passes)
-        plan = turns(program)
-        with tqdm(
-            total=sum(map(len, plan.values())), desc=title, unit="layer", disable=not ctx.progress
-        ) as bar:
-
-            def visit(turn: Turn) -> Table:
-                bar.set_postfix_str(str(turn.site.at), refresh=False)
-                for step, own in passes:
-                    for site, entry in step.visit(turn, own):
-                        turn.table = turn.table.put(site, entry)
-                bar.update()
-                return turn.table
-
-            walk = Walk(program, _chunks(program, passes), ctx.memory, ctx.seed)
-            return program.with_table(walk.run(visit))
-
-
-def _chunks(program: Program, passes: Sequence[tuple[SweepPass, PassContext]]) -> list[dict[str, Tensor]]:
-    """The calibration rows in batches, or nothing where no pass looks at any."""
-    ctx = passes[0][1]
-    needy = [step.name() for step, _ in passes if step.needs_rows]
-    if not needy:
-        return []
-    if ctx.calibration is None:
-        raise CalibrationError(
-            f"{needy[0]} needs calibration data; pass calibration= or let compile make one"
-        )
-    ctx.calibration.check(program.inputs)
-    batches = ctx.calibration.batches(ctx.chunk, program.inputs, dtype=program.dtype)
-    return [{name: value.to(program.device) for name, value in batch.items()} for batch in batches]
+        return sweep(program, [(step, ctx) for step, ctx in steps if isinstance(step, SweepPass)])

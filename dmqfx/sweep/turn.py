@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Sequence
+import hashlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,27 +20,18 @@ from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.numbers.scaling import column_factor
 from dmqfx.runtime.operators import timestep_group
-from dmqfx.sweep.deploy import deployed_input, pending_scale
-from dmqfx.sweep.rows import Geometry, Rows
+from dmqfx.sweep.deploy import deployed_input, pending_scales
+from dmqfx.sweep.rows import Batch, Batches, Geometry, Rows, sampled
 
 __all__ = ["Batch", "Reader", "Turn", "turns"]
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The tensor of a turn on one chunk of calibration rows.
-
-    Shapes: real, quantized [B, ...]; timestep [B].
-    """
-
-    real: Tensor
-    quantized: Tensor
-    timestep: Tensor
-
-
 @dataclass(frozen=True)
 class Reader:
-    """A planned operation that reads the tensor: its input site and spec, its weight's, and its window."""
+    """A planned operation that reads the tensor: its input site and spec, its weight's, and its window.
+
+    Shapes: shape is the weight's, [O, C / groups, ...]; () without one.
+    """
 
     site: Site
     spec: QuantSpec | None
@@ -47,13 +39,20 @@ class Reader:
     weight_spec: QuantSpec | None = None
     geometry: Geometry = field(default_factory=Geometry)
     groups: int = 1
+    shape: tuple[int, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        """Inputs of one output position, those of all groups together."""
+        return math.prod(self.shape[1:]) * self.groups if self.shape else 0
 
 
 @dataclass(eq=False)
 class Turn:
     """What a pass sees when a tensor's turn comes: the float and the quantized-so-far value on every row.
 
-    `table` is what is known by now, entries that passes of this sweep wrote in this turn included.
+    `table` is what is known by now, entries that passes of this sweep wrote in this turn included. A pass
+    may set `loss`, the error that it left of the layers' output relative to its size: progress bars show it.
     """
 
     program: Program
@@ -61,8 +60,11 @@ class Turn:
     source: fx.Node
     axis: int
     readers: tuple[Reader, ...]
-    batches: Sequence[Batch]
+    batches: Batches
     seed: int = 0
+    loss: float | None = None
+    _ranges: dict[tuple[float, ...], Range] = field(default_factory=dict, init=False, repr=False)
+    _rows: dict[tuple[Geometry, int], Rows] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def site(self) -> Site:
@@ -71,7 +73,7 @@ class Turn:
 
     def generator(self) -> torch.Generator:
         """A generator of this turn's own: what it draws does not depend on the turns before."""
-        return torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(str(self.site).encode()))
+        return torch.Generator().manual_seed(self._seed)
 
     def weight(self, reader: Reader) -> Tensor:
         """The float weight of a reader, as it stands in the graph.
@@ -91,12 +93,9 @@ class Turn:
 
         Shapes: [N, C * taps].
         """
-        params, gamma = self.table.get(reader.site, QParams), self.gamma(reader)
         x = rows.quantized.view(len(rows.quantized), -1, rows.taps)
-        if params is None:
-            return (x if gamma is None else x / gamma[:, None]).flatten(1)
-        shift = self.table.get(reader.site, Shift)
-        return deployed_input(x, params, gamma, shift, rows.timestep, 1).flatten(1)
+        params, shift = self.table.get(reader.site, QParams), self.table.get(reader.site, Shift)
+        return deployed_input(x, params, self.gamma(reader), shift, rows.timestep, 1).flatten(1)
 
     def bias(self, reader: Reader) -> Tensor | None:
         """The float bias of a reader, or None."""
@@ -108,7 +107,7 @@ class Turn:
 
         Shapes: [C].
         """
-        return pending_scale(self.program, self.table, reader.site)
+        return pending_scales(self.program, self.table).get(reader.site)
 
     @cached_property
     def channels(self) -> int:
@@ -117,28 +116,31 @@ class Turn:
 
     def range(self, boundaries: tuple[float, ...] = ()) -> Range:
         """Extremes and moments of the quantized-so-far tensor, per timestep group and channel."""
-        key = ("range", boundaries)
-        if key not in self._cache:
+        if boundaries not in self._ranges:
             observer = Observer(str(self.site), self.axis, boundaries)
-            edges = torch.tensor(boundaries)
             for batch in self.batches:
+                edges = torch.tensor(boundaries, device=batch.timestep.device)
                 group = timestep_group(batch.timestep, edges) if boundaries else None
                 observer(batch.quantized, group)
-            self._cache[key] = observer.result()
-        found = self._cache[key]
-        assert isinstance(found, Range)
-        return found
+            self._ranges[boundaries] = observer.result()
+        return self._ranges[boundaries]
 
     def rows(self, reader: Reader, count: int) -> Rows:
-        """About `count` output positions, drawn so that every calibration row has its share."""
-        key = (reader.geometry, count)
-        if key not in self._cache:
-            self._cache[key] = _sampled(self.batches, reader.geometry, count, self.generator())
-        found = self._cache[key]
-        assert isinstance(found, Rows)
-        return found
+        """About `count` output positions, drawn so that every calibration row has its share.
 
-    _cache: dict[object, object] = field(default_factory=dict, repr=False)
+        Raises: CalibrationError if the memory budget has no room for them.
+        """
+        key = (reader.geometry, count)
+        if key not in self._rows:
+            what = f"{count} rows of {reader.site}"
+            self._rows[key] = sampled(self.batches, reader.geometry, count, self._seed, what)
+        return self._rows[key]
+
+    @property
+    def _seed(self) -> int:
+        """Of this turn alone: what it draws does not depend on the turns before."""
+        digest = hashlib.blake2b(f"{self.seed} {self.site}".encode(), digest_size=7).digest()
+        return int.from_bytes(digest, "big")
 
 
 def turns(program: Program) -> dict[fx.Node, list[tuple[int, tuple[Reader, ...]]]]:
@@ -168,43 +170,20 @@ def _read_sites(program: Program, node: fx.Node) -> Iterator[tuple[Site, fx.Node
 
 def _reader(program: Program, site: Site) -> Reader:
     node, planned = program.node(site.at), program.table.get(site, Planned)
+    spec = planned.spec if planned is not None else None
     weight = Site(site.at, "weight")
     asked = program.table.get(weight, Planned) if site.arg == "input" else None
-    named = ops.args(node)
-    geometry, groups = Geometry(), 1
-    if ops.is_call(node, "conv2d"):
-        shape = ops.tensor(node, "weight").meta["val"].shape
-        geometry = Geometry(
-            (shape[2], shape[3]), _two(named["stride"]), _two(named["padding"]), _two(named["dilation"])
-        )
-        groups = int(str(named["groups"]))
-    spec = planned.spec if planned is not None else None
     if asked is None:
         return Reader(site, spec)
-    return Reader(site, spec, weight, asked.spec, geometry, groups)
+    named, shape = ops.args(node), tuple(ops.tensor(node, "weight").meta["val"].shape)
+    geometry, groups = Geometry(), 1
+    if ops.is_call(node, "conv2d"):
+        stride, padding, dilation = (_two(named[name]) for name in ("stride", "padding", "dilation"))
+        geometry = Geometry((shape[2], shape[3]), stride, padding, dilation)
+        groups = int(str(named["groups"]))
+    return Reader(site, spec, weight, asked.spec, geometry, groups, shape)
 
 
 def _two(value: object) -> tuple[int, int]:
     assert isinstance(value, (list, tuple))  # canonicalize spells them out
     return int(value[0]), int(value[-1])
-
-
-def _sampled(batches: Sequence[Batch], geometry: Geometry, count: int, generator: torch.Generator) -> Rows:
-    """The same number of positions from every calibration row; which ones is drawn for each."""
-    total = sum(len(batch.timestep) for batch in batches)
-    each = max(1, -(-count // total))
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    before = 0
-    for batch in batches:
-        size = len(batch.timestep)
-        possible = geometry.positions(batch.real.shape)
-        drawn = torch.randint(possible, (size * min(each, possible),), generator=generator)
-        sample = torch.arange(size).repeat_interleave(min(each, possible))
-        here, there = sample.to(batch.real.device), drawn.to(batch.real.device)
-        real = geometry.gather(batch.real, here, there)
-        same = batch.quantized is batch.real
-        quantized = real if same else geometry.gather(batch.quantized, here, there)
-        parts.append((real, quantized, batch.timestep[here], sample + before))
-        before += size
-    real, quantized, timestep, sample = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Rows(real, quantized, timestep, sample, geometry.taps)

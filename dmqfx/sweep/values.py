@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-Value: TypeAlias = "Tensor | tuple[Tensor, ...]"
+from dmqfx.errors import CalibrationError
+from dmqfx.sweep.scratch import Scratch, Stored
+
+__all__ = ["Pair", "Values", "megabytes"]
+
+Key: TypeAlias = tuple[fx.Node, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,92 +30,114 @@ class Pair:
         """Whether the quantized network has the float network's value."""
         return self.quantized is self.real
 
+    def map(self, kind: type, change: Callable[..., object]) -> Pair:
+        """The pair with every part of a kind changed."""
+        real = tree_map_only(kind, change, self.real)
+        return Pair(real, real if self.same else tree_map_only(kind, change, self.quantized))
+
+    def parts(self) -> Iterator[object]:
+        """Tensors, and whatever else values are made of."""
+        yield from tree_leaves(self.real)
+        if not self.same:
+            yield from tree_leaves(self.quantized)
+
 
 class Values:
-    """Pairs by (node, chunk). Beyond the budget, what is needed last goes to memory-mapped files.
+    """Pairs by (node, chunk). Beyond the budget, what is needed last (Belady) is set aside in a file.
 
-    Units: budget in bytes.
+    Memory that several values share is counted once. `reserve` sets room apart for what is no value.
+
+    Units: budget, resident and peak in bytes; next_use tells when a value is read the next time.
     """
 
-    def __init__(self, next_use: Callable[[fx.Node], int], budget: int, folder: Path | None = None) -> None:
-        self._next_use, self._budget = next_use, budget
-        self._held: dict[fx.Node, dict[int, Pair]] = {}
-        self._bytes: dict[fx.Node, int] = {}
-        self._spilled: set[fx.Node] = set()
-        self._scratch = tempfile.TemporaryDirectory(prefix="dmqfx-sweep-", dir=folder)
+    def __init__(
+        self, budget: int, next_use: Callable[[fx.Node, int], tuple[int, int]], folder: Path | None = None
+    ) -> None:
+        self._budget, self._next_use = budget, next_use
+        self._held: dict[Key, Pair] = {}
+        self._aside: dict[Key, Pair] = {}
+        self._users: dict[int, int] = {}  # how many values lie in the memory at an address
+        self._scratch = Scratch(folder)
+        self._reserved = 0
+        self.resident = 0
         self.peak = 0
-        self.spilled_bytes = 0
 
     def put(self, node: fx.Node, chunk: int, pair: Pair) -> None:
-        """Keep a pair; others may be written to disk for it."""
-        if node in self._spilled:
-            pair = self._to_disk(node, chunk, pair)
-        else:
-            self._bytes[node] = self._bytes.get(node, 0) + _size(pair)
-        self._held.setdefault(node, {})[chunk] = pair
-        while sum(self._bytes.values()) > self._budget and self._bytes:
-            self._spill(max(self._bytes, key=self._next_use))
-        self.peak = max(self.peak, sum(self._bytes.values()))
+        """Keep a pair; others, or this one, are set aside for it.
+
+        Raises: StoreError if the disk is full.
+        """
+        self.drop(node, chunk)
+        own = pair.map(Tensor, _alone)
+        self._held[node, chunk] = own
+        self._count(own, 1)
+        self._make_room()
 
     def get(self, node: fx.Node, chunk: int) -> Pair:
-        """The pair of a node on a chunk.
+        """The pair of a node on a chunk; one that was set aside is read into new memory.
 
         Raises: KeyError if it was never put, or dropped.
         """
-        return self._held[node][chunk]
+        held = self._held.get((node, chunk))
+        return held if held is not None else self._aside[node, chunk].map(Stored, self._scratch.read)
 
-    def __contains__(self, node: fx.Node) -> bool:
-        return node in self._held
+    def drop(self, node: fx.Node, chunk: int) -> None:
+        """Let go of a value, if it is there."""
+        if (held := self._held.pop((node, chunk), None)) is not None:
+            self._count(held, -1)
+        if (aside := self._aside.pop((node, chunk), None)) is not None:
+            aside.map(Stored, self._scratch.free)
 
-    def drop(self, nodes: Sequence[fx.Node]) -> None:
-        """Let go of values that nothing reads any more."""
-        for node in nodes:
-            self._held.pop(node, None)
-            self._bytes.pop(node, None)
-            self._spilled.discard(node)
-            for file in Path(self._scratch.name).glob(f"{node.name}.*.bin"):
-                file.unlink()
+    def reserve(self, nbytes: int, what: str) -> None:
+        """Keep so many more bytes free of values, until `release`.
+
+        Raises: CalibrationError if they are more than the budget.
+        """
+        if self._reserved + nbytes > self._budget:
+            raise CalibrationError(
+                f"{what} take {megabytes(nbytes)}, and {megabytes(self._budget - self._reserved)} of the memory"
+                " budget are left\n  mend: a larger memory=, or fewer rows= in the pass's options"
+            )
+        self._reserved += nbytes
+        self._make_room()
+
+    def release(self) -> None:
+        """End of all reservations."""
+        self._reserved = 0
 
     def close(self) -> None:
-        """Remove the files."""
+        """Let go of everything, on disk too."""
         self._held.clear()
-        self._scratch.cleanup()
+        self._aside.clear()
+        self._users.clear()
+        self._scratch.close()
 
-    def _spill(self, node: fx.Node) -> None:
-        self._spilled.add(node)
-        self._held[node] = {k: self._to_disk(node, k, pair) for k, pair in self._held[node].items()}
-        del self._bytes[node]
+    def _make_room(self) -> None:
+        while self.resident + self._reserved > self._budget and self._held:
+            key = max(self._held, key=lambda key: self._next_use(*key))
+            pair = self._held.pop(key)
+            self._aside[key] = pair.map(Tensor, self._scratch.write)
+            self._count(pair, -1)
+        self.peak = max(self.peak, self.resident + self._reserved)
 
-    def _to_disk(self, node: fx.Node, chunk: int, pair: Pair) -> Pair:
-        def move(name: str, value: object) -> object:
-            parts = iter(range(1 << 30))
-
-            def write(tensor: Tensor) -> Tensor:
-                path = Path(self._scratch.name) / f"{node.name}.{chunk}.{name}{next(parts)}.bin"
-                self.spilled_bytes += tensor.nbytes
-                return mapped(tensor, path)
-
-            return tree_map_only(Tensor, write, value)
-
-        real = move("f", pair.real)
-        return Pair(real, real if pair.same else move("q", pair.quantized))
-
-
-def mapped(tensor: Tensor, path: Path) -> Tensor:
-    """A copy of a tensor in a memory-mapped file, which the system may leave on disk."""
-    if not tensor.numel():
-        return tensor.clone()
-    found = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    return found.view(tensor.shape).copy_(tensor)
+    def _count(self, pair: Pair, sign: int) -> None:
+        """Add a pair's memory that nothing was counted in, or take away what nothing lies in any more."""
+        for tensor in pair.parts():
+            if not isinstance(tensor, Tensor):
+                continue
+            memory = tensor.untyped_storage()
+            users = self._users.pop(memory.data_ptr(), 0)
+            if max(users, users + sign) == 1:
+                self.resident += sign * memory.nbytes()
+            if users + sign:
+                self._users[memory.data_ptr()] = users + sign
 
 
-def _size(pair: Pair) -> int:
-    total = 0
+def megabytes(nbytes: int) -> str:
+    """A number of bytes in words."""
+    return f"{nbytes / 2**20:.0f} MB" if nbytes < 2**30 else f"{nbytes / 2**30:.1f} GB"
 
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.nbytes
-        return tensor
 
-    tree_map_only(Tensor, count, pair.real if pair.same else (pair.real, pair.quantized))
-    return total
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor that does not keep more memory alive than it shows."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -2,165 +2,189 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
 
-from dmqfx.graph.modules import call_with, constant
+from dmqfx.errors import PipelineError
+from dmqfx.graph.modules import call_with, constant, constant_of
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Table
-from dmqfx.sweep.deploy import Deployed
-from dmqfx.sweep.turn import Batch, Reader, Turn, turns
+from dmqfx.sweep.chunks import Chunk
+from dmqfx.sweep.deploy import Deployed, pending_scales
+from dmqfx.sweep.finite import finite, refuse_not_finite
+from dmqfx.sweep.rows import Batch
+from dmqfx.sweep.schedule import TURN, Moment, Schedule, Segment
+from dmqfx.sweep.turn import Turn
 from dmqfx.sweep.values import Pair, Values
 
-__all__ = ["Segment", "Walk"]
+__all__ = ["Walk"]
 
-Visit = Callable[[Turn], Table]
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """Nodes up to the next tensor that planned layers read, that tensor included."""
-
-    nodes: tuple[fx.Node, ...]
-    source: fx.Node | None
-    turns: tuple[tuple[int, tuple[Reader, ...]], ...] = ()
+Visit: TypeAlias = Callable[[Turn], Table]
 
 
-@dataclass(eq=False)
 class Walk:
     """One pass over a program's graph with the float and the quantized-so-far value of every live tensor.
 
-    Units: budget in bytes; a chunk is a batch of calibration rows by placeholder name.
+    Units: memory in bytes, for values that are kept from one operation to a later segment's; what is beyond
+    it is set aside in a file in `folder`. The result does not depend on it.
     """
 
-    program: Program
-    chunks: Sequence[Mapping[str, Tensor]]
-    budget: int
-    seed: int = 0
-    table: Table = field(init=False)
-    outputs: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        self.table = self.program.table
-        self.segments = list(segments(self.program))
-        self._uses = _uses(self.segments)
-        self._here = 0
-        self.values = Values(self._next_use, self.budget)
+    def __init__(
+        self,
+        program: Program,
+        chunks: Iterable[Chunk],
+        *,
+        memory: int,
+        total: int = 0,
+        seed: int = 0,
+        folder: Path | None = None,
+    ) -> None:
+        if any(node.op == "call_module" for node in program.graph.nodes):
+            raise PipelineError(
+                "a sweep walks over a graph without observers; put freeze-observers before it"
+            )
+        self._program, self._chunks, self._seed = program, chunks, seed
+        self.schedule = Schedule(program)
+        self.table = program.table
+        self._total = total
+        self.outputs: list[Pair] = []
+        self._now: Moment = (0, 0)
+        self._rows: list[tuple[Tensor, int]] = []
+        self.values = Values(memory, self._next_use, folder)
 
     @torch.no_grad()
     def run(self, visit: Visit) -> Table:
-        """Walk; `visit` is called for every turn, and what it puts in the table counts from then on."""
+        """Walk; `visit` is called for every turn, and what it puts in the table counts from then on.
+
+        Raises: CalibrationError naming the first operation whose value is not finite, and the row.
+        """
         try:
-            for self._here, segment in enumerate(self.segments):
-                for k in range(len(self.chunks)):
-                    self._compute(segment, k)
-                self._drop_used()
-                for axis, readers in segment.turns:
-                    assert segment.source is not None
-                    turn = Turn(
-                        self.program, self.table, segment.source, axis, readers,
-                        _Batches(self, segment.source), self.seed,
-                    )  # fmt: skip
-                    self.table = visit(turn)
+            self._load()
+            for k, segment in enumerate(self.schedule.segments):
+                self._compute(k, segment)
+                self._decide(k, segment, visit)
         finally:
             self.values.close()
         return self.table
 
-    def _compute(self, segment: Segment, k: int) -> None:
-        deployed = Deployed(self.program, self.table, self._timestep(k))
-        local: dict[fx.Node, Pair] = {}
+    def _load(self) -> None:
+        """Keep the inputs of every chunk."""
+        places = [node for node in self._program.graph.nodes if node.op == "placeholder"]
+        for k, chunk in enumerate(self._chunks):
+            self._rows.append((chunk.timestep, chunk.first))
+            for node in places:
+                if self.schedule.next_use(node, k, self._now):
+                    value = chunk.inputs[str(node.target)]
+                    self.values.put(node, k, Pair(value, value))
 
-        def pair_of(node: fx.Node) -> Pair:
-            if node.op == "get_attr":
-                value = constant(self.program.gm, str(node.target))
-                return Pair(value, value)
-            return local[node] if node in local else self.values.get(node, k)
+    def _compute(self, number: int, segment: Segment) -> None:
+        """The segment's values on every chunk; those that are read later are kept."""
+        step = _Step(self._program, self.table, self.schedule, segment)
+        for k, (timestep, first) in enumerate(self._rows):
+            self._now = (number, k)
+            kept = partial(self.values.get, chunk=k)
+            for node, pair in step.run(kept, timestep):
+                if node.op != "output" and not self.schedule.next_use(node, k, (number, k + 1)):
+                    continue
+                if not finite(tuple(pair.parts())):
+                    for at, culprit in step.run(kept, timestep):
+                        refuse_not_finite(at, culprit, timestep, first)
+                self._keep(node, k, pair)
+            self._forget(step.read, k, (number, k + 1))
 
-        for node in segment.nodes:
-            local[node] = self._pair(node, k, pair_of, deployed)
-        for node in segment.nodes:
-            if self._next_use(node) > self._here or node is segment.source:
-                self.values.put(node, k, _owned(local[node]))
-
-    def _pair(self, node: fx.Node, k: int, pair_of: Callable[[fx.Node], Pair], deployed: Deployed) -> Pair:
-        if node.op == "placeholder":
-            value = self.chunks[k][str(node.target)]
-            return Pair(value, value)
+    def _keep(self, node: fx.Node, k: int, pair: Pair) -> None:
         if node.op == "output":
-            pairs = [pair_of(n) for n in node.all_input_nodes]
-            found = Pair(tuple(p.real for p in pairs), tuple(p.quantized for p in pairs))
-            self.outputs.append((pairs[0].real, pairs[0].quantized))  # type: ignore[arg-type]
-            return found
-        assert callable(node.target)
-        real = call_with(node.target, node.args, node.kwargs, lambda n: pair_of(n).real)
-        if not deployed.changes(node) and all(pair_of(n).same for n in node.all_input_nodes):
+            self.outputs.append(pair)
+        else:
+            self.values.put(node, k, pair)
+
+    def _forget(self, nodes: Iterable[fx.Node], k: int, then: Moment) -> None:
+        """Drop what nobody reads from then on."""
+        for node in nodes:
+            if self.schedule.next_use(node, k, then) is None:
+                self.values.drop(node, k)
+
+    def _next_use(self, node: fx.Node, chunk: int) -> Moment:
+        return self.schedule.next_use(node, chunk, self._now) or (-1, 0)
+
+    def _decide(self, number: int, segment: Segment, visit: Visit) -> None:
+        """The segment's turns."""
+        self._now = (number, TURN)
+        if segment.source is None:
+            return
+        tensor = _Tensor(self.values, segment.source, self._rows, self._total)
+        for axis, readers in segment.turns:
+            turn = Turn(self._program, self.table, segment.source, axis, readers, tensor, self._seed)
+            self.table = visit(turn)
+            self.values.release()
+        for k in range(len(self._rows)):
+            self._forget([segment.source], k, (number + 1, 0))
+
+
+class _Step:
+    """One segment with what is known when it is computed; weights are unpacked once for all chunks."""
+
+    def __init__(self, program: Program, table: Table, schedule: Schedule, segment: Segment) -> None:
+        self._program, self._schedule, self._segment = program, schedule, segment
+        gammas = pending_scales(program, table)
+        self._deployed = {node: Deployed(program, table, node, gammas) for node in segment.nodes}
+        self._constants: dict[fx.Node, Pair] = {}
+        reads = (read for node in segment.nodes for read in schedule.reads(node))
+        self.read = [read for read in dict.fromkeys(reads) if read not in self._deployed]
+
+    def run(self, kept: Callable[[fx.Node], Pair], timestep: Tensor) -> Iterator[tuple[fx.Node, Pair]]:
+        """Every operation with its values on one chunk; what none of them reads any more is let go."""
+        local: dict[fx.Node, Pair] = {}
+        for node in self._segment.nodes:
+            for read in self._schedule.reads(node):
+                if read not in local:
+                    local[read] = kept(read)
+            pair = self._pair(node, local, timestep)
+            local[node] = pair
+            yield node, pair
+            for read in self._segment.spent.get(node, ()):
+                del local[read]
+
+    def _pair(self, node: fx.Node, local: Mapping[fx.Node, Pair], timestep: Tensor) -> Pair:
+        pairs = {read: local.get(read) or self._constant(read) for read in node.all_input_nodes}
+        deployed = self._deployed[node]
+        real = _call(node, lambda read: pairs[read].real)
+        if not deployed.differs and all(pair.same for pair in pairs.values()):
             return Pair(real, real)
-        return Pair(real, deployed.call(node, lambda n: pair_of(n).quantized))
+        if deployed.differs:
+            return Pair(real, deployed(timestep, lambda read: pairs[read].quantized))
+        return Pair(real, _call(node, lambda read: pairs[read].quantized))
 
-    def _timestep(self, k: int) -> Tensor:
-        return self.chunks[k]["timestep"]
-
-    def _next_use(self, node: fx.Node) -> int:
-        return next((at for at in self._uses.get(node, ()) if at > self._here), -1)
-
-    def _drop_used(self) -> None:
-        source = self.segments[self._here].source
-        self.values.drop([n for n in list(self.values._held) if self._next_use(n) < 0 and n is not source])
+    def _constant(self, node: fx.Node) -> Pair:
+        if node not in self._constants:
+            value = constant_of(node, lambda target: constant(self._program.gm, target))
+            self._constants[node] = Pair(value, value)
+        return self._constants[node]
 
 
-class _Batches(Sequence[Batch]):
-    """The chunks of one tensor, read from the store when asked for."""
+class _Tensor:
+    """The tensor of a turn, read chunk by chunk from what is kept."""
 
-    def __init__(self, walk: Walk, source: fx.Node) -> None:
-        self._walk, self._source = walk, source
+    def __init__(self, values: Values, node: fx.Node, rows: Sequence[tuple[Tensor, int]], total: int) -> None:
+        self._values, self._node, self._rows = values, node, rows
+        self.total = total
+        self.reserve = values.reserve
 
-    def __len__(self) -> int:
-        return len(self._walk.chunks)
-
-    def __getitem__(self, k: int) -> Batch:  # type: ignore[override]
-        if k >= len(self):
-            raise IndexError(k)
-        pair = self._walk.values.get(self._source, k)
-        assert isinstance(pair.real, Tensor) and isinstance(pair.quantized, Tensor)
-        return Batch(pair.real, pair.quantized, self._walk._timestep(k))
-
-
-def segments(program: Program) -> Iterator[Segment]:
-    """The graph cut behind every tensor that planned layers read."""
-    planned = turns(program)
-    nodes: list[fx.Node] = []
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            continue
-        nodes.append(node)
-        if node in planned:
-            yield Segment(tuple(nodes), node, tuple(planned[node]))
-            nodes = []
-    if nodes:
-        yield Segment(tuple(nodes), None)
+    def __iter__(self) -> Iterator[Batch]:
+        for k, (timestep, first) in enumerate(self._rows):
+            pair = self._values.get(self._node, k)
+            assert isinstance(pair.real, Tensor)
+            assert isinstance(pair.quantized, Tensor)
+            yield Batch(pair.real, pair.quantized, timestep, first)
 
 
-def _uses(parts: Sequence[Segment]) -> dict[fx.Node, list[int]]:
-    """The segments in which each value is read."""
-    found: dict[fx.Node, list[int]] = {}
-    for k, segment in enumerate(parts):
-        for node in segment.nodes:
-            for read in node.all_input_nodes:
-                if read.op != "get_attr" and (not found.get(read) or found[read][-1] != k):
-                    found.setdefault(read, []).append(k)
-    return found
-
-
-def _owned(pair: Pair) -> Pair:
-    """The pair in memory of its own, so that a view does not keep what it was cut from."""
-
-    def own(tensor: Tensor) -> Tensor:
-        part = tensor.untyped_storage().nbytes() > tensor.nbytes
-        return tensor.clone() if part else tensor
-
-    real = tree_map_only(Tensor, own, pair.real)
-    return Pair(real, real if pair.same else tree_map_only(Tensor, own, pair.quantized))
+def _call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
+    if node.op == "output":
+        return call_with(lambda value: value, node.args, {}, value_of)
+    assert callable(node.target)
+    return call_with(node.target, node.args, node.kwargs, value_of)
