@@ -198,7 +198,10 @@ def check_structure(program: Program, step: str, before: Program | None = None) 
         seen.add(address)
     for site in program.table.sites():
         if site.at not in seen:
-            raise RewriteError(f"{step} left a table entry for {site}, but that operation is gone")
+            mend = (
+                "put what took its place at the same address (rw.like, rw.call_at), or table.drop the entry"
+            )
+            raise RewriteError(f"{step} left a table entry for {site}, but that operation is gone; {mend}")
     if before is not None and _shapes(program) != _shapes(before):
         raise RewriteError(f"{step} changed the outputs from {_shapes(before)} to {_shapes(program)}")
 
