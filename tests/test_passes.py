@@ -375,7 +375,9 @@ def test_readers_share_one_division_and_ranges_follow() -> None:
 
 def test_a_scale_is_applied_once() -> None:
     with pytest.raises(
-        PipelineError, match=r"step 2, apply-scaling, requires 'learned'.*put learn-scaling before it"
+        PipelineError,
+        match=r"step 2, apply-scaling, requires 'learned' .*; "
+        "put learn-scaling behind apply-scaling, which ends it, and before it",
     ):
         Pipeline((create("apply-scaling"), create("apply-scaling"))).run(
             program_before("apply-scaling"), context(), providers=tuple(passes().values())

@@ -229,4 +229,8 @@ def _hint(fact: Fact, steps: Sequence[Pass], k: int, providers: Sequence[type[Pa
     if later:
         return f"move {later} before it"
     helpful = [cls.name() for cls in providers if fact in cls.provides]
-    return f"put {' or '.join(helpful)} before it" if helpful else "no known pass provides it"
+    if not helpful:
+        return "no known pass provides it"
+    ended = next((s.name() for s in reversed(steps[: k - 1]) if fact in s.clears), None)
+    behind = f"behind {ended}, which ends it, and " if ended else ""
+    return f"put {' or '.join(helpful)} {behind}before it"
