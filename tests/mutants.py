@@ -261,6 +261,10 @@ def same_range(honest: Function) -> Function:
     return lambda seen, gamma: seen
 
 
+def same_moments(honest: Function) -> Function:
+    return lambda seen, gamma: replace(honest(seen, gamma), mean=seen.mean, variance=seen.variance)
+
+
 def forget_the_bias(honest: Function) -> Function:
     def fold(rw: Rewriter, found: channelwise.Absorber, factor: Tensor) -> None:
         weight = rw.value(ops.tensor(found.node, "weight"))
@@ -685,6 +689,10 @@ MUTANTS: tuple[Mutant, ...] = (
             "one reader of three is divided": (patched("_divide", one_reader_divided), "mid.to_q/linear"),
             "the ranges stay as they were": (
                 patched("_divided", same_range),
+                "time_embedding.linear_1/linear",
+            ),
+            "means and variances stay as they were": (
+                patched("_divided", same_moments),
                 "time_embedding.linear_1/linear",
             ),
             "a range grows in one group": (

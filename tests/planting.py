@@ -21,7 +21,6 @@ from dmqfx.graph.pipeline import Pass, PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
 from dmqfx.graph.rewrite import Rewriter
-from dmqfx.graph.table import Table
 from dmqfx.policy.policy import Policy
 
 Function = Callable[..., object]
@@ -186,12 +185,7 @@ def without_entry(site: str, kind: type) -> Plant:
     """The pass, and then one entry of the table left out."""
 
     def spoil(before: Program, after: Program) -> Program:
-        rows = {(at, type(entry)): entry for at, entry in after.table}
-        del rows[Site.parse(site), kind]
-        table = Table()
-        for (at, _), entry in rows.items():
-            table = table.put(at, entry)
-        return after.with_table(table)
+        return after.with_table(after.table.drop(Site.parse(site), kind))
 
     return spoiled(spoil)
 
