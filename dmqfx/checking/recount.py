@@ -14,6 +14,7 @@ from dmqfx.graph.pipeline import Pass, PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Shift, Table
 from dmqfx.numbers.quant import QParams
+from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.turn import Batch, Reader, Turn
 from dmqfx.sweep.walk import Walk
 
@@ -33,8 +34,6 @@ def miscounted(program: Program, step: Pass, ctx: PassContext) -> Iterator[Broke
     by_error = getattr(step, "method", "vote") == "mse"
     rule = _Rule(by_error, float(agree), bool(getattr(step, "shared", False)))
     refused = {refusal.at for refusal in ctx.journal.refused}
-    batches = ctx.calibration.batches(ctx.chunk, program.inputs, dtype=program.dtype)
-    chunks = [{name: value.to(program.device) for name, value in batch.items()} for batch in batches]
     found: list[Broken] = []
 
     def visit(turn: Turn) -> Table:
@@ -49,7 +48,8 @@ def miscounted(program: Program, step: Pass, ctx: PassContext) -> Iterator[Broke
                 found.append(Broken(reader.site, "Shift", reason))
         return turn.table
 
-    Walk(program, chunks, ctx.memory).run(visit)
+    chunks = chunked(ctx.calibration, program, ctx.chunk)
+    Walk(program, chunks, memory=ctx.memory, total=len(ctx.calibration)).run(visit)
     yield from found
 
 
