@@ -13,13 +13,15 @@ from pathlib import Path
 
 import torch
 
+from dmqfx.machine import processor
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, object]:
     """Processor, threads and versions."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "dmqfx")},
@@ -33,20 +35,26 @@ def peak_gigabytes() -> float:
 
 def write(name: str, result: Mapping[str, object]) -> Path:
     """Put a result with command, date and machine into results/NAME.json and show it."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    command = "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
-    date = datetime.now(timezone.utc).date().isoformat()
-    path.write_text(
-        json.dumps({"command": command, "date": date, "machine": machine(), **result}, indent=2) + "\n"
-    )
+    replace(path, {**header(), **result})
     sys.stdout.write(path.read_text())
     return path
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+def header() -> dict[str, object]:
+    """Command, date and machine."""
+    command = "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "date": today(), "machine": machine()}
+
+
+def today() -> str:
+    """The date, in UTC."""
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def replace(path: Path, result: Mapping[str, object]) -> None:
+    """A result file that is the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".part")
+    half.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    half.replace(path)

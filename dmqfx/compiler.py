@@ -12,7 +12,7 @@ import torch
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.verify import checking
-from dmqfx.errors import PipelineError
+from dmqfx.errors import CaptureError, PipelineError
 from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import UNet
@@ -67,6 +67,7 @@ def compile(
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
     _steps(chosen).check(None, tuple(registry.passes().values()))
+    check_finite(unet)
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
@@ -86,6 +87,21 @@ def compile(
     return CompiledUNet(
         after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
+
+
+def check_finite(unet: UNet) -> None:
+    """Refuse weights with nan or infinity before anything is computed from them.
+
+    Raises: CaptureError naming the module and the weight.
+    """
+    for name, weight in unet.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            module, _, own = name.rpartition(".")
+            bad = int((~torch.isfinite(weight)).sum())
+            reason = f"{own} has {bad} of {weight.numel()} values that are not finite"
+            raise CaptureError(
+                reason, address=module, mend="load the weights again, in a dtype that holds them"
+            )
 
 
 def computing(program: Program) -> Program:

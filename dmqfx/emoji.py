@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import conv_transpose2d, embedding
@@ -20,6 +21,8 @@ from dmqfx.errors import DmqfxError
 
 LATENT = (12, 16, 16)
 _ASSETS = Path(__file__).parent / "assets" / "emoji"
+REFERENCE = _ASSETS / "reference.safetensors"
+"""Mean and covariance of the features of the 1,026 training images, which are not in the package."""
 _SHOWN = (
     "grinning dog cat pizza apple car soccer giraffe_face "
     "flamingo heart fish ghost sunflower rocket octopus tophat"
@@ -105,24 +108,30 @@ def sample(
     steps: int = 20,
     cfg: float = 3.0,
     seed: int = 0,
+    scheduler: SchedulerMixin | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Latents of the prompts by DDIM with eta 0 and classifier-free guidance, both halves in one batch.
 
     The noise depends on the seed and on a prompt's place alone, so two UNets can be compared row by row.
+    Another scheduler must predict v with the model's betas: `EulerDiscreteScheduler.from_config(ours.config)`.
 
     Shapes: [N, 12, 16, 16]; the UNet sees batches of 2 N rows, the unconditional half first.
     """
-    scheduler = load_scheduler()
+    scheduler = scheduler or load_scheduler()
     scheduler.set_timesteps(steps)
-    noise = torch.randn((len(prompts), *LATENT), generator=torch.Generator().manual_seed(seed))
-    latents = noise.to(unet.device)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn((len(prompts), *LATENT), generator=generator)
+    latents: Tensor = (noise * scheduler.init_noise_sigma).to(unet.device)
+    takes = inspect.signature(scheduler.step).parameters
+    random = {"generator": generator} if "generator" in takes else {}
     context = torch.cat([embed([""] * len(prompts)), embed(prompts)]).to(unet.device)
     for t in tqdm(scheduler.timesteps, desc="sample", disable=not progress):
-        both = unet(torch.cat([latents, latents]), t, encoder_hidden_states=context, return_dict=False)[0]
+        scaled = scheduler.scale_model_input(latents, t)
+        both = unet(torch.cat([scaled, scaled]), t, encoder_hidden_states=context, return_dict=False)[0]
         without, given = both.chunk(2)
         guided = without + cfg * (given - without)
-        latents = scheduler.step(guided, t, latents, eta=0.0, return_dict=False)[0]
+        latents = scheduler.step(guided, t, latents, **random, return_dict=False)[0]
     return latents
 
 

@@ -2,93 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from dmqfx import emoji
 from dmqfx.calibration.calibration import Calibration
-from dmqfx.frontend.capture import Canonical, evaluating
+from dmqfx.calibration.recording import plain, recording
+from dmqfx.errors import CalibrationError, DmqfxError
+from dmqfx.frontend.capture import evaluating
 from dmqfx.frontend.signature import UNet
+from dmqfx.judging import protocol
+from dmqfx.judging.features import HAAR, Features
+from dmqfx.judging.findings import Evaluation, Run, mean_db
+from dmqfx.judging.outputs import compare_outputs
+from dmqfx.judging.paired import PictureJudge
+from dmqfx.judging.pictures import psnr_db
+from dmqfx.judging.samplers import Drawn, Sampler
 from dmqfx.runtime.unet import CompiledUNet
-from dmqfx.seeing import wording
-from dmqfx.seeing.lockstep import Ratio
 
 __all__ = ["Evaluation", "emoji_calibration", "evaluate", "mean_db", "psnr_db"]
-
-_BATCH = 4
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How near a compiled UNet is to its float model.
-
-    Units: output_db is the SQNR of the UNet's output in dB by recorded timestep, both on the same inputs;
-    image_db the PSNR in dB of each final picture, each model along its own trajectory; inf means equal.
-    """
-
-    output_db: Mapping[float, float]
-    image_db: tuple[float, ...] = ()
-
-    @property
-    def mean_output_db(self) -> float:
-        """The mean of output_db."""
-        return mean_db(list(self.output_db.values()))
-
-    @property
-    def mean_image_db(self) -> float | None:
-        """The mean of image_db, or None without pictures."""
-        return mean_db(self.image_db) if self.image_db else None
-
-    def misses(self, *, sqnr_db: float | None = None, psnr_db: float | None = None) -> list[str]:
-        """The floors that are not reached, in words; nan reaches none."""
-        found = []
-        if sqnr_db is not None and not self.mean_output_db >= sqnr_db:
-            found.append(f"the output has {self.mean_output_db:.1f} dB SQNR, {sqnr_db:g} dB are wanted")
-        if psnr_db is not None and self.mean_image_db is None:
-            found.append(f"there are no pictures, and {psnr_db:g} dB PSNR of them are wanted")
-        elif psnr_db is not None and not (self.mean_image_db or 0.0) >= psnr_db:
-            found.append(f"the pictures have {self.mean_image_db:.1f} dB PSNR, {psnr_db:g} dB are wanted")
-        return found
-
-    def to_data(self) -> dict[str, object]:
-        """The same as plain values."""
-        return {
-            "output_db": {f"{time:g}": db for time, db in self.output_db.items()},
-            "image_db": list(self.image_db),
-            "mean_output_db": self.mean_output_db,
-            "mean_image_db": self.mean_image_db,
-        }
-
-    def __str__(self) -> str:
-        rows = [["timestep", "output SQNR dB"]]
-        rows += [[f"{time:g}", f"{db:.1f}"] for time, db in sorted(self.output_db.items(), reverse=True)]
-        rows.append(["mean", f"{self.mean_output_db:.1f}"])
-        text = wording.columns(rows, right={0, 1})
-        if self.mean_image_db is None:
-            return text
-        pictures = f"pictures: {len(self.image_db)}, PSNR {self.mean_image_db:.1f} dB in the mean"
-        return f"{text}\n{pictures}, {min(self.image_db):.1f} dB the worst"
 
 
 def evaluate(
     unet: UNet,
     compiled: CompiledUNet,
-    calibration: Calibration,
+    calibration: Calibration | Sequence[Calibration] = (),
     *,
-    images: tuple[Tensor, Tensor] | None = None,
-    rows: int = 64,
+    sampler: Sampler | None = None,
+    seeds: Sequence[int] = (0,),
+    rows: int | None = 64,
+    guidance_scale: float | None = None,
+    features: Features = HAAR,
+    reference: Path | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Compare on recorded calls, best ones not calibrated on, and on final pictures if there are any.
+    """Compare a compiled UNet with its float model: outputs and, with a sampler, trajectories and pictures.
 
-    The float model is run by diffusers, the compiled one as its target runs it.
+    Without a sampler there is a run for each recorded `calibration`, best not those of compiling. With one,
+    both models draw from the same noise, a run for each seed; outputs are compared on the calls that the float
+    model had on the way, or on the calibrations: one for all seeds or one for each.
 
-    Shapes: images are (float, quantized), each [N, C, H, W] in [-1, 1].
-    Raises: CalibrationError if the recorded calls do not fit the model.
+    The float model is run by diffusers, the compiled one as its target runs it. Guided pairs among the calls
+    are combined at `guidance_scale`: the recording's or the sampler's own, unless said.
+
+    Units: rows is how many calls of a run are compared, at least one of every timestep; None is all of them.
+    Raises: CalibrationError if there is nothing to compare on, or recorded calls do not fit the model;
+        DmqfxError for a compiled model of another configuration, and for a reference (see `load_reference`)
+        or features that cannot be used.
     Example:
         >>> from diffusers import UNet2DModel
         >>> from dmqfx.compiler import compile
@@ -99,43 +61,27 @@ def evaluate(
         >>> found.misses(sqnr_db=20), len(found.output_db)
         ([], 2)
     """
-    spec = compiled.program.inputs
-    calibration.check(spec)
-    exact = Canonical(unet, tuple(i.name for i in spec.inputs))
-    wanted = max(rows, len(set(calibration.timesteps().tolist())))
-    chosen = calibration.select(wanted, torch.Generator().manual_seed(0))
-    found: dict[float, Ratio] = {}
-    with (
-        evaluating(unet),
-        torch.no_grad(),
-        tqdm(total=len(chosen), desc="evaluate", unit="row", disable=not progress) as bar,
-    ):
-        for batch in chosen.batches(_BATCH, spec, dtype=unet.dtype):
-            right = exact(*(batch[i.name].to(unet.device) for i in spec.inputs))
-            result = compiled.runner(
-                **{i.name: batch[i.name].to(compiled.device, i.dtype) for i in spec.inputs}
-            )
-            approximate = result if isinstance(result, tuple) else (result,)
-            for k, time in enumerate(batch["timestep"].tolist()):
-                for a, b in zip(right, approximate, strict=True):
-                    found.setdefault(time, Ratio()).add(a[k].cpu(), b[k].cpu())
-            bar.update(len(batch["timestep"]))
-    pairs = () if images is None else tuple(psnr_db(a, b) for a, b in zip(*images, strict=True))
-    return Evaluation({time: found[time].db for time in sorted(found, reverse=True)}, pairs)
+    given = [calibration] if isinstance(calibration, Calibration) else list(calibration)
+    _refuse_others(unet, compiled)
+    _refuse(given, sampler, seeds)
+    for each in given:
+        each.check(compiled.program.inputs)
 
+    def outputs(data: Calibration, seed: int | None = None) -> Run:
+        scale = _guidance_scale(data) if guidance_scale is None else guidance_scale
+        found = compare_outputs(unet, compiled, data, rows=rows, guidance_scale=scale, progress=progress)
+        return Run(found, seed, scale)
 
-def psnr_db(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two pictures in [-1, 1], in dB; inf if equal, nan if not finite."""
-    error = (a.double() - b.double()).square().mean()
-    return float("inf") if error == 0 else float(10 * torch.log10(4 / error))
-
-
-def mean_db(values: Sequence[float]) -> float:
-    """The mean of what differs at all; inf if nothing does, nan for no values."""
-    lossy = [value for value in values if value != float("inf")]
-    if not lossy:
-        return float("inf") if values else float("nan")
-    return sum(lossy) / len(lossy)
+    about = protocol.of_models(unet, compiled)
+    if sampler is None:
+        return Evaluation(tuple(map(outputs, given)), {**about, **protocol.of_rows(given, rows)})
+    judge, runs, recorded = PictureJudge(features, reference), list[Run](), list[Calibration]()
+    for k, seed in enumerate(seeds):
+        exact, quantized, calls = _draw(unet, compiled, sampler, seed, progress)
+        recorded.append(given[k % len(given)] if given else calls)
+        runs.append(judge.judge(outputs(recorded[-1], seed), exact, quantized))
+    about |= {**protocol.of_rows(recorded, rows), **protocol.of_pictures(sampler, seeds, exact)}
+    return Evaluation(tuple(runs), {**about, **judge.protocol()})
 
 
 def emoji_calibration(
@@ -161,3 +107,46 @@ def emoji_calibration(
         seed=seed,
         progress=progress,
     )
+
+
+def _refuse_others(unet: UNet, compiled: CompiledUNet) -> None:
+    """Only a model of the same configuration can have been compiled from this one."""
+    here, there = plain(dict(unet.config)), plain(dict(compiled.config))
+    assert isinstance(here, dict)
+    assert isinstance(there, dict)
+    others = [name for name in here if not name.startswith("_") and here[name] != there.get(name)]
+    if others:
+        told = ", ".join(f"{name} {there.get(name)} and not {here[name]}" for name in others[:3])
+        raise DmqfxError(f"the compiled model was made from another model than this float one: it has {told}")
+
+
+def _refuse(given: Sequence[Calibration], sampler: Sampler | None, seeds: Sequence[int]) -> None:
+    if sampler is None and not given:
+        raise CalibrationError(
+            "there is nothing to compare on\n  mend: give recorded calls (Calibration.record), or a sampler"
+        )
+    if sampler is not None and not seeds:
+        raise CalibrationError("a sampler needs at least one seed")
+    if sampler is not None and len(given) not in (0, 1, len(seeds)):
+        raise CalibrationError(
+            f"{len(given)} recordings for {len(seeds)} seeds: give one for all of them, or one for each"
+        )
+
+
+def _draw(
+    unet: UNet, compiled: CompiledUNet, sampler: Sampler, seed: int, progress: bool
+) -> tuple[Drawn, Drawn, Calibration]:
+    """What the float and the compiled model draw, and the calls that the float one had."""
+    with evaluating(unet), torch.no_grad(), recording(unet) as tape:
+        exact = sampler(unet, seed, progress=progress)
+    with torch.no_grad():
+        quantized = sampler(compiled, seed, progress=progress)
+    settings = {"seed": seed, "guidance_scale": sampler.guidance_scale, **sampler.settings()}
+    return exact, quantized, tape.calibration(scheduler=sampler.scheduler, settings=settings)
+
+
+def _guidance_scale(calibration: Calibration) -> float | None:
+    """The one that a recording was made with, if it says and all of it says the same."""
+    said = {origin.settings.get("guidance_scale") for origin in calibration.origins}
+    scale = said.pop() if len(said) == 1 else None
+    return float(scale) if isinstance(scale, (int, float)) else None

@@ -9,6 +9,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from dmqfx.errors import CalibrationError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CANONICAL, FLAGGED, Fact
@@ -41,7 +42,10 @@ class FlagSkips(Pass):
             raise ValueError(f"rows must be at least 1, not {self.rows}")
 
     def run(self, program: Program, ctx: PassContext) -> Program:
-        """Write a SkipConcat entry per concatenation found; refuse the others with a reason."""
+        """Write a SkipConcat entry per concatenation found; refuse the others with a reason.
+
+        Raises: CalibrationError if a value is not finite where arms are measured.
+        """
         graph = program.digraph()
         found: dict[Site, SkipConcat] = {}
         for node in ctx.journal.fuelled(list(program.calls("cat"))):
@@ -64,10 +68,11 @@ class FlagSkips(Pass):
         chosen = ctx.calibration.select(self.rows, ctx.generator())
         for batch in chosen.batches(self.rows, program.inputs, dtype=program.dtype):
             _Peaks(program, peaks).run(*(batch[i.name].to(program.device) for i in program.inputs.inputs))
-        return {
-            site: self._with_variance(entry, torch.stack(peaks[site]).amax(0))
-            for site, entry in found.items()
-        }
+        measured = {site: torch.stack(values).amax(0) for site, values in peaks.items()}
+        for site, peak in measured.items():
+            if not bool(torch.isfinite(peak).all()):
+                raise CalibrationError(f"{site}: calibration saw a value that is not finite")
+        return {site: self._with_variance(entry, measured[site]) for site, entry in found.items()}
 
     def _with_variance(self, entry: SkipConcat, peak: Tensor) -> SkipConcat:
         first, second = peak[: _first(entry)], peak[_first(entry) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -114,3 +115,25 @@ def policies(draw: st.DrawFn, patterns: st.SearchStrategy[str] | None = None) ->
         expect=Expect(draw(st.none() | numbers)),
         description=draw(st.just("") | words.filter(str.strip)),
     )
+
+
+@st.composite
+def plans(draw: st.DrawFn, addresses: Sequence[str]) -> Policy:
+    """A policy that can be carried out: any bits, grids, ranges and groups, at some of the addresses."""
+    edges = st.lists(st.floats(0, 999), min_size=1, max_size=4, unique=True)
+    groups = st.none() | st.integers(1, 25) | edges.map(lambda each: tuple(sorted(each)))
+
+    def setting(arg: str) -> Setting:
+        more: dict[str, Any] = {} if arg == "weight" else {"groups": groups}
+        bits = st.integers(2 if arg == "weight" else 4, 8)
+        return draw(partial_specs(arg, bits=bits, **more) | st.just(FLOAT))
+
+    default = Default(setting("weight"), setting("input"))
+    listed = []
+    for k in range(draw(st.integers(0, 3))):
+        kind = draw(st.none() | kinds())
+        weight = None if kind == "attention" else setting("weight")
+        fed_by = draw(st.sampled_from([None, None, "skip_concat"]))
+        at = (draw(st.sampled_from(addresses)),)
+        listed.append(Rule(f"rule {k + 1}", at, kind, fed_by, weight, setting("input"), True))
+    return Policy("drawn", default, (Step("plan-sites"),), tuple(listed))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 import torch
+from handmade import program_of
 from models import captured
+from torch import fx
+from torch._ops import OpOverload
 from toys import toy
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.calibration.rows import Column, Rows
-from dmqfx.graph.address import Site
+from dmqfx.graph import ops
+from dmqfx.graph.address import Address, Site
 from dmqfx.graph.facts import PLANNED, Fact
-from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.pipeline import PassContext, Pipeline
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import pipeline
 from dmqfx.graph.table import Entry, Table
@@ -23,6 +30,7 @@ from dmqfx.policy.policy import Policy
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Turn
 
+aten = torch.ops.aten
 POLICY = Policy.load(
     {
         "schema": "dmqfx.policy/1",
@@ -32,7 +40,7 @@ POLICY = Policy.load(
             "input": {"bits": 8, "grid": "affine", "per": "tensor", "groups": 4},
         },
         "rules": [
-            {"name": "ends", "at": ["conv_in/*", "conv_out/*"], "keep": "float"},
+            {"name": "ends", "at": ["conv_in/*", "conv_out/*"], "keep": "float", "optional": True},
             {"name": "attention", "kind": "attention", "input": {"bits": 8}, "optional": True},
             {"name": "values", "at": "**to_v/*", "input": {"groups": 1, "bits": 6}, "optional": True},
         ],
@@ -48,6 +56,39 @@ def planned(name: str = "toy") -> Program:
     program = toy() if name == "toy" else captured(name)[1]
     steps = pipeline([("canonicalize", {}), ("flag-skips", {}), ("plan-sites", {})])
     return steps.run(program, PassContext(POLICY))
+
+
+@cache
+def chain(layers: int = 8, width: int = 8) -> Program:
+    """Convolutions with a linear layer for the timestep in the middle, made in milliseconds and planned."""
+    generator = torch.Generator().manual_seed(0)
+    graph, constants = fx.Graph(), dict[str, torch.Tensor]()
+
+    def layer(name: str, target: OpOverload, shape: tuple[int, ...], x: fx.Node, *more: object) -> fx.Node:
+        constants[name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+        constants[f"{name}_bias"] = torch.randn(shape[0], generator=generator)
+        read = [graph.get_attr(each) for each in (name, f"{name}_bias")]
+        node = graph.call_function(target, (x, *read, *more))
+        node.meta["address"] = Address(name, ops.name(node))
+        return node
+
+    x, timestep = graph.placeholder("sample"), graph.placeholder("timestep")
+    for k in range(layers):
+        first = 4 if k == 0 else width
+        x = layer(f"conv{k}", aten.conv2d.default, (width, first, 3, 3), x, [1, 1], [1, 1])
+        if k == layers // 2:
+            time = graph.call_function(
+                aten.mul.Tensor, (graph.call_function(aten.unsqueeze.default, (timestep, 1)), 1e-3)
+            )
+            time = layer("time", aten.linear.default, (width, 1), time)
+            x = graph.call_function(
+                aten.add.Tensor, (x, graph.call_function(aten.view.default, (time, [-1, width, 1, 1])))
+            )
+        x = graph.call_function(aten.silu.default, (x,))
+    graph.output((x,))
+    return pipeline([("canonicalize", {}), ("plan-sites", {})]).run(
+        program_of(graph, constants), PassContext(POLICY)
+    )
 
 
 def recorded(
@@ -72,10 +113,13 @@ def context(calibration: Calibration, **changes: object) -> PassContext:
 
 
 def swept(
-    program: Program, ctx: PassContext, steps: Sequence[tuple[str, Mapping[str, object]]] = SWEEP
+    program: Program,
+    ctx: PassContext,
+    steps: Sequence[tuple[str, Mapping[str, object]]] = SWEEP,
+    *more: SweepPass,
 ) -> Program:
     """The program behind a sweep."""
-    return pipeline(steps).run(program, ctx)
+    return Pipeline((*pipeline(steps).steps, *more)).run(program, ctx)
 
 
 def bits(table: Table) -> dict[str, bytes]:
@@ -96,12 +140,31 @@ def _tensors(entry: object) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 @dataclass(frozen=True)
-class Look(SweepPass):
-    """Writes nothing and remembers the turns it was shown, in a list that outlives it."""
+class Tell(SweepPass):
+    """Writes nothing in the table, and a line for each visit in a file.
+
+    Units: pause in seconds.
+    """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
-    seen: ClassVar[list[Turn]] = []
+    file: str = ""
+    pause: float = 0.0
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterable[tuple[Site, Entry]]:
-        self.seen.append(turn)
+        with Path(self.file).open("a") as file:
+            file.write(f"{turn.site}\n")
+        time.sleep(self.pause)
+        return ()
+
+
+@dataclass(frozen=True)
+class Stop(SweepPass):
+    """Interrupts the turn of a site, as a user would."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
+    at: ClassVar[str] = ""
+
+    def visit(self, turn: Turn, ctx: PassContext) -> Iterable[tuple[Site, Entry]]:
+        if str(turn.site) == self.at:
+            raise KeyboardInterrupt
         return ()

@@ -82,3 +82,13 @@ def test_what_cannot_be_captured_is_refused_before_it_is_calibrated() -> None:
     unet.conv_in._hf_hook = object()
     with pytest.raises(CaptureError, match="cannot capture at conv_in"):
         dmqfx.compile(unet)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_before_anything_runs(value: float) -> None:
+    unet = small(torch.float32)
+    with torch.no_grad():
+        unet.mid_block.resnets[0].conv1.weight[2, 3, 1] = value
+    told = r"at mid_block\.resnets\.0\.conv1: weight has 3 of 2304 values that are not finite"
+    with pytest.raises(CaptureError, match=told):
+        dmqfx.compile(unet, "w8a16")

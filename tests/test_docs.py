@@ -44,6 +44,7 @@ folder = "pipeline"
 calibration = Calibration.record(pipe, prompts=["a cat"], steps=2)
 """,
     "calibration.md": PIPELINE,
+    "evaluation.md": PIPELINE,
     "file-format.md": PIPELINE
     + """
 import dmqfx

@@ -150,6 +150,39 @@ def test_unevenness_is_measured_on_calibration_rows_only() -> None:
     )
 
 
+def peaked(deep: list[float], skip: list[float]) -> Program:
+    """conv_in -> conv -> cat with conv_in's output, whose channels reach the given magnitudes."""
+    graph = fx.Graph()
+    sample, _ = graph.placeholder("sample"), graph.placeholder("timestep")
+    held = {name: graph.get_attr(name) for name in ("skip.weight", "skip.bias", "deep.weight", "deep.bias")}
+    first = graph.call_function(aten.conv2d.default, (sample, held["skip.weight"], held["skip.bias"]))
+    second = graph.call_function(aten.conv2d.default, (first, held["deep.weight"], held["deep.bias"]))
+    both = graph.call_function(aten.cat.default, ([second, first], 1))
+    graph.output(graph.call_function(aten.mean.dim, (both, [1], True)))
+    constants = {"skip.weight": torch.zeros(len(skip), 4, 1, 1), "skip.bias": torch.tensor(skip)}
+    deep_weight = torch.zeros(len(deep), len(skip), 1, 1)
+    return program_of(graph, {**constants, "deep.weight": deep_weight, "deep.bias": torch.tensor(deep)})
+
+
+def test_the_variance_of_an_arm_is_over_its_channels_in_units_of_their_mean() -> None:
+    program = peaked(deep=[1.0, -3.0], skip=[2.0, -2.0, 2.0])
+    ctx = PassContext(calibration=rows(spec=program.inputs))
+    (entry,) = create("flag-skips").run(program, ctx).table.of(SkipConcat).values()
+    assert (entry.deep, entry.skip, entry.skip_last) == (2, 3, True)
+    assert entry.deep_variance == pytest.approx(1 / 4)  # magnitudes 1 and 3: variance 1, mean 2
+    assert entry.skip_variance == pytest.approx(0)
+    assert entry.uneven
+    verify(program, create("flag-skips"), ctx)
+
+
+def test_a_skip_that_carries_nan_is_told_by_name() -> None:
+    program = peaked(deep=[1.0, math.nan], skip=[2.0, 2.0])
+    with pytest.raises(
+        CalibrationError, match=r"block/cat#2:tensors: calibration saw a value that is not finite"
+    ):
+        create("flag-skips").run(program, PassContext(calibration=rows(spec=program.inputs)))
+
+
 # --- plan-sites
 
 

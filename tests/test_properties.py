@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,13 +13,15 @@ from models import MODELS, Model, eager, relative
 from models import model as build_model
 from planting import ORDER, POLICIES, context, program_before
 from strategies import exact_passes, pipelines, programs, unets
+from strategies_policy import plans
+from toys import rows as toy_rows
 from toys import toy
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.judges import CLOSE, Close
 from dmqfx.checking.probes import draw, outputs
 from dmqfx.checking.tablecheck import broken_claims
-from dmqfx.checking.verify import verify
+from dmqfx.checking.verify import checking, verify
 from dmqfx.compiler import quantize
 from dmqfx.errors import PipelineError
 from dmqfx.frontend.capture import capture
@@ -25,6 +30,8 @@ from dmqfx.graph.pipeline import Pass, PassContext, Pipeline
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
 from dmqfx.policy.policy import Policy
+from dmqfx.runtime.unet import CompiledUNet
+from dmqfx.storage.store import load
 
 NAMES = [*ORDER, "lower-simulate", "lower-reference"]
 
@@ -72,6 +79,35 @@ def test_an_order_is_legal_or_refused_before_anything_runs(order: list[type[Pass
         return
     with pytest.raises(PipelineError, match=r"step \d+, [\w-]+, requires '\w+'"):
         pipeline.run(toy(), PassContext(), providers=exact_passes())
+
+
+# --- any policy
+
+PLACES = (
+    "**",
+    "conv_in/*",
+    "mid.**",
+    "mid.to_*/linear",
+    "**.conv2/*",
+    "up.**",
+    "time_embedding.**",
+    "re:.*proj.*",
+)
+
+
+@settings(max_examples=4, suppress_health_check=list(HealthCheck))
+@given(plans(PLACES))
+def test_any_policy_is_carried_out_with_every_pass_verified_and_comes_back_bit_by_bit(policy: Policy) -> None:
+    ctx = PassContext(policy, toy_rows())
+    after = Pipeline(tuple(passes()[name]() for name in ORDER)).run(toy(), ctx, observe=checking())
+    for lowering in ("lower-simulate", "lower-reference"):
+        verify(after, passes()[lowering](), ctx)
+    module = CompiledUNet(replace(after, inputs=replace(after.inputs, root="UNet2DModel")), config={})
+    with TemporaryDirectory() as folder:
+        module.save_pretrained(f"{folder}/saved")
+        again = load(f"{folder}/saved").program
+    for inputs in draw(after, generator()):
+        assert all(map(torch.equal, outputs(again, inputs), outputs(after, inputs)))
 
 
 # --- any program

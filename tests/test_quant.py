@@ -29,6 +29,33 @@ def test_inside_the_range_the_error_is_at_most_half_a_step(spec: QuantSpec, valu
     assert error.max() <= params.scale.item() / 2 * (1 + 1e-9)
 
 
+@given(st.data())
+def test_each_row_and_channel_is_rounded_by_half_a_step_of_its_own_at_most(data: st.DataObject) -> None:
+    """x [B, C, N] or [B, N, C] inside ranges [G, C] that need not hold 0, each row in a group of its own."""
+    groups, channels, rows = (data.draw(st.integers(1, 4)) for _ in range(3))
+    axis, per = data.draw(st.sampled_from((1, -1))), data.draw(st.sampled_from(("tensor", "channel")))
+    spec = QuantSpec(
+        data.draw(st.integers(2, 8)),
+        data.draw(st.sampled_from(GRIDS)),
+        per,
+        "minmax",
+        tuple(range(1, groups)),
+    )
+    ends = data.draw(
+        st.lists(st.tuples(NUMBERS, NUMBERS), min_size=groups * channels, max_size=groups * channels)
+    )
+    low, high = torch.tensor(ends, dtype=torch.float64).sort(1).values.T.reshape(2, groups, channels)
+    group = torch.tensor(data.draw(st.lists(st.integers(0, groups - 1), min_size=rows, max_size=rows)))
+    between = torch.tensor(data.draw(st.lists(st.floats(0, 1), min_size=5, max_size=5)), dtype=torch.float64)
+    x = low[group][..., None] + (high - low)[group][..., None] * between
+    params = params_from_range(low, high, spec, axis)
+    step = params.scale[group].expand(rows, channels)[..., None]
+    there = x if axis == 1 else x.transpose(1, 2)
+    back = fake_quantize(there, params, group if groups > 1 else None)
+    error = ((back if axis == 1 else back.transpose(1, 2)) - x).abs()
+    assert bool((error <= step / 2 * (1 + 1e-9)).all())
+
+
 @given(SPECS, st.lists(NUMBERS, min_size=1, max_size=30))
 def test_zero_is_on_every_grid_and_every_code_is_in_range(spec: QuantSpec, values: list[float]) -> None:
     params = params_from_range(*bounds(values), spec, None)

@@ -139,6 +139,15 @@ def test_edges_that_float32_cannot_hold_are_no_fault_of_a_pass(groups: int | tup
     assert QDQ in after.facts
 
 
+def test_a_range_of_nothing_but_zeros_may_be_scaled() -> None:
+    """At timestep 0 every sine is 0, and a group that saw no other timestep has only that to tell."""
+    default = POLICIES["layers"].default
+    everywhere = replace(default, input=replace(default.input, groups=13))
+    ctx = replace(context(), policy=replace(POLICIES["layers"], default=everywhere))
+    after = Pipeline(tuple(passes()[name]() for name in ORDER[:7])).run(toy(), ctx)
+    assert verify(after, passes()["apply-scaling"](), ctx).error < 1e-14
+
+
 # --- what an error says
 
 

@@ -19,7 +19,7 @@ from dmqfx.calibration.recording import Tape, recording, refuse_others
 from dmqfx.errors import CalibrationError
 from dmqfx.frontend.signature import UNet, is_supported, signature
 
-__all__ = ["record", "synthetic"]
+__all__ = ["quiet", "record", "refuse_options", "synthetic"]
 
 
 def record(source: DiffusionPipeline | UNet, options: Mapping[str, object]) -> Calibration:
@@ -59,11 +59,11 @@ def from_pipeline(
     unet = _unet_of(pipe) if module is None else module
     wanted = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **options}
     given = {name: value for name, value in wanted.items() if value is not None}
-    _refuse_options(pipe, prompts, given)
+    refuse_options(pipe, prompts, given)
     if "output_type" in inspect.signature(type(pipe).__call__).parameters:
         given.setdefault("output_type", "latent")  # nobody looks at the pictures: spare the decoder
     runs = [{"prompt": prompt} for prompt in prompts] if prompts is not None else [{}] * trajectories
-    with _quiet(pipe), _watched(unet, progress, len(runs) * steps if steps else None) as tape:
+    with quiet(pipe), _watched(unet, progress, len(runs) * steps if steps else None) as tape:
         for k, run in enumerate(runs):
             tape.start()
             pipe(**{"generator": torch.Generator().manual_seed(seed + k), **given, **run})
@@ -206,9 +206,13 @@ def _unet_of(pipe: DiffusionPipeline) -> UNet:
     return unet
 
 
-def _refuse_options(
+def refuse_options(
     pipe: DiffusionPipeline, prompts: Sequence[str] | None, given: Mapping[str, object]
 ) -> None:
+    """Refuse what the pipeline does not take, and prompts that are missing.
+
+    Raises: CalibrationError.
+    """
     taken = inspect.signature(type(pipe).__call__).parameters
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     free = free and not type(pipe).__module__.startswith("diffusers.")  # there **kwargs swallows misspellings
@@ -269,7 +273,7 @@ def _watched(unet: UNet, progress: bool | None, total: int | None) -> Iterator[T
 
 
 @contextmanager
-def _quiet(pipe: DiffusionPipeline) -> Iterator[None]:
+def quiet(pipe: DiffusionPipeline) -> Iterator[None]:
     """The pipeline's own progress bar off: it would be drawn through ours."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**before, "disable": True})

@@ -53,15 +53,18 @@ def scale_claims(weight: Tensor, params: QParams, spec: QuantSpec) -> Iterator[s
         yield from _finest(low, high, params)
         return
     step, zero_point = _needed(low, high, params)
-    wide = params.scale.double() > step * (1 + _SAME_STEP)
-    if bool((wide & _live(step, params)).any()):
-        yield f"output channel {int(wide.flatten().nonzero()[0])} has wider steps than its whole range needs"
+    live = _live(step, params)[0]
+    wide = (params.scale.double() > step * (1 + _SAME_STEP))[0]
     whole = replace(params, scale=step.where(step > 0, 1.0), zero_point=zero_point.round(), axis=0)
     ours, theirs = (
         (fake(rows, grid, None) - rows).double().square().sum(1) for grid in (replace(params, axis=0), whole)
     )
-    if bool((ours > _WORSE * theirs).any()):
-        yield f"output channel {int((ours / theirs).argmax())} is rounded worse than in its whole range"
+    for wrong, told in (
+        (wide, "has wider steps than its whole range needs"),
+        (ours > _WORSE * theirs, "is rounded worse than in its whole range"),
+    ):
+        if bool((wrong & live).any()):
+            yield f"output channel {int((wrong & live).nonzero()[0])} {told}"
 
 
 def activation_claims(program: Program, site: Site, entry: QParams) -> Iterator[str]:

@@ -58,13 +58,13 @@ def _change(was: Range, seen_before: Seen, now: Range, seen: Seen) -> float:
         )
     )
     width, other = was_high - was_low, now_high - now_low
-    scale = torch.where(width > 0, width / other, was_high / now_high).nan_to_num(nan=1.0, posinf=1.0)
+    measure, others = width.where(width > 0, was_high), other.where(width > 0, now_high)
+    told = measure != 0  # a range of nothing but 0 has no measure
+    scale = (measure / others).where(told, 0.0)
     at_low = before_low - was_low - (after_low - now_low) * scale
     at_high = was_high - before_high - (now_high - after_high) * scale
     greatest = torch.maximum(was_low.abs(), was_high.abs()).amax(1, keepdim=True)
-    size = (width + greatest / 10).clamp_min(
-        torch.finfo(torch.float64).tiny
-    )  # a narrow channel is rounded as coarsely
-    off = torch.maximum(at_low.abs(), at_high.abs()) / size
-    off = off.where((width > 0) == (other > 0), math.inf)
+    size = width + greatest / 10  # a narrow channel is rounded as coarsely as a wide one
+    off = (torch.maximum(at_low.abs(), at_high.abs()) / size).where(told, 0.0)
+    off = off.where((measure != 0) == (others != 0), math.inf)
     return float(off.max()) if off.numel() else 0.0

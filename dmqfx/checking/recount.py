@@ -34,6 +34,7 @@ def miscounted(program: Program, step: Pass, ctx: PassContext) -> Iterator[Broke
     by_error = getattr(step, "method", "vote") == "mse"
     rule = _Rule(by_error, float(agree), bool(getattr(step, "shared", False)))
     refused = {refusal.at for refusal in ctx.journal.refused}
+    chunks = chunked(ctx.calibration, program, ctx.chunk)
     found: list[Broken] = []
 
     def visit(turn: Turn) -> Table:
@@ -48,7 +49,6 @@ def miscounted(program: Program, step: Pass, ctx: PassContext) -> Iterator[Broke
                 found.append(Broken(reader.site, "Shift", reason))
         return turn.table
 
-    chunks = chunked(ctx.calibration, program, ctx.chunk)
     Walk(program, chunks, memory=ctx.memory, total=len(ctx.calibration)).run(visit)
     yield from found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dmqfx.errors import DmqfxError
 
-__all__ = ["read_text", "to_be_file", "to_be_folder"]
+__all__ = ["read_prompts", "read_text", "to_be_file", "to_be_folder"]
 
 
 def to_be_file(name: str) -> Path:
@@ -53,3 +53,14 @@ def read_text(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DmqfxError(f"{name} is not a text file in UTF-8: {error}") from error
+
+
+def read_prompts(name: str) -> list[str]:
+    """The prompts of a file, one a line.
+
+    Raises: DmqfxError if it holds none or is not text; OSError if it cannot be read.
+    """
+    prompts = [line.strip() for line in read_text(name).splitlines() if line.strip()]
+    if not prompts:
+        raise DmqfxError(f"{name} holds no prompt; write one a line")
+    return prompts

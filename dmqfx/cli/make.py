@@ -104,14 +104,10 @@ def calibrate(options: argparse.Namespace) -> int:
 
 def _recorded(options: argparse.Namespace) -> Calibration:
     from dmqfx.calibration.calibration import Calibration
-    from dmqfx.errors import DmqfxError
     from dmqfx.evaluation import emoji_calibration
 
     if options.prompts:
-        lines = [line.strip() for line in files.read_text(options.prompts).splitlines()]
-        prompts = [line for line in lines if line]
-        if not prompts:
-            raise DmqfxError(f"{options.prompts} holds no prompt; write one a line")
+        prompts = files.read_prompts(options.prompts)
         return _watched(sources.load_pipeline(options.model), prompts, options)
     if sources.is_emoji(options.model):
         return emoji_calibration(

@@ -8,11 +8,11 @@ import inspect as python
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmqfx.cli import terminal
 from dmqfx.cli.terminal import Commands, command
+from dmqfx.machine import processor
 
 if TYPE_CHECKING:
     from dmqfx.graph.pipeline import Pass
@@ -89,7 +89,7 @@ def env(options: argparse.Namespace) -> int:
     import torch
 
     found: dict[str, object] = {
-        "processor": _processor(),
+        "processor": processor(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -141,10 +141,3 @@ def _option(field: dataclasses.Field[object]) -> str:
 
 def _sentence(step: type[Pass]) -> str:
     return (python.getdoc(step) or "").partition("\n")[0]
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

@@ -18,7 +18,7 @@ EXIT_CODES: Final = MappingProxyType(
         OK: "done",
         FAILED: "an error, said on standard error",
         WRONG_USE: "the command line is wrong",
-        MISSED: "a quality gate was missed (--min-sqnr, --min-psnr, a policy's `expect`); results are kept",
+        MISSED: "a quality gate was missed (--min-sqnr, --min-psnr, --min-ssim, a policy's `expect`); results are kept",
         REFUTED: "verification found a wrong pass, or a saved model that is damaged",
         INTERRUPTED: "interrupted",
     }
@@ -89,9 +89,14 @@ def complain(run: Run, options: argparse.Namespace) -> int:
 def say(options: argparse.Namespace, text: str, data: Mapping[str, object] | Sequence[object]) -> None:
     """The result of a command on standard output: words, or JSON with --json."""
     if options.json:
-        sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(as_json(data))
     else:
         sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def as_json(data: Mapping[str, object] | Sequence[object]) -> str:
+    """A result as JSON text; numbers that are not finite are words."""
+    return json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def gate(misses: Sequence[str]) -> int:

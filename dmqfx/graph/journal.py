@@ -31,7 +31,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: the line in the log."""
+    """What one pass did: the line in the log. The note says what it did in other ways than its options."""
 
     name: str
     preserves: str
@@ -39,6 +39,7 @@ class PassRecord:
     refused: tuple[Refusal, ...]
     seconds: float
     drift: float | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         drift = "" if self.drift is None else f"  drift {self.drift:.1e}"
@@ -51,6 +52,7 @@ class Journal:
     """Collects applications and refusals while one pass runs; fuel bounds the number of applications."""
 
     fuel: int | None = None
+    note: str = ""
     applied: list[Application] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
 

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -44,9 +45,9 @@ class Preserves(enum.Enum):
 class PassContext:
     """What a pass may read besides the program.
 
-    Units: seed starts every generator; a sweep takes `chunk` calibration rows at a time and keeps at most
-    `memory` bytes of activations; the journal's fuel is the number of applications still allowed
-    (None: no limit).
+    Units: seed starts every generator; a sweep takes at most `chunk` calibration rows at a time, `memory`
+    bytes beside the model and about `budget` seconds (None: what it takes), and keeps its finished turns in
+    `run_dir`; the journal's fuel is the number of applications still allowed (None: no limit).
     Example:
         >>> PassContext(seed=3).generator().initial_seed()
         3
@@ -59,6 +60,8 @@ class PassContext:
     train_timesteps: int = 1000
     memory: int = 6 * 2**30
     chunk: int = 16
+    budget: float | None = None
+    run_dir: Path | None = None
     journal: Journal = field(default_factory=Journal)
 
     def generator(self) -> torch.Generator:
@@ -206,8 +209,9 @@ def run_steps(
         drift = observe(step, program, after, local) if observe is not None else None
         journal = local.journal
         record = PassRecord(
-            step.name(), step.preserves.value, tuple(journal.applied), tuple(journal.refused), seconds, drift
-        )
+            step.name(), step.preserves.value, tuple(journal.applied), tuple(journal.refused), seconds, drift,
+            journal.note,
+        )  # fmt: skip
         logger.info("%s", record)
         records.append(record)
     return replace(after, log=(*program.log, *records))

@@ -17,7 +17,18 @@ from dmqfx.errors import StoreError
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.inputs import Input, InputSpec
 from dmqfx.graph.journal import Application, PassRecord, Refusal
-from dmqfx.graph.table import Bias, ChannelScale, Codes, LayerPair, Planned, Shift, SkipArm, SkipConcat
+from dmqfx.graph.table import (
+    Bias,
+    ChannelScale,
+    Codes,
+    LayerPair,
+    Planned,
+    Range,
+    Sensitivity,
+    Shift,
+    SkipArm,
+    SkipConcat,
+)
 from dmqfx.numbers.quant import QParams, QuantSpec
 
 __all__ = ["Json", "Read", "Tag", "decode", "dump", "encode", "parse"]
@@ -31,8 +42,8 @@ Read: TypeAlias = Callable[[str, Json], object]
 RECORDS: Final[Mapping[str, type]] = {
     cls.__name__: cls
     for cls in (
-        Input, InputSpec, QuantSpec, QParams, Planned, SkipConcat, SkipArm, LayerPair, ChannelScale, Shift,
-        Bias, Codes, Application, Refusal, PassRecord,
+        Input, InputSpec, QuantSpec, QParams, Planned, Range, SkipConcat, SkipArm, LayerPair, ChannelScale,
+        Shift, Bias, Sensitivity, Codes, Application, Refusal, PassRecord,
     )
 }  # fmt: skip
 _WORDS: Final[Mapping[str, type]] = {

@@ -27,9 +27,9 @@ class Chunk:
 
 def chunked(data: Calibration, program: Program, size: int) -> Iterator[Chunk]:
     """The rows in their order, at most `size` at a time, on the program's device."""
-    timesteps, first = data.timesteps(), 0
+    timesteps, device, first = data.timesteps(), program.device, 0
     for batch in data.batches(size, program.inputs, dtype=program.dtype):
-        inputs = {name: value.to(program.device) for name, value in batch.items()}
+        inputs = {name: value.to(device) for name, value in batch.items()}
         rows = len(batch["sample"])
-        yield Chunk(inputs, timesteps[first : first + rows].to(program.device), first)
+        yield Chunk(inputs, timesteps[first : first + rows].to(device), first)
         first += rows

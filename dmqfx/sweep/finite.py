@@ -7,11 +7,11 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from dmqfx.errors import CalibrationError
-from dmqfx.graph.modules import label
+from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
 from dmqfx.sweep.values import Pair
 
-__all__ = ["refuse_broken_weights", "refuse_not_finite"]
+__all__ = ["finite", "refuse_broken_weights", "refuse_not_finite"]
 
 
 def refuse_broken_weights(program: Program) -> None:
@@ -20,7 +20,7 @@ def refuse_broken_weights(program: Program) -> None:
     Raises: CalibrationError naming the weight, the first operation that reads it, and the place in it.
     """
     for node in program.graph.nodes:
-        if node.op != "get_attr" or _finite(weight := program.weights()[str(node.target)]):
+        if node.op != "get_attr" or finite(weight := constant(program.gm, str(node.target))):
             continue
         place = (~torch.isfinite(weight)).nonzero()[0].tolist()
         reader = next((label(user) for user in node.users), "nothing")
@@ -38,7 +38,7 @@ def refuse_not_finite(node: fx.Node, pair: Pair, timestep: Tensor, first: int) -
     """
     for value, what in ((pair.real, "float"), (pair.quantized, "quantized")):
         for tensor in tree_leaves(value):
-            if not isinstance(tensor, Tensor) or _finite(tensor):
+            if not isinstance(tensor, Tensor) or finite(tensor):
                 continue
             row = _row(tensor, len(timestep))
             raise CalibrationError(
@@ -53,11 +53,10 @@ _MEND = {
 }
 
 
-def _finite(x: Tensor) -> bool:
-    """Whether all numbers are finite; a sum tells in one pass, unless it overflows itself."""
-    if not x.is_floating_point():
-        return True
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+def finite(value: object) -> bool:
+    """Whether all numbers of a value are finite; a sum tells in one pass, unless it overflows itself."""
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return all(bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all()) for x in tensors)
 
 
 def _row(x: Tensor, rows: int) -> int:

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from torch import fx
 
+from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
 from dmqfx.sweep.turn import Reader, turns
 
@@ -38,6 +39,7 @@ class Schedule:
 
     def __init__(self, program: Program) -> None:
         self._varying = _varying(program.graph)
+        self._inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
         self._uses: dict[fx.Node, list[tuple[int, bool]]] = {}
         self.segments = tuple(self._segments(program))
         for k, segment in enumerate(self.segments):
@@ -47,9 +49,9 @@ class Schedule:
                 self._uses.setdefault(segment.source, []).append((k, True))
 
     @property
-    def turns(self) -> int:
-        """How many turns there are."""
-        return sum(len(segment.turns) for segment in self.segments)
+    def sites(self) -> list[Site]:
+        """The turns in their order, each by its first reader's site."""
+        return [readers[0].site for segment in self.segments for _, readers in segment.turns]
 
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """The values that an operation reads, constants and what is computed from them alone left out."""
@@ -59,6 +61,22 @@ class Schedule:
         """When a chunk of a value is read next, from a moment on; None if never."""
         moments = ((k, TURN if turn else chunk) for k, turn in self._uses.get(node, ()))
         return next((moment for moment in moments if moment >= now), None)
+
+    def before(self, number: int) -> list[fx.Node]:
+        """Inputs, and the operations of the segments up to and with this one."""
+        return [*self._inputs, *(node for segment in self.segments[: number + 1] for node in segment.nodes)]
+
+    @property
+    def differing(self) -> set[fx.Node]:
+        """Operations whose value a plan changes."""
+        planned = {
+            reader.site.at for each in self.segments for _, readers in each.turns for reader in readers
+        }
+        found: set[fx.Node] = set()
+        for node in self.before(len(self.segments)):
+            if node.meta.get("address") in planned or found & set(node.all_input_nodes):
+                found.add(node)
+        return found
 
     def _segments(self, program: Program) -> Iterator[Segment]:
         planned = turns(program)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tqdm import tqdm
-
-from dmqfx.calibration.calibration import Calibration
-from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import JointPass, Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Entry, Table
-from dmqfx.sweep.chunks import chunked
-from dmqfx.sweep.finite import refuse_broken_weights
-from dmqfx.sweep.turn import Turn
-from dmqfx.sweep.walk import Walk
+from dmqfx.graph.table import Entry
+from dmqfx.sweep.joint import sweep
+from dmqfx.sweep.turn import Reader, Turn
 
 __all__ = ["SweepPass"]
 
@@ -28,7 +23,8 @@ class SweepPass(JointPass):
     """A pass that writes entries for the readers of one tensor at a time, when the tensor's turn comes.
 
     It sees that tensor in the float network and in the network as quantized so far. Consecutive sweep
-    passes share one walk: at each turn they run in their order, then the walk goes on.
+    passes share one walk: at each turn they run in their order, then the walk goes on. A time budget
+    multiplies its fields `rows` (output positions of a local problem) and `iterations`, if it has them.
     """
 
     preserves: ClassVar[Preserves] = Preserves.BITWISE
@@ -42,45 +38,29 @@ class SweepPass(JointPass):
         """Whether it looks at activations; a sweep in which nobody does runs no forward pass."""
         return True
 
+    def cost(self, reader: Reader) -> float:
+        """About how many double-precision multiply-adds it spends on a reader.
+
+        Without `rows` none. With them, as much as normal equations, their solution and a rounding that is
+        searched; with `iterations`, that many steps forward and back instead.
+        """
+        rows = self.problem_rows()
+        if not rows or not reader.shape or reader.weight_spec is None:
+            return 0.0
+        out, columns = reader.shape[0], math.prod(reader.shape[1:])
+        if iterations := getattr(self, "iterations", 0):
+            return float(3 * iterations * rows * columns * out)
+        solution = 2 * columns**3 + 3 * out * columns * (columns + 100)
+        return float(rows * columns * (columns + out) + 200 * rows * (columns + out) + solution)
+
+    def problem_rows(self) -> int:
+        """Output positions of one local problem; 0 where there is none."""
+        return int(getattr(self, "rows", 0)) if self.needs_calibration else 0
+
     @classmethod
     def run_jointly(cls, steps: Sequence[tuple[Pass, PassContext]], program: Program) -> Program:
         """Walk once; every step visits every turn.
 
         Raises: CalibrationError without calibration data, if some step needs it.
         """
-        passes = [(step, ctx) for step, ctx in steps if isinstance(step, SweepPass)]
-        ctx = passes[0][1]
-        refuse_broken_weights(program)
-        data = _calibration(program, passes)
-        chunks = [] if data is None else chunked(data, program, ctx.chunk)
-        total = 0 if data is None else len(data)
-        walk = Walk(program, chunks, memory=ctx.memory, total=total, seed=ctx.seed)
-        title = ", ".join(step.name() for step, _ in passes)
-        with tqdm(total=walk.schedule.turns, desc=title, unit="layer", disable=not ctx.progress) as bar:
-
-            def visit(turn: Turn) -> Table:
-                bar.set_postfix_str(str(turn.site.at), refresh=False)
-                for step, own in passes:
-                    for site, entry in step.visit(turn, own):
-                        turn.table = turn.table.put(site, entry)
-                bar.update()
-                return turn.table
-
-            return program.with_table(walk.run(visit))
-
-
-def _calibration(program: Program, passes: Sequence[tuple[SweepPass, PassContext]]) -> Calibration | None:
-    """The calibration data, or None where no pass looks at any.
-
-    Raises: CalibrationError for data that are missing or do not fit.
-    """
-    needy = [step.name() for step, _ in passes if step.needs_calibration]
-    data = passes[0][1].calibration
-    if not needy:
-        return None
-    if data is None:
-        raise CalibrationError(
-            f"{needy[0]} needs calibration data; pass calibration= or let compile make one"
-        )
-    data.check(program.inputs)
-    return data
+        return sweep(program, [(step, ctx) for step, ctx in steps if isinstance(step, SweepPass)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +28,10 @@ __all__ = ["Batch", "Reader", "Turn", "turns"]
 
 @dataclass(frozen=True)
 class Reader:
-    """A planned operation that reads the tensor: its input site and spec, its weight's, and its window."""
+    """A planned operation that reads the tensor: its input site and spec, its weight's, and its window.
+
+    Shapes: shape is the weight's, [O, C / groups, ...]; () without one.
+    """
 
     site: Site
     spec: QuantSpec | None
@@ -35,13 +39,20 @@ class Reader:
     weight_spec: QuantSpec | None = None
     geometry: Geometry = field(default_factory=Geometry)
     groups: int = 1
+    shape: tuple[int, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        """Inputs of one output position, those of all groups together."""
+        return math.prod(self.shape[1:]) * self.groups if self.shape else 0
 
 
 @dataclass(eq=False)
 class Turn:
     """What a pass sees when a tensor's turn comes: the float and the quantized-so-far value on every row.
 
-    `table` is what is known by now, entries that passes of this sweep wrote in this turn included.
+    `table` is what is known by now, entries that passes of this sweep wrote in this turn included. A pass
+    may set `loss`, the error that it left of the layers' output relative to its size: progress bars show it.
     """
 
     program: Program
@@ -51,6 +62,7 @@ class Turn:
     readers: tuple[Reader, ...]
     batches: Batches
     seed: int = 0
+    loss: float | None = None
     _ranges: dict[tuple[float, ...], Range] = field(default_factory=dict, init=False, repr=False)
     _rows: dict[tuple[Geometry, int], Rows] = field(default_factory=dict, init=False, repr=False)
 
@@ -158,20 +170,18 @@ def _read_sites(program: Program, node: fx.Node) -> Iterator[tuple[Site, fx.Node
 
 def _reader(program: Program, site: Site) -> Reader:
     node, planned = program.node(site.at), program.table.get(site, Planned)
+    spec = planned.spec if planned is not None else None
     weight = Site(site.at, "weight")
     asked = program.table.get(weight, Planned) if site.arg == "input" else None
-    named = ops.args(node)
-    geometry, groups = Geometry(), 1
-    if ops.is_call(node, "conv2d"):
-        shape = ops.tensor(node, "weight").meta["val"].shape
-        geometry = Geometry(
-            (shape[2], shape[3]), _two(named["stride"]), _two(named["padding"]), _two(named["dilation"])
-        )
-        groups = int(str(named["groups"]))
-    spec = planned.spec if planned is not None else None
     if asked is None:
         return Reader(site, spec)
-    return Reader(site, spec, weight, asked.spec, geometry, groups)
+    named, shape = ops.args(node), tuple(ops.tensor(node, "weight").meta["val"].shape)
+    geometry, groups = Geometry(), 1
+    if ops.is_call(node, "conv2d"):
+        stride, padding, dilation = (_two(named[name]) for name in ("stride", "padding", "dilation"))
+        geometry = Geometry((shape[2], shape[3]), stride, padding, dilation)
+        groups = int(str(named["groups"]))
+    return Reader(site, spec, weight, asked.spec, geometry, groups, shape)
 
 
 def _two(value: object) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Table
 from dmqfx.sweep.chunks import Chunk
 from dmqfx.sweep.deploy import Deployed, pending_scales
-from dmqfx.sweep.finite import refuse_not_finite
+from dmqfx.sweep.finite import finite, refuse_not_finite
 from dmqfx.sweep.rows import Batch
 from dmqfx.sweep.schedule import TURN, Moment, Schedule, Segment
 from dmqfx.sweep.turn import Turn
@@ -87,12 +87,21 @@ class Walk:
         step = _Step(self._program, self.table, self.schedule, segment)
         for k, (timestep, first) in enumerate(self._rows):
             self._now = (number, k)
-            for node, pair in step.run(partial(self.values.get, chunk=k), timestep, first):
-                if node.op == "output":
-                    self.outputs.append(pair)
-                elif self.schedule.next_use(node, k, (number, k + 1)):
-                    self.values.put(node, k, pair)
+            kept = partial(self.values.get, chunk=k)
+            for node, pair in step.run(kept, timestep):
+                if node.op != "output" and not self.schedule.next_use(node, k, (number, k + 1)):
+                    continue
+                if not finite(tuple(pair.parts())):
+                    for at, culprit in step.run(kept, timestep):
+                        refuse_not_finite(at, culprit, timestep, first)
+                self._keep(node, k, pair)
             self._forget(step.read, k, (number, k + 1))
+
+    def _keep(self, node: fx.Node, k: int, pair: Pair) -> None:
+        if node.op == "output":
+            self.outputs.append(pair)
+        else:
+            self.values.put(node, k, pair)
 
     def _forget(self, nodes: Iterable[fx.Node], k: int, then: Moment) -> None:
         """Drop what nobody reads from then on."""
@@ -128,9 +137,7 @@ class _Step:
         reads = (read for node in segment.nodes for read in schedule.reads(node))
         self.read = [read for read in dict.fromkeys(reads) if read not in self._deployed]
 
-    def run(
-        self, kept: Callable[[fx.Node], Pair], timestep: Tensor, first: int
-    ) -> Iterator[tuple[fx.Node, Pair]]:
+    def run(self, kept: Callable[[fx.Node], Pair], timestep: Tensor) -> Iterator[tuple[fx.Node, Pair]]:
         """Every operation with its values on one chunk; what none of them reads any more is let go."""
         local: dict[fx.Node, Pair] = {}
         for node in self._segment.nodes:
@@ -138,7 +145,6 @@ class _Step:
                 if read not in local:
                     local[read] = kept(read)
             pair = self._pair(node, local, timestep)
-            refuse_not_finite(node, pair, timestep, first)
             local[node] = pair
             yield node, pair
             for read in self._segment.spent.get(node, ()):

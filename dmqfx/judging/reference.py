@@ -1,0 +1,86 @@
+"""Reference pictures: a folder, an array, or the statistics of a set that are already known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmqfx.errors import DmqfxError
+from dmqfx.judging.features import Features
+from dmqfx.judging.frechet import Gaussian
+
+__all__ = ["RESIZE", "load_reference"]
+
+RESIZE = "pillow, bicubic, antialiased; transparent pictures on white"
+_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_BATCH = 32
+
+
+def load_reference(source: Path, size: tuple[int, int], features: Features) -> Gaussian:
+    """The statistics of reference pictures, brought to a size (height, width), and the SHA-256 of their files.
+
+    `source` is a folder of pictures, a .npz or .npy file of uint8 [N, H, W, 3], or a .safetensors file of
+    `Gaussian.save`, which must be of the same features.
+
+    Raises: DmqfxError if it is none of these, or of other features; OSError if it cannot be read.
+    """
+    if source.suffix == ".safetensors":
+        known = Gaussian.load(source)
+        if known.features != features.name:
+            raise DmqfxError(f"{source} is of the features {known.features!r}, not {features.name!r}")
+        return known
+    if source.is_dir():
+        files = sorted(file for file in source.iterdir() if file.suffix.lower() in _KINDS)
+        if not files:
+            raise DmqfxError(f"{source} holds no pictures ({', '.join(_KINDS)})")
+        pictures: Iterator[Image.Image] = map(Image.open, files)
+    elif source.suffix in (".npz", ".npy"):
+        files, pictures = [source], map(Image.fromarray, _array(source))
+    else:
+        raise DmqfxError(f"{source} is neither a folder of pictures nor a .npz, .npy or .safetensors file")
+    return features.gaussian(_batches(pictures, size), _digest(files))
+
+
+def _array(source: Path) -> np.ndarray:
+    loaded = np.load(source, allow_pickle=False)
+    arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[key] for key in loaded.files]
+    for array in arrays:
+        if array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3:
+            return array
+    raise DmqfxError(f"{source} holds no pictures: they would be uint8 [N, height, width, 3]")
+
+
+def _batches(pictures: Iterable[Image.Image], size: tuple[int, int]) -> Iterator[Tensor]:
+    """Batches of pictures of one size. Shapes: [n, 3, *size] in [-1, 1]."""
+    batch = list[Tensor]()
+    for picture in pictures:
+        batch.append(_tensor(picture, size))
+        if len(batch) == _BATCH:
+            yield torch.stack(batch)
+            batch = []
+    if batch:
+        yield torch.stack(batch)
+
+
+def _tensor(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    with picture:
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            clear = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+        plain = picture.convert("RGB")
+        if plain.size != size[::-1]:
+            plain = plain.resize(size[::-1], Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(plain)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _digest(files: Iterable[Path]) -> str:
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()

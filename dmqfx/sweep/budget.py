@@ -1,0 +1,50 @@
+"""A budget of time: how many calibration rows, rows of local problems and iterations it has room for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Final, TypeVar
+
+__all__ = ["fitting", "scaled", "seconds_of"]
+
+FACTORS: Final = (4.0, 2.0, 1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+"""What a policy's own numbers may be multiplied by; more than 1 for iterations alone."""
+OVERNIGHT: Final = 8 * 3600.0
+_UNITS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_Step = TypeVar("_Step")
+
+
+def seconds_of(budget: str | float) -> float:
+    """A budget in seconds: a number of seconds, or words such as 90s, 5min, 1.5h, overnight.
+
+    Raises: ValueError for other words, or nothing.
+    Example:
+        >>> seconds_of("5min"), seconds_of("1.5h"), seconds_of("overnight"), seconds_of(90)
+        (300.0, 5400.0, 28800.0, 90.0)
+    """
+    if budget == "overnight":
+        return OVERNIGHT
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|min|h)", str(budget).replace(" ", ""))
+    seconds = float(found[1]) * _UNITS[found[2]] if found else budget
+    if isinstance(seconds, str) or not 0 < seconds < float("inf"):
+        raise ValueError(f"a budget is a time such as 90s, 5min, 1h or overnight, not {budget!r}")
+    return float(seconds)
+
+
+def scaled(step: _Step, factor: float) -> _Step:
+    """A pass with its `iterations` times a factor and its `rows` times what of it is below 1."""
+    assert is_dataclass(step)
+    factors = {"iterations": factor, "rows": min(1.0, factor)}
+    own = {field.name for field in fields(step)}
+    changed = {name: max(1, round(getattr(step, name) * by)) for name, by in factors.items() if name in own}
+    return replace(step, **changed) if changed else step  # type: ignore[type-var]  # asserted above
+
+
+def fitting(seconds: Callable[[float], float], budget: float) -> float:
+    """The greatest factor that a budget has room for, or the least that there is.
+
+    Units: budget, and what `seconds` gives for a factor, in seconds.
+    """
+    return next((factor for factor in FACTORS if seconds(factor) <= budget), FACTORS[-1])

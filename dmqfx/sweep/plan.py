@@ -1,0 +1,131 @@
+"""What a sweep goes on with: how much data, in which portions, with which options; and what that will take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Protocol, TypeAlias
+
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.errors import CalibrationError
+from dmqfx.graph.address import Site
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import Entry
+from dmqfx.sweep.budget import fitting, scaled
+from dmqfx.sweep.chunks import Chunk, chunked
+from dmqfx.sweep.estimate import Costly, Costs, Estimate, duration
+from dmqfx.sweep.schedule import Schedule
+from dmqfx.sweep.trial import Trial, multiply_adds_per_second
+from dmqfx.sweep.turn import Turn
+from dmqfx.sweep.values import megabytes
+
+__all__ = ["Plan", "Steps", "Visitor", "planned"]
+
+_log = logging.getLogger(__name__)
+
+WORKING = 2**29
+"""Bytes that computing one chunk may take: not of the memory budget, on which no result depends."""
+
+
+class Visitor(Costly, Protocol):
+    """A pass, as far as a sweep knows it."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it looks at activations."""
+
+    def visit(self, turn: Turn, ctx: PassContext) -> Iterable[tuple[Site, Entry]]:
+        """Entries for the readers of a turn's tensor."""
+
+    @classmethod
+    def name(cls) -> str:
+        """As in policies."""
+
+
+Steps: TypeAlias = Sequence[tuple[Visitor, PassContext]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Passes and calibration rows as a time budget wants them.
+
+    Units: room in bytes for values that are kept; seconds by turn; factor as in `budget`.
+    """
+
+    steps: Steps
+    chunks: Iterable[Chunk]
+    rows: int
+    room: int
+    factor: float
+    seconds: Sequence[float]
+
+
+def planned(
+    program: Program, schedule: Schedule, data: Calibration | None, steps: Steps, factor: float | None
+) -> Plan:
+    """The plan of a sweep, said in one line; `factor` is given where a run had already settled it.
+
+    Raises: CalibrationError for a memory budget without room for one chunk.
+    """
+    ctx, layers = steps[0][1], len(schedule.sites)
+    title = f"{', '.join(step.name() for step, _ in steps)} over {layers} tensors"
+    if data is None:
+        _log.info("%s: no forward pass", title)
+        return Plan(steps, (), 0, ctx.memory, 1.0, [1.0] * layers)
+    size, costs = _tried(program, schedule, data, ctx)
+    if factor is None and ctx.budget is not None:
+        factor = fitting(lambda f: _estimate(costs, data, steps, f).seconds, ctx.budget)
+    factor = 1.0 if factor is None else factor
+    estimate = _estimate(costs, data, steps, factor)
+    _log.info("%s, %s%s", title, estimate, _options(steps, factor))
+    if ctx.budget is not None and estimate.seconds > ctx.budget:
+        _log.warning("that is more than the budget of %s, and the least there is", duration(ctx.budget))
+    some, fewer = _scaled(steps, factor), _fewer(data, factor, ctx)
+    seconds = costs.turns([step for step, _ in some], len(fewer))
+    room = ctx.memory - costs.working()
+    return Plan(some, chunked(fewer, program, size), len(fewer), room, factor, seconds)
+
+
+def _tried(program: Program, schedule: Schedule, data: Calibration, ctx: PassContext) -> tuple[int, Costs]:
+    """The rows of a chunk, and what such a chunk costs where the rows are largest."""
+    largest = max(data.groups, key=lambda group: prod(group.columns["sample"].values.shape[1:]))
+    sample = replace(data, groups=(largest,))
+    one = Trial.of(program, next(chunked(sample, program, 1)))
+    size = max(1, min(ctx.chunk, WORKING // max(1, Costs(schedule, one, 1.0).working())))
+    trial = Trial.of(program, next(chunked(sample, program, size)))
+    costs = Costs(schedule, trial, multiply_adds_per_second(program.device))
+    if ctx.memory < costs.working():
+        raise CalibrationError(
+            f"a memory budget of {megabytes(ctx.memory)} has no room for {trial.rows} calibration rows at a time,"
+            f" which take {megabytes(costs.working())}\n  mend: memory= of at least that"
+        )
+    return size, costs
+
+
+def _estimate(costs: Costs, data: Calibration, steps: Steps, factor: float) -> Estimate:
+    some, fewer = _scaled(steps, factor), _fewer(data, factor, steps[0][1])
+    return costs.estimate([step for step, _ in some], len(fewer), steps[0][1].memory)
+
+
+def _scaled(steps: Steps, factor: float) -> Steps:
+    return [(scaled(step, factor), own) for step, own in steps]
+
+
+def _fewer(data: Calibration, factor: float, ctx: PassContext) -> Calibration:
+    """A share of the rows, though at least one of each timestep."""
+    if factor >= 1:
+        return data
+    least = len(set(data.timesteps().tolist()))
+    return data.select(max(least, round(len(data) * factor)), ctx.generator())
+
+
+def _options(steps: Steps, factor: float) -> str:
+    """What a factor changed, in words; it goes into the passes' records too."""
+    if factor == 1:
+        return ""
+    for (step, own), (changed, _) in zip(steps, _scaled(steps, factor), strict=True):
+        own.journal.note = f"{changed} instead of {step} for the time budget" if changed != step else ""
+    return f", options times {factor:g} for the time budget"

@@ -1,0 +1,167 @@
+"""A run directory: what each turn of a sweep wrote, stored when it is over, so that no turn is done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmqfx.errors import StoreError
+from dmqfx.graph.address import Site
+from dmqfx.graph.journal import Application, Refusal
+from dmqfx.graph.table import Entry
+from dmqfx.storage.atomic import replacing
+from dmqfx.storage.codec import Json, decode, dump, encode, parse
+from dmqfx.storage.lock import locked
+from dmqfx.storage.manifest import read_manifest, write_manifest
+
+__all__ = ["NoRun", "Run", "Written", "running"]
+
+_RECORD, _TENSORS, _PLAN = "record.json", "tensors.safetensors", "plan"
+_DAMAGED = "%s\n  it is computed again, and so is what came after it"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one turn left: entries in their order, and what each pass put in its journal."""
+
+    entries: tuple[tuple[Site, Entry], ...]
+    applied: tuple[tuple[Application, ...], ...]
+    refused: tuple[tuple[Refusal, ...], ...]
+
+
+class NoRun:
+    """No run directory: nothing is known, and nothing is kept."""
+
+    factor: float | None = None
+
+    def begin(self, factor: float) -> None:
+        """Note what the turns will be made with, before there is one."""
+
+    def finished(self, sites: Sequence[Site]) -> list[Written]:
+        """The turns that need not be done again."""
+        return []
+
+    def write(self, number: int, site: Site, written: Written) -> None:
+        """Keep what a turn wrote."""
+
+
+class Run(NoRun):
+    """The finished turns of one sweep in a folder of their own.
+
+    `factor` is the one that a time budget was found to have room for, once that is known.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Json], device: torch.device) -> None:
+        self._folder, self._key, self._device = folder, key, device
+        plan = self._read(_PLAN)
+        self.factor = None if plan is None else float(plan["factor"])
+
+    def begin(self, factor: float) -> None:
+        """Note what the turns will be made with, before there is one."""
+        if self.factor is None:
+            self.factor = factor
+            self._write(_PLAN, {"key": encode(self._key), "factor": factor}, {})
+
+    def finished(self, sites: Sequence[Site]) -> list[Written]:
+        """The turns that need not be done again: all from the first to the last that is whole.
+
+        What follows a turn that is damaged depends on it, so it goes too.
+        """
+        found: list[Written] = []
+        for site in sites if self.factor is not None else ():
+            record = self._read(_name(len(found)))
+            if record is None:
+                break
+            if record["site"] != site:
+                _log.warning(_DAMAGED, f"{self._folder / _name(len(found))} is not of {site}")
+                break
+            found.append(Written(record["entries"], record["applied"], record["refused"]))
+        for later in self._folder.glob("turn-*"):
+            if later.name >= _name(len(found)):
+                shutil.rmtree(later)
+        return found
+
+    def write(self, number: int, site: Site, written: Written) -> None:
+        """Keep what a turn wrote; it is there whole, or not at all."""
+        tensors: dict[str, Tensor] = {}
+
+        def tag(value: object) -> Json:
+            if not isinstance(value, Tensor):
+                return None
+            name = str(len(tensors))
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return {"tensor": name}
+
+        record = {"site": site, **vars(written)}
+        self._write(_name(number), {key: encode(value, tag) for key, value in record.items()}, tensors)
+
+    def _write(self, name: str, record: Mapping[str, Json], tensors: dict[str, Tensor]) -> None:
+        try:
+            with replacing(self._folder / name) as new:
+                (new / _RECORD).write_text(dump(record), encoding="utf-8")
+                save_file(tensors, new / _TENSORS)
+                write_manifest(new, {})
+        except OSError as error:
+            raise StoreError(f"cannot keep a run in {self._folder}: {error}") from error
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """A record, or None if it is not there, or not whole, which is said."""
+        folder = self._folder / name
+        if not folder.exists():
+            return None
+        try:
+            read_manifest(folder, frozenset({_RECORD, _TENSORS}))
+            tensors = load_file(folder / _TENSORS, device=str(self._device))
+            document = parse((folder / _RECORD).read_bytes(), str(folder / _RECORD))
+            return {key: decode(value, lambda _, name: tensors[str(name)]) for key, value in document.items()}
+        except (StoreError, SafetensorError, OSError, KeyError) as error:
+            _log.warning(_DAMAGED, error)
+            return None
+
+
+@contextmanager
+def running(directory: Path, title: str, key: Mapping[str, str], device: torch.device) -> Iterator[Run]:
+    """The run of this key in a directory, held for this process. Runs of other keys are spoken of, and left.
+
+    Raises: StoreError if the directory cannot be used, or another process is at work there.
+    """
+    whole: dict[str, Json] = dict(key.items())
+    folder = directory / f"{title}-{hashlib.sha256(dump(whole).encode()).hexdigest()[:12]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot keep a run in {directory}: {error}") from error
+    for other in sorted(directory.glob(f"{title}-*")):
+        if other != folder:
+            _log.warning("the run in %s %s; it is not used", other, _difference(other, whole))
+    with locked(folder):
+        for torn in folder.glob(".*"):
+            shutil.rmtree(torn)
+        yield Run(folder, whole, device)
+
+
+def _difference(other: Path, key: Mapping[str, Json]) -> str:
+    """In which parts of the key another run differs."""
+    try:
+        was = decode(parse((other / _PLAN / _RECORD).read_bytes(), str(other)).get("key"))
+    except (StoreError, OSError):
+        was = None
+    if not isinstance(was, dict):
+        return "never began"
+    return "had other " + ", ".join(part for part, value in key.items() if was.get(part) != value)
+
+
+def _name(number: int) -> str:
+    return f"turn-{number:05d}"

@@ -1,0 +1,283 @@
+"""A run directory: no finished turn is done twice, and an interrupted run ends with the bits of a whole one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sweeping import SWEEP, Stop, Tell, bits, chain, context, recorded, swept
+
+from dmqfx.errors import StoreError
+from dmqfx.graph.journal import Journal
+from dmqfx.graph.modules import clone
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import Planned
+from dmqfx.sweep.walk import Walk
+
+SITES = [f"conv{k}/conv2d:input" for k in range(4)] + ["conv4/conv2d:input", "time/linear:input"]
+SITES += [f"conv{k}/conv2d:input" for k in range(5, 8)]
+
+
+def ready(folder: Path, **changes: object) -> PassContext:
+    return replace(context(recorded(chain(), 9), run_dir=folder / "run"), **changes)
+
+
+def told(folder: Path) -> Tell:
+    return Tell(file=str(folder / "visits"))
+
+
+def visits(folder: Path) -> list[str]:
+    """The visits since the last time somebody asked."""
+    file = folder / "visits"
+    found = file.read_text().splitlines() if file.exists() else []
+    file.write_text("")
+    return found
+
+
+def again(folder: Path, **changes: object) -> Program:
+    """A run to its end."""
+    return swept(chain(), ready(folder, **changes), SWEEP, Stop(), told(folder))
+
+
+def interrupted(folder: Path, at: str) -> None:
+    """A run that was ended in the turn of a site."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "at", at)
+        with pytest.raises(KeyboardInterrupt):
+            again(folder)
+
+
+def turn_folders(folder: Path) -> list[Path]:
+    return sorted((folder / "run").glob("*/turn-*"))
+
+
+def test_keeping_a_run_changes_no_bit(tmp_path: Path) -> None:
+    without = swept(chain(), context(recorded(chain(), 9)))
+    assert bits(swept(chain(), ready(tmp_path)).table) == bits(without.table)
+
+
+@pytest.mark.parametrize("at", [SITES[0], SITES[4], SITES[-1]])
+def test_an_interrupted_run_goes_on_where_it_was_and_ends_with_the_same_bits(tmp_path: Path, at: str) -> None:
+    whole = again(tmp_path / "other")
+    done = SITES.index(at)
+    interrupted(tmp_path, at)
+    assert visits(tmp_path) == SITES[:done]
+    after = again(tmp_path)
+    assert visits(tmp_path) == SITES[done:]
+    assert bits(after.table) == bits(whole.table)
+    assert [record.applied for record in after.log] == [record.applied for record in whole.log]
+    assert [record.refused for record in after.log] == [record.refused for record in whole.log]
+
+
+def test_a_finished_run_is_read_and_nothing_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = again(tmp_path)
+    visits(tmp_path)
+
+    def never(self: Walk, visit: object) -> None:
+        raise AssertionError("the graph was walked")
+
+    monkeypatch.setattr(Walk, "run", never)
+    second = again(tmp_path)
+    assert bits(second.table) == bits(first.table)
+    assert [record.applied for record in second.log] == [record.applied for record in first.log]
+    assert visits(tmp_path) == []
+
+
+CODE = """
+import pickle, sys
+sys.path.insert(0, {tests!r})
+import torch
+from sweeping import *
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+ctx = context(recorded(chain(), 9), run_dir=folder / "run")
+program = swept(chain(), ctx, SWEEP, Tell(file=str(folder / "visits"), pause=0.1))
+(folder / "bits").write_bytes(pickle.dumps(bits(program.table)))
+"""
+
+
+def started(folder: Path) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE.format(tests=str(Path(__file__).parent)), str(folder)]
+    )
+
+
+def count(folder: Path) -> int:
+    file = folder / "visits"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_a_whole_one(tmp_path: Path) -> None:
+    """SIGKILL after one to three more turns, at a random moment of a turn: while it works, or while it stores."""
+    whole, torn, chance = tmp_path / "whole", tmp_path / "torn", random.Random(0)
+    assert started(whole).wait() == 0
+    kills = 0
+    while not (torn / "bits").exists():
+        before, wanted = count(torn), chance.randint(1, 3)
+        with started(torn) as process:
+            while process.poll() is None and count(torn) < before + wanted:
+                time.sleep(0.002)
+            time.sleep(chance.random() * 0.15)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+    assert kills >= 3
+    assert pickle.loads((torn / "bits").read_bytes()) == pickle.loads((whole / "bits").read_bytes())
+    seen = Counter((torn / "visits").read_text().splitlines())
+    assert set(seen) == set(SITES)
+    assert seen.total() <= len(SITES) + kills  # at most the turn that was going on is done again
+    assert [path.name for path in turn_folders(torn)] == [f"turn-{k:05d}" for k in range(len(SITES))]
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "a bit of a tensor": lambda turn: flip(turn / "tensors.safetensors"),
+    "a bit of the record": lambda turn: flip(turn / "record.json"),
+    "a bit of the manifest": lambda turn: flip(turn / "dmqfx.json"),
+    "half a file": lambda turn: os.truncate(turn / "tensors.safetensors", 100),
+    "no tensors": lambda turn: (turn / "tensors.safetensors").unlink(),
+    "no manifest": lambda turn: (turn / "dmqfx.json").unlink(),
+    "another turn's files": lambda turn: (
+        [(turn / file.name).write_bytes(file.read_bytes()) for file in (turn.parent / "turn-00001").iterdir()]
+        and None
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_turn_is_said_and_done_again_with_all_that_followed(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = again(tmp_path)
+    visits(tmp_path)
+    DAMAGE[kind](turn_folders(tmp_path)[5])
+    with caplog.at_level(logging.WARNING):
+        after = again(tmp_path)
+    assert visits(tmp_path) == SITES[5:]
+    assert bits(after.table) == bits(whole.table)
+    assert "turn-00005" in caplog.text
+    assert "computed again" in caplog.text
+
+
+def test_a_missing_turn_is_done_again(tmp_path: Path) -> None:
+    whole = again(tmp_path)
+    visits(tmp_path)
+    for file in (gone := turn_folders(tmp_path)[3]).iterdir():
+        file.unlink()
+    gone.rmdir()
+    assert bits(again(tmp_path).table) == bits(whole.table)
+    assert visits(tmp_path) == SITES[3:]
+
+
+def test_a_damaged_plan_starts_the_run_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = again(tmp_path)
+    visits(tmp_path)
+    flip(turn_folders(tmp_path)[0].parent / "plan" / "record.json")
+    assert bits(again(tmp_path).table) == bits(whole.table)
+    assert visits(tmp_path) == SITES
+    assert "plan" in caplog.text
+
+
+def other_weights() -> Program:
+    program = chain()
+    constants = {name: value.clone() for name, value in program.weights().items()}
+    constants["conv3"][0, 0, 0, 0] += 1e-6
+    return replace(program, gm=clone(program.gm, constants))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("settings", lambda folder: again(folder, seed=1)),
+        ("settings", lambda folder: again(folder, chunk=3)),
+        ("calibration rows", lambda folder: again(folder, calibration=recorded(chain(), 9, seed=1))),
+        ("passes", lambda folder: swept(chain(), ready(folder), rows_of(63), Stop(), told(folder))),
+        ("weights", lambda folder: swept(other_weights(), ready(folder), SWEEP, Stop(), told(folder))),
+        ("plan", lambda folder: swept(other_plan(), ready(folder), SWEEP, Stop(), told(folder))),
+    ],
+)
+def test_a_run_of_anything_else_is_not_used_and_that_is_said(
+    tmp_path: Path, part: str, change: Callable[[Path], Program], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = again(tmp_path)
+    visits(tmp_path)
+    change(tmp_path)
+    assert visits(tmp_path) == SITES
+    assert f"had other {part}; it is not used" in caplog.text
+    assert bits(again(tmp_path).table) == bits(first.table)  # and it is still there for who comes back to it
+    assert visits(tmp_path) == []
+
+
+def rows_of(count: int) -> Sequence[tuple[str, dict[str, object]]]:
+    return [SWEEP[0], ("round-weights", {"method": "gptq", "rows": count})]
+
+
+def other_plan() -> Program:
+    program = chain()
+    at = next(at for at in program.table.of(Planned) if at.arg == "weight")
+    entry = program.table.of(Planned)[at]
+    assert entry.spec is not None
+    return program.with_table(program.table.put(at, replace(entry, spec=replace(entry.spec, bits=3))))
+
+
+def test_a_directory_at_work_is_refused_to_others(tmp_path: Path) -> None:
+    ctx = ready(tmp_path)
+
+    class Nested(Tell):
+        def visit(self, turn: object, context: PassContext) -> tuple[()]:
+            with pytest.raises(StoreError, match="another process is at work in"):
+                swept(chain(), ctx, SWEEP, Nested())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        swept(chain(), ctx, SWEEP, Nested())
+
+
+def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(StoreError, match="cannot keep a run in"):
+        again(tmp_path)
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    interrupted(tmp_path, SITES[4])
+    folder = turn_folders(tmp_path)[0].parent
+    half = folder / ".turn-00004.dmqfx-abc" / "new"
+    half.mkdir(parents=True)
+    (half / "record.json").write_text("{")
+    again(tmp_path)
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_pass_that_is_bisected_keeps_no_run(tmp_path: Path) -> None:
+    ctx = replace(ready(tmp_path), journal=Journal(fuel=3))
+    swept(chain(), ctx, SWEEP, Stop(), told(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_sweeps_of_one_pipeline_share_a_directory(tmp_path: Path) -> None:
+    steps = [SWEEP[0], ("pair-layers", {}), SWEEP[1]]
+    first = swept(chain(), ready(tmp_path), steps)
+    assert len(list((tmp_path / "run").iterdir())) == 2
+    second = swept(chain(), ready(tmp_path), steps)
+    assert bits(first.table) == bits(second.table)
