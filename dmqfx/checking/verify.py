@@ -196,9 +196,10 @@ def _unfounded(before: Program, after: Program, step: Pass, ctx: PassContext) ->
 def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> list[_Trial]:
     """The programs to look at and their judges, the float64 twin first (last for a lossy pass)."""
     if step.preserves is Preserves.LOSSY:
-        judge = Signal(program, _rows(program, ctx), _floor(ctx))
-        by_plan = [_twin(program, step, ctx, Planlike) if float64 else _trial(program, step, ctx, Planlike)]
-        return [_Trial(program, step, ctx, judge, False), *(by_plan if QDQ in step.provides else ())]
+        signal = _Trial(program, step, ctx, Signal(program, _rows(program, ctx), _floor(ctx)), False)
+        if QDQ not in step.provides:
+            return [signal]
+        return [signal, (_twin if float64 else _trial)(program, step, ctx, Planlike)]
     if step.preserves is Preserves.BITWISE:
         return [_trial(program, step, ctx, Equal, Headroom)]
     kind = SameCodes if QDQ in program.facts else Close
