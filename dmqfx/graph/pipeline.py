@@ -94,6 +94,15 @@ class Pass(ABC):
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
 
 
+def check_declared(step: Pass, who: str) -> None:
+    """Refuse a pass whose author has not said what it preserves; `who` is what the error calls it.
+
+    Raises: PipelineError.
+    """
+    if not isinstance(getattr(step, "preserves", None), Preserves):
+        raise PipelineError(f"{who} does not declare what it preserves (BITWISE, EXACT or LOSSY)")
+
+
 Observe = Callable[[Pass, Program, Program, PassContext], float | None]
 
 
@@ -115,10 +124,7 @@ class Pipeline:
         """
         known = set(program.facts)
         for k, step in enumerate(self.steps, 1):
-            if not hasattr(step, "preserves"):
-                raise PipelineError(
-                    f"step {k}, {step.name()}, does not declare what it preserves (BITWISE, EXACT or LOSSY)"
-                )
+            check_declared(step, f"step {k}, {step.name()},")
             for fact in sorted(step.requires - known, key=str):
                 hint = _hint(fact, self.steps, k, providers)
                 raise PipelineError(
