@@ -7,30 +7,14 @@ from functools import cache, partial
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
+from dmqfx.checking.shrink import randomize
 from dmqfx.frontend.capture import capture
 from dmqfx.graph.program import Program
 
 ADDED = ("text_embeds", "time_ids", "image_embeds", "hint")
 Model = UNet2DModel | UNet2DConditionModel | ControlNetModel
-
-
-def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Give every parameter, gains and biases of norms too, a random value that keeps outputs of order one.
-
-    A fresh model has unit gains and zero biases, and would not notice a rewrite that forgets one.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            elif name.endswith("weight"):
-                parameter.copy_(1 + 0.3 * noise)
-            else:
-                parameter.copy_(0.3 * noise)
 
 
 def unconditional(**changes: object) -> UNet2DModel:

@@ -592,6 +592,8 @@ def test_an_author_must_say_what_a_pass_preserves() -> None:
 
     with pytest.raises(PipelineError, match="step 1, say-nothing, does not declare what it preserves"):
         Pipeline((SayNothing(),)).run(toy(), PassContext())
+    with pytest.raises(PipelineError, match=r"^say-nothing does not declare what it preserves"):
+        verify(toy(), SayNothing())
 
 
 def test_facts_come_and_go_and_the_log_grows() -> None:

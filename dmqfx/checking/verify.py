@@ -22,7 +22,15 @@ from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.graph.facts import FITTED, PAIRED, QDQ
 from dmqfx.graph.journal import Application, Journal
 from dmqfx.graph.modules import label
-from dmqfx.graph.pipeline import Observe, Pass, PassContext, Preserves, check_facts, check_structure
+from dmqfx.graph.pipeline import (
+    Observe,
+    Pass,
+    PassContext,
+    Preserves,
+    check_declared,
+    check_facts,
+    check_structure,
+)
 from dmqfx.graph.program import Program
 
 __all__ = ["Verdict", "checking", "error_after", "verify"]
@@ -55,7 +63,8 @@ def verify(program: Program, step: Pass, ctx: PassContext | None = None, *, floa
 
     Without `float64` nothing is checked on a float64 twin: for programs that leave no room for one.
 
-    Raises: VerifyError naming the step, the rule and the address at fault; RewriteError for a broken graph.
+    Raises: VerifyError naming the step, the rule and the address at fault; RewriteError for a broken graph;
+        PipelineError for a pass that does not say what it preserves.
     Example:
         >>> from diffusers import UNet2DModel
         >>> from dmqfx.frontend.capture import capture
@@ -65,6 +74,7 @@ def verify(program: Program, step: Pass, ctx: PassContext | None = None, *, floa
         >>> verify(capture(unet), create("canonicalize")).error
         0.0
     """
+    check_declared(step, step.name())
     before = _fingerprint(program)
     verdict = _verify(program, step, ctx or PassContext(), None, float64)
     if _fingerprint(program) != before:
@@ -196,9 +206,10 @@ def _unfounded(before: Program, after: Program, step: Pass, ctx: PassContext) ->
 def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> list[_Trial]:
     """The programs to look at and their judges, the float64 twin first (last for a lossy pass)."""
     if step.preserves is Preserves.LOSSY:
-        judge = Signal(program, _rows(program, ctx), _floor(ctx))
-        by_plan = [_twin(program, step, ctx, Planlike) if float64 else _trial(program, step, ctx, Planlike)]
-        return [_Trial(program, step, ctx, judge, False), *(by_plan if QDQ in step.provides else ())]
+        signal = _Trial(program, step, ctx, Signal(program, _rows(program, ctx), _floor(ctx)), False)
+        if QDQ not in step.provides:
+            return [signal]
+        return [signal, (_twin if float64 else _trial)(program, step, ctx, Planlike)]
     if step.preserves is Preserves.BITWISE:  # one that fits ranges makes them anew, of the quantized network
         kinds = (Equal,) if FITTED in step.provides else (Equal, Headroom)
         return [_trial(program, step, ctx, *kinds)]

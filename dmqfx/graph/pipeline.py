@@ -122,6 +122,15 @@ class JointPass(Pass):
         return self.run_jointly([(self, ctx)], program)
 
 
+def check_declared(step: Pass, who: str) -> None:
+    """Refuse a pass whose author has not said what it preserves; `who` is what the error calls it.
+
+    Raises: PipelineError.
+    """
+    if not isinstance(getattr(step, "preserves", None), Preserves):
+        raise PipelineError(f"{who} does not declare what it preserves (BITWISE, EXACT or LOSSY)")
+
+
 Observe = Callable[[Pass, Program, Program, PassContext], float | None]
 
 
@@ -145,10 +154,7 @@ class Pipeline:
         """
         known = set(program.facts) if program is not None else set()
         for k, step in enumerate(self.steps, 1):
-            if not hasattr(step, "preserves"):
-                raise PipelineError(
-                    f"step {k}, {step.name()}, does not declare what it preserves (BITWISE, EXACT or LOSSY)"
-                )
+            check_declared(step, f"step {k}, {step.name()},")
             for fact in sorted(step.requires - known, key=str):
                 hint = _hint(fact, self.steps, k, providers)
                 raise PipelineError(

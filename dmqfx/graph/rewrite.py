@@ -220,13 +220,13 @@ class Rewriter:
     def _restore_names(self) -> None:
         """Give `name_2` its plain name back when the constant that had it is gone."""
         nodes = [n for n in self.graph.nodes if n.op == "get_attr"]
-        used = {str(n.target) for n in nodes}
+        readers, plain = Counter(str(n.target) for n in nodes), self._source.weights()
         for node in nodes:
-            stem, _, number = str(node.target).rpartition("_")
-            shared = [n for n in nodes if n.target == node.target]
-            if number.isdigit() and stem in self._source.weights() and stem not in used and len(shared) == 1:
-                self._constants[stem] = self._constants[str(node.target)]
-                used = (used - {str(node.target)}) | {stem}
+            name = str(node.target)
+            stem, _, number = name.rpartition("_")
+            if number.isdigit() and stem in plain and not readers[stem] and readers[name] == 1:
+                self._constants[stem] = self._constants[name]
+                readers[stem], readers[name] = 1, 0
                 node.target = stem
 
 
