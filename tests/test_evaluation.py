@@ -216,7 +216,7 @@ def test_columns_of_what_was_not_measured_are_left_out_and_runs_are_averaged() -
     assert lines[:2] == ["timestep  output SQNR dB    gain", "     981            22.0  1.0000"]
     assert lines[4:6] == [
         "                   mean  deviation over runs",
-        "output SQNR, dB    17.0                  0.0",
+        "output SQNR, dB    17.0                 0.00",
     ]
 
 

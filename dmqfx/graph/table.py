@@ -231,9 +231,9 @@ class Table:
         more = {(type(entry), site): entry for site, entry in entries.items()}
         return Table(MappingProxyType({**self._rows, **more}))
 
-    def drop(self, kind: type) -> Table:
-        """This table without any entry of a kind."""
-        return Table(MappingProxyType({key: e for key, e in self._rows.items() if key[0] is not kind}))
+    def drop(self, site: Site, kind: type) -> Table:
+        """This table without one entry, as a pass wants it that takes an operation away."""
+        return Table(MappingProxyType({key: e for key, e in self._rows.items() if key != (kind, site)}))
 
     def without(self, site: Site, kind: type) -> Table:
         """This table without a site's entry of a kind."""
