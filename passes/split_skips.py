@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
@@ -77,7 +78,8 @@ def _split(rw: Rewriter, layer: fx.Node, concat: fx.Node, skip: SkipConcat, tabl
     with rw.before(layer):
         one = rw.like(layer, input=first, weight=left)
         rest = {key: named[key] for key in ("stride", "padding", "dilation")}
-        two = rw.call(torch.ops.aten.conv2d.default, near=layer, input=second, weight=right, **rest)
+        assert isinstance(layer.target, OpOverload)  # ops.is_call found it
+        two = rw.call(layer.target, near=layer, input=second, weight=right, **rest)
         rw.replace(layer, rw.call(torch.ops.aten.add.Tensor, near=layer, self=one, other=two))
     deep, other = (one, two) if skip.skip_last else (two, one)
     at: Address = concat.meta["address"]

@@ -118,6 +118,21 @@ def test_any_window_and_either_order_of_the_arms_is_split_exactly(
     assert list(broken_claims(result)) == []
 
 
+def test_a_convolution_that_is_padded_by_a_word_is_split_too() -> None:
+    def worded(rw: Rewriter, node: fx.Node) -> fx.Node | None:
+        named = {key: value for key, value in ops.args(node).items() if key != "padding"}
+        if not ops.is_call(named["input"], "cat"):
+            return None
+        return rw.call_at(aten.conv2d.padding, node.meta["address"], **named, padding="same")
+
+    program = edited("conv2d", worded)("canonicalize").run(
+        skipping(taps=(3, 3), padding=[1, 1], normed=False), PassContext()
+    )
+    result = split(program)
+    assert len(arms(result)) == 2
+    assert same_output(program, result) < 1e-12
+
+
 def test_each_arm_is_a_layer_that_reads_its_own_tensor_and_its_own_columns() -> None:
     before = run_step(create("flag-skips"), program_before("flag-skips"), context())
     result, whole = split(toy()), before.constant_at(Site.parse("up.0.conv_shortcut/conv2d:weight"))
