@@ -38,7 +38,7 @@ class FitRanges(SweepPass):
             gamma = turn.gamma(reader)
             fitted = seen if gamma is None else _divided(seen, gamma)
             if ctx.journal.apply(reader.site, "minmax", str(reader.spec)):
-                turn.table = turn.table.without(reader.site, Shift)
+                turn.table = turn.table.drop(reader.site, Shift)
                 yield reader.site, seen
                 yield reader.site, params_from_range(fitted.low, fitted.high, reader.spec, seen.axis)
 

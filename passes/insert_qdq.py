@@ -76,8 +76,8 @@ def _current(program: Program) -> Table:
     """The table without what no fact stands behind any more: parameters of a tensor that was scaled since."""
     table = program.table
     if FITTED not in program.facts:
-        table = table.drop(QParams)
-    return table if {FITTED, SHIFTED} <= program.facts else table.drop(Shift)
+        table = table.drop_all(QParams)
+    return table if {FITTED, SHIFTED} <= program.facts else table.drop_all(Shift)
 
 
 def _params(table: Table, site: Site, spec: QuantSpec) -> QParams | None:

@@ -50,7 +50,7 @@ class SplitSkips(Pass):
                 elif ctx.journal.apply(layer.meta["address"], "split", f"arms of {site.at}"):
                     table = _split(rw, layer, concat, skip, table)
             if not concat.users:
-                table = table.without(site, SkipConcat)
+                table = table.drop(site, SkipConcat)
         return rw.finish().with_table(table)
 
 

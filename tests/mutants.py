@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from mutants_sensitivity import MUTANTS as OF_SENSITIVITY
 from mutants_skips import MUTANTS as OF_SKIPS
 from planting import (
     Function,
@@ -258,6 +259,10 @@ def one_reader_divided(honest: Function) -> Function:
 
 def same_range(honest: Function) -> Function:
     return lambda seen, gamma: seen
+
+
+def same_moments(honest: Function) -> Function:
+    return lambda seen, gamma: replace(honest(seen, gamma), mean=seen.mean, variance=seen.variance)
 
 
 def forget_the_bias(honest: Function) -> Function:
@@ -686,6 +691,10 @@ MUTANTS: tuple[Mutant, ...] = (
                 patched("_divided", same_range),
                 "time_embedding.linear_1/linear",
             ),
+            "means and variances stay as they were": (
+                patched("_divided", same_moments),
+                "time_embedding.linear_1/linear",
+            ),
             "a range grows in one group": (
                 with_entry("mid.out/linear:input", Range, wide_in_one_group),
                 "mid.out/linear",
@@ -859,4 +868,5 @@ MUTANTS: tuple[Mutant, ...] = (
         },
     ),
     *OF_SKIPS,
+    *OF_SENSITIVITY,
 )

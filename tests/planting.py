@@ -21,7 +21,6 @@ from dmqfx.graph.pipeline import Pass, PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
 from dmqfx.graph.rewrite import Rewriter
-from dmqfx.graph.table import Table
 from dmqfx.policy.policy import Policy
 
 Function = Callable[..., object]
@@ -35,7 +34,7 @@ ORDER = (
 """The pipeline of the programs that bugs are planted in; both lowering passes may follow."""
 SWEPT = (
     "canonicalize flag-skips split-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
-    "apply-scaling absorb-scaling fit-ranges vote-shifts round-weights insert-qdq"
+    "apply-scaling absorb-scaling measure-sensitivity fit-ranges vote-shifts round-weights insert-qdq"
 ).split()
 """The same with the passes that sweep, and skips whose arms are layers of their own."""
 
@@ -186,12 +185,7 @@ def without_entry(site: str, kind: type) -> Plant:
     """The pass, and then one entry of the table left out."""
 
     def spoil(before: Program, after: Program) -> Program:
-        rows = {(at, type(entry)): entry for at, entry in after.table}
-        del rows[Site.parse(site), kind]
-        table = Table()
-        for (at, _), entry in rows.items():
-            table = table.put(at, entry)
-        return after.with_table(table)
+        return after.with_table(after.table.drop(Site.parse(site), kind))
 
     return spoiled(spoil)
 

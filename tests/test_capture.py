@@ -5,13 +5,22 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet3DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    ADDED_KV_ATTENTION_PROCESSORS,
+    CROSS_ATTENTION_PROCESSORS,
+    AttnAddedKVProcessor,
+    AttnProcessor,
+    AttnProcessor2_0,
+    CustomDiffusionAttnProcessor,
+    SlicedAttnProcessor,
+)
 from diffusers.models.unets import unet_2d_blocks
 from models import (
     MODELS,
@@ -32,6 +41,7 @@ from torch import Tensor, nn
 from dmqfx.errors import CaptureError
 from dmqfx.frontend.call import bind
 from dmqfx.frontend.capture import capture
+from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import SUPPORTED, signature
 from dmqfx.graph.program import Program
 from dmqfx.runtime.targets import Target
@@ -124,6 +134,13 @@ def test_a_program_takes_more_than_64_samples() -> None:
 def test_blocks_that_cannot_double_to_an_odd_size_say_so_in_multiple_of() -> None:
     assert captured("deep-floyd")[1].inputs.multiple_of == 4
     assert tiny_unconditional()[1].inputs.multiple_of == 2
+    later = conditional(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownBlock2D",) * 3,
+        mid_block_type=None,
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
+    assert capture(later.eval()).inputs.multiple_of == 4
 
 
 def test_a_timestep_may_differ_for_every_sample_of_a_batch() -> None:
@@ -266,12 +283,13 @@ def test_a_failed_capture_restores_modes_too() -> None:
     assert unet.training
 
 
-def test_a_half_precision_model_is_captured_in_its_own_dtype() -> None:
-    unet = fresh().to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_is_captured_in_its_own_dtype(dtype: torch.dtype) -> None:
+    unet = fresh().to(dtype)
     program = capture(unet)
     inputs = program.inputs.draw(torch.Generator().manual_seed(4), H=6, W=5)
     inputs = {i.name: inputs[i.name].to(i.dtype) for i in program.inputs.inputs}
-    assert program.dtype == torch.bfloat16
+    assert program.dtype == dtype
     assert torch.equal(program(**inputs), eager(unet, inputs)[0])  # type: ignore[arg-type]  # one output
 
 
@@ -328,11 +346,26 @@ def test_residuals_of_an_encoder_that_rounds_down_are_taken_at_sizes_that_halve_
         assert_equals_eager(unet, program, {"B": 2, "H": 3, "W": 5, "T": 2})
 
 
-def test_other_attention_processors_are_captured_as_they_are() -> None:
-    unet = fresh()
-    unet.set_attn_processor(AttnProcessor())
+@pytest.mark.parametrize(
+    ("processor", "mid"),
+    [
+        (AttnProcessor(), "UNetMidBlock2DCrossAttn"),
+        (AttnAddedKVProcessor(), "UNetMidBlock2DSimpleCrossAttn"),
+    ],
+)
+def test_other_attention_processors_are_captured_as_they_are(processor: object, mid: str) -> None:
+    unet = fresh(mid_block_type=mid)
+    unet.set_attn_processor(processor)
     program = capture(unet)
     assert not list(program.calls("scaled_dot_product_attention"))
+    assert_equals_eager(unet, program, SIZES[1])
+
+
+def test_fused_projections_are_captured_as_they_are() -> None:
+    unet = fresh()
+    unet.fuse_qkv_projections()
+    program = capture(unet)
+    assert [name for name in program.weights() if name.endswith("to_qkv.weight")]
     assert_equals_eager(unet, program, SIZES[1])
 
 
@@ -447,6 +480,12 @@ REFUSED: list[tuple[str, Callable[[], object], str, str]] = [
     ("LoRA", with_adapter, "mid_block.attentions.0.proj_out", "fuse_lora()"),
     ("IP-Adapters", with_image_adapter, "", "unload_ip_adapter()"),
     ("attention processors", partial(with_processor, SageAttnProcessor()), ATTENTION, "AttnProcessor2_0()"),
+    (
+        "CustomDiffusion",
+        partial(with_processor, CustomDiffusionAttnProcessor(False, False)),
+        ATTENTION,
+        "part of a",
+    ),
     ("sliced attention", partial(with_processor, SlicedAttnProcessor(1)), ATTENTION, "AttnProcessor2_0()"),
     ("sliced attention", with_chunks, "mid_block.attentions.0.transformer_blocks.0", "chunking"),
     ("FreeU", with_free_u, "up_blocks.0", "disable_freeu()"),
@@ -501,6 +540,22 @@ def test_every_block_type_of_diffusers_is_captured_or_excluded_with_a_reason() -
 def test_the_page_on_capture_names_every_block_type_and_every_slow_model() -> None:
     page = (Path(__file__).parent.parent / "docs" / "capture.md").read_text(encoding="utf-8")
     assert [name for name in (*shipped_block_types(), *RARE) if f"`{name}`" not in page] == []
+
+
+def test_every_attention_processor_of_diffusers_is_captured_or_refused_by_name() -> None:
+    shipped = {p.__name__ for p in (*CROSS_ATTENTION_PROCESSORS, *ADDED_KV_ATTENTION_PROCESSORS)}
+    refused = set()
+    for name in shipped:
+        unet = fresh()
+        unet.set_attn_processor(type(name, (AttnProcessor2_0,), {})())
+        with suppress(CaptureError):
+            refuse(unet)
+            continue
+        refused.add(name)
+    assert len(shipped) > 8
+    assert shipped - refused == {
+        *("AttnProcessor", "AttnProcessor2_0", "AttnAddedKVProcessor", "AttnAddedKVProcessor2_0"),
+    }
 
 
 def options(cls: type) -> dict[str, object]:

@@ -81,8 +81,22 @@ def test_one_of_matches_each_of_its_operators() -> None:
     assert [found(either, toy().node(at)) for at in ("down/silu", "mid/gelu", "mid/add")] == [{}, {}, None]
 
 
-def test_a_pattern_for_an_argument_that_the_operator_lacks_does_not_match() -> None:
-    assert found(p.silu(weight=p.any()), toy().node(SILU)) is None
+def test_an_argument_that_only_other_operators_have_does_not_match() -> None:
+    assert found(p.one_of("silu", "conv2d", weight=p.any()), toy().node(SILU)) is None
+
+
+def test_an_argument_that_no_overload_has_is_a_mistake_of_the_pattern() -> None:
+    with pytest.raises(TypeError, match=r"conv2d has no argument 'wieght'; did you mean 'weight'\?"):
+        p.conv2d(wieght=p.attr("w"))
+    assert p.an_operator_of_somebody_else(x=p.any()).names() == frozenset()
+
+
+def test_a_parameter_that_the_pattern_does_not_capture_is_a_mistake_of_the_rule() -> None:
+    with pytest.raises(TypeError, match=r"scale: its pattern captures no 'wight'; did you mean 'weight'\?"):
+
+        @rule(p.linear(input=p.any("x"), weight=p.attr("weight")))
+        def scale(rw: Rewriter, root: fx.Node, wight: fx.Node) -> Outcome:
+            return None
 
 
 def test_an_interior_operation_with_another_reader_is_refused_and_the_reader_named(rw: Rewriter) -> None:

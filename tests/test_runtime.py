@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from components import text_encoder, tokenizer, vae
 from diffusers import (
     ControlNetModel,
@@ -368,6 +369,16 @@ def test_devices_inside_the_graph_follow_a_move(text: tuple[Model, CompiledUNet]
     assert moved.program.device == torch.device("cpu")
     with pytest.raises(CallError, match="enable_model_cpu_offload"):
         moved(latents(), 7, context())
+
+
+def test_offloading_the_whole_module_changes_nothing(text: tuple[Model, CompiledUNet]) -> None:
+    expected = text[1](latents(), 7, context()).sample
+    hooked, hook = cpu_offload_with_hook(copy.deepcopy(text[1]), "cpu")
+    assert torch.equal(hooked(latents(), 7, context()).sample, expected)
+    hook.remove()
+    grouped = copy.deepcopy(text[1])
+    grouped.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(grouped(latents(), 7, context()).sample, expected)
 
 
 def test_a_move_leaves_the_model_it_came_from() -> None:

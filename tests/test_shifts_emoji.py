@@ -19,6 +19,7 @@ from dmqfx.graph.registry import create
 from dmqfx.graph.table import Codes, Range, Shift, SkipArm, SkipConcat, Table
 from dmqfx.numbers.quant import QParams
 from dmqfx.policy.policy import Policy
+from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.deploy import deployed_input
 from dmqfx.sweep.turn import Turn
 from dmqfx.sweep.walk import Walk
@@ -71,7 +72,7 @@ def test_finer_steps_make_what_arrives_at_an_arm_more_exact(planned: Program, da
             noise[reader.site] = errors
         return turn.table
 
-    Walk(planned, list(data.batches(5, planned.inputs)), 2**30).run(visit)
+    Walk(planned, chunked(data, planned, 5), memory=2**30, total=len(data)).run(visit)
     assert set(noise) == set(planned.table.of(Shift))
     saved = [10 * float((before / after).log10()) for before, after in noise.values()]
     assert min(saved) > 0
@@ -81,10 +82,11 @@ def test_finer_steps_make_what_arrives_at_an_arm_more_exact(planned: Program, da
 def test_the_compiled_unet_computes_what_the_sweep_did_and_its_integers_agree(
     planned: Program, ctx: PassContext, data: Calibration
 ) -> None:
-    (inputs, *_) = data.select(4, torch.Generator().manual_seed(0)).batches(4, planned.inputs)
-    walk = Walk(planned, [inputs], 2**30)
+    few = data.select(4, torch.Generator().manual_seed(0))
+    (inputs,) = few.batches(4, planned.inputs)
+    walk = Walk(planned, chunked(few, planned, 4), memory=2**30, total=4)
     walk.run(lambda turn: turn.table)
-    ((real, expected),) = walk.outputs
+    real, expected = walk.outputs[0].real, walk.outputs[0].quantized
     compiled = run_step(create("insert-qdq"), planned, ctx)
     simulated = run_step(create("lower-simulate"), compiled, ctx)(**inputs)
     assert isinstance(simulated, Tensor)

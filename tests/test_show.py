@@ -175,7 +175,7 @@ def test_why_tells_the_life_of_an_address() -> None:
 
 
 def test_why_of_a_model_without_ranges_tells_the_scales_that_it_uses() -> None:
-    saved = quantized().with_table(quantized().table.drop(Range))
+    saved = quantized().with_table(quantized().table.drop_all(Range))
     assert [line for line in why(saved, "conv_in/conv2d").splitlines() if "scale 0.0" in line][:2] == [
         "    used    t < 500  scale 0.0196  zero point 102",
         "    used   500 <= t  scale 0.0098  zero point 102",

@@ -31,6 +31,8 @@ from dmqfx.seeing.report import Report
 from dmqfx.seeing.show import show, why
 from dmqfx.storage import store
 from dmqfx.storage.tablefile import read_table, write_table
+from dmqfx.sweep.chunks import chunked
+from dmqfx.sweep.rows import Batch
 from dmqfx.sweep.turn import Turn
 from dmqfx.sweep.walk import Walk
 
@@ -202,36 +204,31 @@ def test_a_batch_may_mix_timesteps_and_rows_may_come_in_any_order(chunk: int) ->
 def test_the_second_arm_has_the_range_of_every_row() -> None:
     """There, only the first arm's range is followed; the second has that of the last batch."""
     program = program_before("vote-shifts", "shifts")
-    seen: dict[Site, tuple[Tensor, Tensor]] = {}
-    for turn in turns_of(program, context("shifts")):
-        for reader in turn.readers:
-            if reader.site in program.table.of(SkipArm):
-                rows = torch.cat([batch.quantized for batch in turn.batches])
-                time = torch.cat([batch.timestep for batch in turn.batches])
-                group = (time[:, None] >= torch.tensor([250.0, 500.0, 750.0])).sum(1)
-                low, high = (
-                    torch.stack(
-                        [end(rows[group == g].transpose(0, 1).flatten(1), 1).values for g in range(4)]
-                    )
-                    for end in (torch.min, torch.max)
-                )
-                seen[reader.site] = low, high
-    assert set(seen) == set(program.table.of(SkipArm))
-    for site, (low, high) in seen.items():
+    held = read_by(program, context("shifts"))
+    assert set(held) >= set(program.table.of(SkipArm))
+    for site in program.table.of(SkipArm):
+        rows = torch.cat([batch.quantized for batch in held[site]])
+        time = torch.cat([batch.timestep for batch in held[site]])
+        group = (time[:, None] >= torch.tensor([250.0, 500.0, 750.0])).sum(1)
+        channels = [rows[group == g].transpose(0, 1).flatten(1) for g in range(4)]
         known = program.table.get(site, Range)
-        torch.testing.assert_close((known.low, known.high), (low, high))
+        assert known is not None
+        torch.testing.assert_close(known.low, torch.stack([each.amin(1) for each in channels]))
+        torch.testing.assert_close(known.high, torch.stack([each.amax(1) for each in channels]))
 
 
-def turns_of(program: Program, ctx: PassContext) -> list[Turn]:
-    """The turns of a sweep, with their batches held."""
-    found: list[Turn] = []
+def read_by(program: Program, ctx: PassContext) -> dict[Site, list[Batch]]:
+    """What arrives at every planned site in a sweep, all of it held."""
+    found: dict[Site, list[Batch]] = {}
 
     def visit(turn: Turn) -> Table:
-        found.append(replace(turn, batches=list(turn.batches)))
+        for reader in turn.readers:
+            found[reader.site] = list(turn.batches)
         return turn.table
 
-    assert ctx.calibration is not None
-    Walk(program, list(ctx.calibration.batches(4, program.inputs)), 2**30).run(visit)
+    data = ctx.calibration
+    assert data is not None
+    Walk(program, chunked(data, program, 4), memory=2**30, total=len(data)).run(visit)
     return found
 
 
@@ -271,7 +268,7 @@ def test_steps_that_cannot_be_divided_are_not() -> None:
     assert set(refusals(result).values()) == {"its steps are too small to be divided"}
 
 
-def test_numbers_that_are_not_finite_are_an_error_that_names_site_and_channel() -> None:
+def test_numbers_that_are_not_finite_are_an_error_that_names_where_they_came_from() -> None:
     graph = fx.Graph()
     sample, _ = graph.placeholder("sample"), graph.placeholder("timestep")
     root = graph.call_function(aten.sqrt.default, (sample,))
@@ -284,11 +281,9 @@ def test_numbers_that_are_not_finite_are_an_error_that_names_site_and_channel() 
     program, ctx = fitted(calibration(good, [900.0, 100.0]), policy(), flagged)
     good[1, 2, 3, 3] = -1.0  # which has no root
     bad = replace(ctx, calibration=calibration(good, [900.0, 100.0]))
-    expected = r"vote-shifts: layer/conv2d:input: the error of channel 2 is not finite in timestep group 0"
-    with pytest.raises(CalibrationError, match=expected):
-        run_step(create("vote-shifts", {"where": "all"}), program, bad)
-    with pytest.raises(CalibrationError, match=r"layer/conv2d:input.*not finite in channel 2"):
-        run_step(create("fit-ranges"), program, bad)
+    for name, options in (("fit-ranges", {}), ("vote-shifts", {"where": "all"})):
+        with pytest.raises(CalibrationError, match=r"block/sqrt: .* not finite for calibration row 1"):
+            run_step(create(name, options), program, bad)
 
 
 def test_only_what_a_skip_feeds_is_shifted_unless_all_is_said() -> None:
@@ -363,12 +358,11 @@ def test_the_sweep_computes_what_the_compiled_program_will(pending: bool) -> Non
     steps = [(name, {"agree": 0.5} if name == "vote-shifts" else {}) for name in names[:-1]]
     before = registry.pipeline(steps).run(program_before("canonicalize"), ctx)
     assert len(before.table.of(Shift)) >= 2
-    chunks = list(toy_rows().batches(5, before.inputs))
-    walk = Walk(before, chunks, 2**30)
+    walk = Walk(before, chunked(toy_rows(), before, 5), memory=2**30, total=len(toy_rows()))
     walk.run(lambda turn: turn.table)
     after = registry.pipeline([("insert-qdq", {}), ("lower-simulate", {})]).run(before, ctx)
-    for inputs, (real, quantized) in zip(chunks, walk.outputs, strict=True):
-        result = after(**inputs)
+    for inputs, pair in zip(toy_rows().batches(5, before.inputs), walk.outputs, strict=True):
+        result, real, quantized = after(**inputs), pair.real, pair.quantized
         assert isinstance(result, Tensor)
         assert float((result - quantized).norm() / quantized.norm()) < 1e-5
         assert float((real - quantized).norm() / quantized.norm()) > 1e-3

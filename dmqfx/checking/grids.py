@@ -14,7 +14,7 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.facts import QDQ
 from dmqfx.graph.modules import label
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Planned, Range
+from dmqfx.graph.table import Planned, Range, Shift
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.sweep.deploy import pending_scales
 
@@ -101,7 +101,10 @@ def _in_graph(program: Program, site: Site, entry: QParams) -> Iterator[str]:
     said = ops.args(codes)
     if (said["qmin"], said["qmax"]) != (entry.qmin, entry.qmax):
         yield f"codes go from {said['qmin']} to {said['qmax']} in the graph, not {entry.qmin} to {entry.qmax}"
-    for node, arg in ((codes, "zero_point"), (dequantize, "zero_point"), (dequantize, "scale")):
+    arguments = [(codes, "zero_point"), (dequantize, "zero_point")]
+    if program.table.get(site, Shift) is None:  # which has claims of its own about the scale
+        arguments.append((dequantize, "scale"))
+    for node, arg in arguments:
         there, wanted = program.constant_at(Site(node.meta["address"], arg)), getattr(entry, arg)
         if not torch.equal(there.cpu(), wanted.cpu()):
             yield f"{label(node)} has another {arg} than the table"

@@ -46,25 +46,30 @@ def _ranges(program: Program) -> dict[Site, Range]:
 
 
 def _change(was: Range, seen_before: Seen, now: Range, seen: Seen) -> float:
-    """How much the room at either end differs, in widths of the range; infinite for other channels."""
+    """How much the room at either end, the mean or the deviation differs, in widths of the range.
+
+    Infinite for other channels, and where a range has a measure before and none after.
+    """
     if was.low.shape != now.low.shape or seen_before.low.shape != seen.low.shape:
         return math.inf
     rows = (seen_before.count > 0) & (seen.count > 0)
-    was_low, was_high, now_low, now_high, before_low, before_high, after_low, after_high = (
-        end[rows].double()
-        for end in (
-            *(was.low, was.high, now.low, now.high),
-            *(seen_before.low, seen_before.high, seen.low, seen.high),
-        )
+    low, high, mean, variance = (end[rows].double() for end in (was.low, was.high, was.mean, was.variance))
+    now_low, now_high, now_mean, now_variance = (
+        end[rows].double() for end in (now.low, now.high, now.mean, now.variance)
     )
-    width, other = was_high - was_low, now_high - now_low
-    measure, others = width.where(width > 0, was_high), other.where(width > 0, now_high)
+    width, other = high - low, now_high - now_low
+    measure, others = width.where(width > 0, high), other.where(width > 0, now_high)
     told = measure != 0  # a range of nothing but 0 has no measure
     scale = (measure / others).where(told, 0.0)
-    at_low = before_low - was_low - (after_low - now_low) * scale
-    at_high = was_high - before_high - (now_high - after_high) * scale
-    greatest = torch.maximum(was_low.abs(), was_high.abs()).amax(1, keepdim=True)
-    size = width + greatest / 10  # a narrow channel is rounded as coarsely as a wide one
-    off = (torch.maximum(at_low.abs(), at_high.abs()) / size).where(told, 0.0)
-    off = off.where((measure != 0) == (others != 0), math.inf)
+    pairs = (
+        (seen_before.low[rows] - low, seen.low[rows] - now_low),
+        (high - seen_before.high[rows], now_high - seen.high[rows]),
+        (mean - low, now_mean - now_low),
+        (variance.sqrt(), now_variance.sqrt()),
+    )
+    off = torch.stack([(before - after * scale).abs() for before, after in pairs]).amax(0)
+    size = (
+        width + torch.maximum(low.abs(), high.abs()).amax(1, keepdim=True) / 10
+    )  # rounded as coarsely as wide ones
+    off = (off / size).where(told, 0.0).where((measure != 0) == (others != 0), math.inf)
     return float(off.max()) if off.numel() else 0.0

@@ -18,7 +18,17 @@ from dmqfx.graph.facts import CALIBRATED, INTEGER, OBSERVED, PLANNED, QDQ, ROUND
 from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, unplanned, without_codes, without_range
-from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, Shift, SkipArm, SkipConcat
+from dmqfx.graph.table import (
+    ChannelScale,
+    Codes,
+    LayerPair,
+    Planned,
+    Range,
+    Sensitivity,
+    Shift,
+    SkipArm,
+    SkipConcat,
+)
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.sweep.deploy import scaled_weight
@@ -111,6 +121,8 @@ def _against(program: Program, site: Site, entry: object) -> Iterator[str]:
             return _scale(program, site, entry)
         case Codes():
             return _codes(program, site, entry)
+        case Sensitivity():
+            return _sensitivity(program, site, entry)
         case QParams():
             return activation_claims(program, site, entry)
     return iter(())
@@ -159,6 +171,23 @@ def _scale(program: Program, site: Site, entry: ChannelScale) -> Iterator[str]:
         yield f"gamma is {list(gamma.shape)}, but the tensor has {channels[1]} channels"
     if program.table.get(site, LayerPair) is None:
         yield "no pair of layers stands behind the scale"
+
+
+def _sensitivity(program: Program, site: Site, entry: Sensitivity) -> Iterator[str]:
+    rows = program.node(site.at).meta["val"].shape[CHANNEL_AXIS[ops.name(program.node(site.at))]]
+    if tuple(entry.weight.shape) != (len(entry.boundaries) + 1,):
+        yield f"{list(entry.weight.shape)} weights for {len(entry.boundaries) + 1} timestep groups"
+    elif not bool((torch.isfinite(entry.weight) & (entry.weight >= 0)).all()):
+        yield "a weight is negative or not finite"
+    metric = entry.metric
+    if metric is None:
+        return
+    if tuple(metric.shape) != (rows, rows):
+        yield f"the metric is {list(metric.shape)}, the layer has {rows} output channels"
+    elif not bool(torch.isfinite(metric).all()) or not torch.allclose(metric, metric.T, rtol=1e-3):
+        yield "the metric is not finite and symmetric"
+    elif bool((metric.abs() > (metric.diagonal().outer(metric.diagonal())).sqrt() * 1.01).any()):
+        yield "the metric is not positive semidefinite"
 
 
 def _codes(program: Program, site: Site, entry: Codes) -> Iterator[str]:

@@ -19,7 +19,7 @@ from dmqfx.checking.probes import at_edges, draw, strong
 from dmqfx.checking.producers import wrong_producers
 from dmqfx.checking.tablecheck import Broken, broken_claims
 from dmqfx.errors import DmqfxError, VerifyError
-from dmqfx.graph.facts import PAIRED, QDQ
+from dmqfx.graph.facts import FITTED, PAIRED, QDQ
 from dmqfx.graph.journal import Application, Journal
 from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import Observe, Pass, PassContext, Preserves, check_facts, check_structure
@@ -199,8 +199,9 @@ def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> li
         judge = Signal(program, _rows(program, ctx), _floor(ctx))
         by_plan = [_twin(program, step, ctx, Planlike) if float64 else _trial(program, step, ctx, Planlike)]
         return [_Trial(program, step, ctx, judge, False), *(by_plan if QDQ in step.provides else ())]
-    if step.preserves is Preserves.BITWISE:
-        return [_trial(program, step, ctx, Equal, Headroom)]
+    if step.preserves is Preserves.BITWISE:  # one that fits ranges makes them anew, of the quantized network
+        kinds = (Equal,) if FITTED in step.provides else (Equal, Headroom)
+        return [_trial(program, step, ctx, *kinds)]
     kind = SameCodes if QDQ in program.facts else Close
     if not float64 or program.dtype == torch.float64:
         return [_trial(program, step, ctx, kind, Headroom)]

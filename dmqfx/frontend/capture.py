@@ -179,9 +179,13 @@ def _export(unet: UNet, spec: InputSpec, *, larger: int = 1) -> ExportedProgram:
 
 
 def _examples(unet: UNet, spec: InputSpec, larger: int) -> tuple[Tensor, ...]:
-    """Tensors of sizes that are never 1 and all different, so that export ties them to nothing."""
+    """Tensors of sizes that are never 1 and all different, so that export ties them to nothing.
+
+    Where any size is to be served, one side is odd at every level that rounds up, the other at every one that
+    rounds down.
+    """
     step = 2 ** (len(unet.config.block_out_channels) - 1)
-    height, width = (4 * step, 6 * step) if spec.multiple_of > 1 else (9 * step // 2, 11 * step // 2)
+    height, width = (4 * step, 6 * step) if spec.multiple_of > 1 else (4 * step + 1, 10 * step - 1)
     sizes = {**spec.sizes, "B": 2 + larger, "T": 7 * larger, "H": height * larger, "W": width * larger}
     return tuple(torch.ones(i.shape(sizes), dtype=i.dtype, device=unet.device) for i in spec.inputs)
 

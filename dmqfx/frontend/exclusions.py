@@ -12,7 +12,13 @@ from dmqfx.frontend.signature import SUPPORTED, UNet, is_supported
 
 __all__ = ["is_foreign", "refuse"]
 
-_KERNELS = ("XFormers", "Sage", "Flash", "NPU", "XLA")
+_KERNEL = "is a kernel of its own, not operators that a pass can read"
+_PROCESSORS = {
+    **dict.fromkeys(("XFormers", "Sage", "Flash", "NPU", "XLA"), _KERNEL),
+    "Sliced": "loops over the batch",
+    "IPAdapter": "takes image tokens beside the context",
+    "CustomDiffusion": "writes into a part of a tensor",
+}
 
 
 def refuse(unet: nn.Module) -> None:
@@ -79,14 +85,10 @@ def _modules(unet: UNet) -> Iterator[CaptureError]:
 def _processors(unet: UNet) -> Iterator[CaptureError]:
     for name, processor in getattr(unet, "attn_processors", {}).items():
         kind = type(processor).__name__
-        if any(word in kind for word in _KERNELS):
-            why = "is a kernel of its own, not operators that a pass can read"
-        elif kind.startswith("Sliced"):
-            why = "loops over the batch"
-        else:
-            continue
-        yield CaptureError(
-            f"{kind} {why}",
-            address=name.removesuffix(".processor"),
-            mend="call unet.set_attn_processor(AttnProcessor2_0()) first",
-        )
+        why = next((why for word, why in _PROCESSORS.items() if word in kind), None)
+        if why is not None:
+            yield CaptureError(
+                f"{kind} {why}",
+                address=name.removesuffix(".processor"),
+                mend="call unet.set_attn_processor(AttnProcessor2_0()) first",
+            )

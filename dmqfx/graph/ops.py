@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-__all__ = ["args", "call_spelling", "is_call", "name", "overload", "parameters", "tensor"]
+__all__ = ["args", "arguments_of", "call_spelling", "is_call", "name", "overload", "parameters", "tensor"]
 
 _PYTHON: Mapping[Callable[..., object], tuple[str, ...]] = {
     operator.getitem: ("self", "index"),
@@ -68,6 +68,15 @@ def parameters(node: fx.Node) -> tuple[str, ...]:
     if node.op == "call_function" and callable(node.target):
         return _PYTHON.get(node.target, tuple(f"arg{k}" for k in range(len(node.args))))
     return tuple(f"arg{k}" for k in range(len(node.args)))
+
+
+def arguments_of(name: str) -> frozenset[str]:
+    """The argument names of every overload of an operator; none where no operator of that name is registered."""
+    packets = (getattr(namespace, name, None) for namespace in (torch.ops.aten, torch.ops.dmqfx))
+    overloads = (getattr(packet, each) for packet in packets if packet for each in packet.overloads())
+    named = {argument.name for overload in overloads for argument in overload._schema.arguments}
+    python = {arg for function, args in _PYTHON.items() if function.__name__ == name for arg in args}
+    return frozenset(named | python)
 
 
 def args(node: fx.Node) -> dict[str, fx.node.Argument]:

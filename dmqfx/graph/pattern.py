@@ -20,6 +20,7 @@ from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import Pass, PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse, Rewriter
+from dmqfx.words import suggest
 
 Captures: TypeAlias = dict[str, fx.node.Argument]
 Outcome: TypeAlias = "fx.Node | Refuse | None"
@@ -53,6 +54,10 @@ class Pattern(ABC):
         """The matched operations below the root."""
         return iter(())
 
+    def names(self) -> frozenset[str]:
+        """What a match captures."""
+        return frozenset({self.name} - {""})
+
 
 @dataclass(frozen=True)
 class Anything(Pattern):
@@ -84,11 +89,18 @@ class Literal(Pattern):
 class Call(Pattern):
     """A call of one of these operators whose mentioned arguments match."""
 
-    names: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
     args: tuple[tuple[str, Pattern], ...] = ()
 
+    def __post_init__(self) -> None:
+        known = {arg for name in self.operators for arg in ops.arguments_of(name)}
+        for arg, _ in self.args if known else ():
+            if arg not in known:
+                what = " or ".join(self.operators)
+                raise TypeError(f"{what} has no argument {arg!r}; {suggest(arg, known)}")
+
     def accepts(self, value: fx.node.Argument, found: Captures) -> bool:
-        if not isinstance(value, fx.Node) or not ops.is_call(value, *self.names):
+        if not isinstance(value, fx.Node) or not ops.is_call(value, *self.operators):
             return False
         named = ops.args(value)
         return all(arg in named and pattern.match(named[arg], found) for arg, pattern in self.args)
@@ -102,13 +114,17 @@ class Call(Pattern):
                     yield inner
                     yield from pattern.interior(inner)
 
+    def names(self) -> frozenset[str]:
+        return super().names().union(*(pattern.names() for _, pattern in self.args))
+
 
 class _Patterns:
     """`p.conv2d(input=p.any("x"), weight=p.attr("w"))`: operators by name, arguments by schema name.
 
+    Raises: TypeError for an argument that no overload of the operator has.
     Example:
-        >>> p.silu(self=p.any("x")).names
-        ('silu',)
+        >>> p.silu(self=p.any("x")).names()
+        frozenset({'x'})
     """
 
     def any(self, name: str = "") -> Pattern:
@@ -160,12 +176,13 @@ class Rule:
             if others:
                 return Refuse(f"{label(inner)} is also read by {', '.join(others[:3])}", inner)
         with rw.before(root):
-            return self.function(rw, **{name: found.get(name) for name in self.wants})
+            return self.function(rw, **{name: found[name] for name in self.wants})
 
 
 def rule(pattern: Pattern) -> Callable[[Callable[..., Outcome]], Rule]:
     """Make a rule of the function below: parameters after the rewriter are named captures (and `root`).
 
+    Raises: TypeError for a parameter that the pattern does not capture.
     Example:
         >>> @rule(p.mul(self=p.any("x"), other=p.value(1.0)))
         ... def drop_one(rw, x):
@@ -175,7 +192,12 @@ def rule(pattern: Pattern) -> Callable[[Callable[..., Outcome]], Rule]:
     """
 
     def wrap(function: Callable[..., Outcome]) -> Rule:
-        wants = tuple(inspect.signature(function).parameters)[1:]
+        wants, known = tuple(inspect.signature(function).parameters)[1:], pattern.names() | {"root"}
+        for name in wants:
+            if name not in known:
+                raise TypeError(
+                    f"{function.__name__}: its pattern captures no {name!r}; {suggest(name, known)}"
+                )
         return Rule(pattern, function, wants)
 
     return wrap

@@ -270,7 +270,10 @@ def check_structure(program: Program, step: str, before: Program | None = None) 
         seen.add(address)
     for site in program.table.sites():
         if site.at not in seen:
-            raise RewriteError(f"{step} left a table entry for {site}, but that operation is gone")
+            mend = (
+                "put what took its place at the same address (rw.like, rw.call_at), or table.drop the entry"
+            )
+            raise RewriteError(f"{step} left a table entry for {site}, but that operation is gone; {mend}")
     if before is not None and _shapes(program) != _shapes(before):
         raise RewriteError(f"{step} changed the outputs from {_shapes(before)} to {_shapes(program)}")
 
@@ -298,4 +301,8 @@ def _hint(fact: Fact, steps: Sequence[Pass], k: int, providers: Sequence[type[Pa
     if later:
         return f"move {later} before it"
     helpful = [cls.name() for cls in providers if fact in cls.provides]
-    return f"put {' or '.join(helpful)} before it" if helpful else "no known pass provides it"
+    if not helpful:
+        return "no known pass provides it"
+    ended = next((s.name() for s in reversed(steps[: k - 1]) if fact in s.clears), None)
+    behind = f"behind {ended}, which ends it, and " if ended else ""
+    return f"put {' or '.join(helpful)} {behind}before it"

@@ -231,13 +231,13 @@ class Table:
         more = {(type(entry), site): entry for site, entry in entries.items()}
         return Table(MappingProxyType({**self._rows, **more}))
 
-    def drop(self, kind: type) -> Table:
+    def drop(self, site: Site, kind: type) -> Table:
+        """This table without one entry, as a pass wants it that takes an operation or a decision away."""
+        return Table(MappingProxyType({key: e for key, e in self._rows.items() if key != (kind, site)}))
+
+    def drop_all(self, kind: type) -> Table:
         """This table without any entry of a kind."""
         return Table(MappingProxyType({key: e for key, e in self._rows.items() if key[0] is not kind}))
-
-    def without(self, site: Site, kind: type) -> Table:
-        """This table without a site's entry of a kind."""
-        return Table(MappingProxyType({key: e for key, e in self._rows.items() if key != (kind, site)}))
 
     def sites(self) -> list[Site]:
         """Every site that has an entry of any kind, once each."""

@@ -15,6 +15,7 @@ from dmqfx.graph.table import (
     LayerPair,
     Planned,
     Range,
+    Sensitivity,
     Shift,
     SkipArm,
     SkipConcat,
@@ -167,6 +168,11 @@ def _bias(found: Bias) -> str:
     return f"bias {_spread(found.value)}"
 
 
+def _sensitivity(found: Sensitivity) -> str:
+    metric = "" if found.metric is None else f", metric of {found.metric.shape[0]} channels"
+    return f"felt {_spread(found.weight)} over {len(found.weight)} timestep groups{metric}"
+
+
 def _spread(values: Tensor) -> str:
     low, high = number(values.min().item()), number(values.max().item())
     return low if low == high else f"{low}..{high}"
@@ -183,4 +189,5 @@ _PHRASES: Mapping[type, Callable[..., str]] = {
     SkipArm: _skip_arm,
     Shift: _shift,
     Bias: _bias,
+    Sensitivity: _sensitivity,
 }
