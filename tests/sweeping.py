@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from handmade import program_of
 from models import captured
-from torch import fx
+from torch import Tensor, fx
 from torch._ops import OpOverload
 from toys import toy
 
@@ -62,7 +62,7 @@ def planned(name: str = "toy") -> Program:
 def chain(layers: int = 8, width: int = 8) -> Program:
     """Convolutions with a linear layer for the timestep in the middle, made in milliseconds and planned."""
     generator = torch.Generator().manual_seed(0)
-    graph, constants = fx.Graph(), dict[str, torch.Tensor]()
+    graph, constants = fx.Graph(), dict[str, Tensor]()
 
     def layer(name: str, target: OpOverload, shape: tuple[int, ...], x: fx.Node, *more: object) -> fx.Node:
         constants[name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
@@ -122,6 +122,13 @@ def swept(
     return Pipeline((*pipeline(steps).steps, *more)).run(program, ctx)
 
 
+def output(value: object) -> Tensor:
+    """The one tensor of an output."""
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    assert isinstance(first, Tensor)
+    return first
+
+
 def bits(table: Table) -> dict[str, bytes]:
     """Every tensor of a table, bit for bit."""
     return {
@@ -131,9 +138,9 @@ def bits(table: Table) -> dict[str, bytes]:
     }
 
 
-def _tensors(entry: object) -> Iterable[tuple[str, torch.Tensor]]:
+def _tensors(entry: object) -> Iterable[tuple[str, Tensor]]:
     for name, value in vars(entry).items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             yield name, value
         elif hasattr(value, "__dict__"):
             yield from _tensors(value)
