@@ -13,10 +13,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import relative
-from sweeping import SWEEP, bits, chain, context, output, planned, recorded, swept
+from sweeping import SWEEP, bits, chain, context, output_noise, planned, recorded, swept
 
-from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import PLANNED, Fact
@@ -24,11 +22,9 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Range
 from dmqfx.sweep import joint
-from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.rows import Rows
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Turn
-from dmqfx.sweep.values import Pair
 from dmqfx.sweep.walk import Walk
 
 
@@ -186,17 +182,6 @@ class Observe(SweepPass):
         for reader in turn.readers:
             if reader.spec is not None:
                 yield reader.site, turn.range(reader.spec.boundaries)
-
-
-def output_noise(program: Program, data: Calibration) -> float:
-    """The relative error of a program whose table is complete."""
-    outputs: list[Pair] = []
-    Walk(program, chunked(data, program, 4), memory=2**30, total=len(data)).run(
-        lambda turn: turn.table, outputs
-    )
-    pairs = [(output(pair.quantized), output(pair.real)) for pair in outputs]
-    quantized, real = (torch.cat([each[k].flatten() for each in pairs]) for k in (0, 1))
-    return relative(quantized, real)
 
 
 def test_the_rows_of_a_problem_do_not_depend_on_the_chunks() -> None:
