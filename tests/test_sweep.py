@@ -20,11 +20,11 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.facts import PLANNED, Fact
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Entry, Range
+from dmqfx.graph.table import Entry, Planned, Range
 from dmqfx.sweep import joint
 from dmqfx.sweep.rows import Rows
 from dmqfx.sweep.sweep import SweepPass
-from dmqfx.sweep.turn import Turn
+from dmqfx.sweep.turn import Reader, Turn
 from dmqfx.sweep.walk import Walk
 
 
@@ -205,3 +205,153 @@ class Sample(SweepPass):
     def visit(self, turn: Turn, ctx: PassContext) -> Iterable[tuple[Site, Entry]]:
         self.seen.append(turn.rows(turn.readers[0], self.count))
         return ()
+
+
+# --- turns
+
+
+@dataclass(frozen=True)
+class Look(SweepPass):
+    """Keeps the turns that it is shown, and what the table knew then of each reader."""
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
+    seen: list[tuple[Turn, list[int]]]
+
+    def visit(self, turn: Turn, ctx: PassContext) -> Iterable[tuple[Site, Entry]]:
+        known = [len(turn.table.at(reader.site)) for reader in turn.readers]
+        self.seen.append((turn, known))
+        turn.loss = 0.25
+        return ()
+
+
+def looked(
+    program: Program, *before: tuple[str, dict[str, object]], rows: int = 4
+) -> list[tuple[Turn, list[int]]]:
+    seen: list[tuple[Turn, list[int]]] = []
+    swept(program, context(recorded(program, rows)), before, Look(seen))
+    return seen
+
+
+def test_neighbours_share_one_walk_and_what_stands_between_them_parts_it(walks: list[Walk]) -> None:
+    ctx = context(recorded(chain(), 4))
+    swept(chain(), ctx, SWEEP, Look([]))
+    assert len(walks) == 1
+    swept(chain(), ctx, [SWEEP[0], ("pair-layers", {}), SWEEP[1]])
+    assert len(walks) == 3
+
+
+def test_every_planned_reader_has_one_turn_and_those_of_one_tensor_share_it() -> None:
+    program = planned("conditional")
+    sites = [[str(reader.site) for reader in turn.readers] for turn, _ in looked(program)]
+    every = [site for turn in sites for site in turn]
+    assert sorted(every) == sorted(set(every))
+    wanted = {site for site, each in program.table.of(Planned).items() if each.spec and site.arg != "weight"}
+    assert set(every) == {str(site) for site in wanted}
+    context_readers = next(turn for turn in sites if any("attn2.to_k" in site for site in turn))
+    assert len(context_readers) == sum("attn2.to_k" in site or "attn2.to_v" in site for site in every)
+
+
+def test_a_pass_sees_what_its_neighbours_wrote_in_this_turn() -> None:
+    before, after = looked(chain()), looked(chain(), SWEEP[0])
+    assert [known for _, known in before] == [[1]] * 9  # the plan
+    assert [known for _, known in after] == [[3]] * 9  # and the range and the parameters
+
+
+def test_a_turn_has_the_tensor_of_both_networks() -> None:
+    """The first layer's input is the same in both; the second's differs by what the first lost."""
+    seen: list[list[bool]] = []
+
+    @dataclass(frozen=True)
+    class Compare(SweepPass):
+        requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
+
+        def visit(self, turn: Turn, ctx: PassContext) -> Iterable[tuple[Site, Entry]]:
+            seen.append([torch.equal(batch.real, batch.quantized) for batch in turn.batches])
+            assert [batch.first for batch in turn.batches] == [0, 4]
+            return ()
+
+    swept(chain(), context(recorded(chain(), 6)), SWEEP, Compare())
+    assert seen[0] == [True, True]
+    assert not any(any(same) for same in seen[1:5])
+
+
+def test_what_a_turn_draws_is_its_own() -> None:
+    turns = [turn for turn, _ in looked(chain())]
+    drawn = [tuple(torch.randint(1000, (4,), generator=turn.generator()).tolist()) for turn in turns]
+    assert len(set(drawn)) == len(turns)
+    again = [tuple(torch.randint(1000, (4,), generator=turn.generator()).tolist()) for turn in turns]
+    assert drawn == again
+    other = replace(turns[0], seed=1).generator()
+    assert tuple(torch.randint(1000, (4,), generator=other).tolist()) != drawn[0]
+
+
+@pytest.mark.parametrize("name", ["toy", "unconditional"])
+def test_sampled_rows_give_the_layers_own_output(name: str) -> None:
+    """rows @ weight is what the convolution or the linear layer computes at those positions."""
+    program = program_of(name)
+    seen: list[Rows] = []
+    turns = []
+
+    @dataclass(frozen=True)
+    class Multiply(SweepPass):
+        requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
+
+        def visit(self, turn: Turn, ctx: PassContext) -> Iterable[tuple[Site, Entry]]:
+            for reader in turn.readers:
+                if reader.weight is not None and reader.groups == 1:
+                    rows, whole = (
+                        turn.rows(reader, 10**6),
+                        [outputs_of(turn, reader, b.real) for b in turn.batches],
+                    )
+                    product = rows.real @ turn.weight(reader).flatten(1).T
+                    torch.testing.assert_close(product, torch.cat(whole), rtol=1e-4, atol=1e-4)
+                    seen.append(rows)
+                    turns.append(turn)
+            return ()
+
+    swept(program, context(recorded(program, 3)), (), Multiply())
+    assert len(seen) > 5
+
+
+def outputs_of(turn: Turn, reader: Reader, x: torch.Tensor) -> torch.Tensor:
+    """All output positions of a layer without its bias, as rows."""
+    weight, geometry = turn.weight(reader), reader.geometry
+    if geometry.kernel is None:
+        return torch.nn.functional.linear(x, weight).flatten(0, -2)
+    found = torch.nn.functional.conv2d(x, weight, None, geometry.stride, geometry.padding, geometry.dilation)
+    return found.flatten(2).movedim(1, 2).flatten(0, 1)
+
+
+def test_every_calibration_row_has_the_same_share_of_a_problem_and_no_position_twice() -> None:
+    found: list[Rows] = []
+    swept(chain(), context(recorded(chain(), 5, 4)), (), Sample(found, 30))
+    assert torch.equal(found[0].sample.bincount(), torch.full((9,), 4))
+    assert len(found[0].real.unique(dim=0)) == 36
+    few: list[Rows] = []
+    swept(chain(), context(recorded(chain(), 5, 4)), (), Sample(few, 10**6))
+    assert few[0].sample.bincount().tolist() == [6 * 8] * 5 + [8 * 10] * 4  # there are no more
+
+
+def test_what_is_computed_from_constants_alone_is_no_value_of_a_row(walks: list[Walk]) -> None:
+    """A scaled weight is a product of two constants: once for all chunks, and never on disk."""
+    program = planned()
+    ctx = context(recorded(program, 4))
+    names = ("insert-observers", "freeze-observers", "pair-layers", "learn-scaling", "apply-scaling")
+    scaled = swept(program, ctx, [(name, {}) for name in names])
+    swept(scaled, ctx, SWEEP[:1], Look([]))
+    schedule = walks[0].schedule
+    read = {
+        str(each.meta["address"])
+        for part in schedule.segments
+        for n in part.nodes
+        for each in schedule.reads(n)
+        if "address" in each.meta
+    }
+    products = {
+        str(node.meta["address"])
+        for node in scaled.calls("mul")
+        if "~apply-scaling" in str(node.meta["address"])
+    }
+    assert len(products) > 5
+    assert not read & products
+    assert read
