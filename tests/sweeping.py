@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 from handmade import program_of
-from models import captured
-from torch import fx
+from models import captured, relative
+from torch import Tensor, fx
 from torch._ops import OpOverload
 from toys import toy
 
@@ -22,13 +22,17 @@ from dmqfx.calibration.rows import Column, Rows
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.facts import PLANNED, Fact
+from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import PassContext, Pipeline
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import pipeline
 from dmqfx.graph.table import Entry, Table
 from dmqfx.policy.policy import Policy
+from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Turn
+from dmqfx.sweep.values import Pair
+from dmqfx.sweep.walk import Walk
 
 aten = torch.ops.aten
 POLICY = Policy.load(
@@ -62,7 +66,7 @@ def planned(name: str = "toy") -> Program:
 def chain(layers: int = 8, width: int = 8) -> Program:
     """Convolutions with a linear layer for the timestep in the middle, made in milliseconds and planned."""
     generator = torch.Generator().manual_seed(0)
-    graph, constants = fx.Graph(), dict[str, torch.Tensor]()
+    graph, constants = fx.Graph(), dict[str, Tensor]()
 
     def layer(name: str, target: OpOverload, shape: tuple[int, ...], x: fx.Node, *more: object) -> fx.Node:
         constants[name] = torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
@@ -122,6 +126,32 @@ def swept(
     return Pipeline((*pipeline(steps).steps, *more)).run(program, ctx)
 
 
+def output(value: object) -> Tensor:
+    """The one tensor of an output."""
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    assert isinstance(first, Tensor)
+    return first
+
+
+def output_noise(program: Program, data: Calibration) -> float:
+    """The relative error of a program whose table is complete."""
+    outputs: list[Pair] = []
+    Walk(program, chunked(data, program, 4), memory=2**30, total=len(data)).run(
+        lambda turn: turn.table, outputs
+    )
+    pairs = [(output(pair.quantized), output(pair.real)) for pair in outputs]
+    quantized, real = (torch.cat([each[k].flatten() for each in pairs]) for k in (0, 1))
+    return relative(quantized, real)
+
+
+def changed(program: Program, **weights: Callable[[Tensor], Tensor]) -> Program:
+    """The program with some weights changed; `__` stands for a dot in a name."""
+    constants = {name: value.clone() for name, value in program.weights().items()}
+    for name, change in weights.items():
+        constants[name.replace("__", ".")] = change(constants[name.replace("__", ".")])
+    return replace(program, gm=clone(program.gm, constants))
+
+
 def bits(table: Table) -> dict[str, bytes]:
     """Every tensor of a table, bit for bit."""
     return {
@@ -131,9 +161,9 @@ def bits(table: Table) -> dict[str, bytes]:
     }
 
 
-def _tensors(entry: object) -> Iterable[tuple[str, torch.Tensor]]:
+def _tensors(entry: object) -> Iterable[tuple[str, Tensor]]:
     for name, value in vars(entry).items():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             yield name, value
         elif hasattr(value, "__dict__"):
             yield from _tensors(value)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import relative
-from sweeping import SWEEP, context, planned, recorded, swept
+from sweeping import SWEEP, context, output, planned, recorded, swept
 from torch import Tensor
 
 from dmqfx.calibration.calibration import Calibration
@@ -16,6 +16,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.registry import pipeline
 from dmqfx.graph.table import ChannelScale, Planned
 from dmqfx.sweep.chunks import chunked
+from dmqfx.sweep.values import Pair
 from dmqfx.sweep.walk import Walk
 
 MODELS = ("toy", "conditional", "unconditional")
@@ -24,11 +25,12 @@ SCALED = (("apply-scaling", {}),)
 FINISH = (("insert-qdq", {}), ("lower-simulate", {}))
 
 
-def walked(program: Program, data: Calibration, size: int = 4, memory: int = 2**30) -> Walk:
-    """A walk in which nobody decides anything: the table is as it is."""
-    walk = Walk(program, chunked(data, program, size), memory=memory, total=len(data))
-    walk.run(lambda turn: turn.table)
-    return walk
+def walked(program: Program, data: Calibration, size: int = 4) -> list[Pair]:
+    """The outputs of a walk in which nobody decides anything: the table is as it is."""
+    outputs: list[Pair] = []
+    walk = Walk(program, chunked(data, program, size), memory=2**30, total=len(data))
+    walk.run(lambda turn: turn.table, outputs)
+    return outputs
 
 
 def called(program: Program, data: Calibration, size: int = 4) -> list[Tensor]:
@@ -39,13 +41,6 @@ def called(program: Program, data: Calibration, size: int = 4) -> list[Tensor]:
             out = program(**batch)
             found.append(out[0] if isinstance(out, tuple) else out)
     return found
-
-
-def output(value: object) -> Tensor:
-    """The one tensor of an output."""
-    first = value[0] if isinstance(value, (tuple, list)) else value
-    assert isinstance(first, Tensor)
-    return first
 
 
 def sizes(program: Program, kind: str) -> Calibration:
@@ -62,7 +57,7 @@ def sizes(program: Program, kind: str) -> Calibration:
 def test_the_float_value_is_the_programs_output_bit_for_bit(name: str) -> None:
     program = planned(name)
     data = recorded(program, 5, 3)
-    real = [output(pair.real) for pair in walked(program, data).outputs]
+    real = [output(pair.real) for pair in walked(program, data)]
     assert all(map(torch.equal, real, called(program, data)))
     assert len(real) == 3
 
@@ -70,7 +65,7 @@ def test_the_float_value_is_the_programs_output_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_without_entries_the_quantized_value_is_the_float_value_itself(name: str) -> None:
     program = planned(name)
-    assert all(pair.same for pair in walked(program, recorded(program, 2)).outputs)
+    assert all(pair.same for pair in walked(program, recorded(program, 2)))
 
 
 @pytest.mark.parametrize("kind", ["one row", "groups", "few", "one timestep"])
@@ -81,7 +76,7 @@ def test_the_quantized_value_is_what_the_compiled_program_computes(name: str, ki
     after = swept(program, context(data))
     compiled = pipeline(FINISH).run(after, PassContext())
     for pair, wanted, exact in zip(
-        walked(after, data).outputs, called(compiled, data), called(program, data), strict=True
+        walked(after, data), called(compiled, data), called(program, data), strict=True
     ):
         assert relative(output(pair.quantized), wanted) < 1e-5
         assert relative(output(pair.quantized), exact) > 1e-3  # it is quantized indeed
@@ -103,7 +98,7 @@ def test_a_scale_that_is_learned_and_not_yet_in_the_graph_counts(width: str) -> 
         )
     after = swept(learned, context(data), SWEEP if width == "w4a8" else SWEEP[1:])
     compiled = pipeline((*SCALED, *FINISH)).run(after, PassContext())
-    for pair, wanted in zip(walked(after, data).outputs, called(compiled, data), strict=True):
+    for pair, wanted in zip(walked(after, data), called(compiled, data), strict=True):
         assert relative(output(pair.quantized), wanted) < 1e-5
 
 
@@ -111,6 +106,6 @@ def test_a_scale_whose_weight_is_not_rounded_yet_changes_nothing_but_roundings()
     program = planned()
     data = recorded(program, 6)
     learned = pipeline(SCALING).run(program, context(data))
-    for pair in walked(learned, data).outputs:
+    for pair in walked(learned, data):
         assert not pair.same
         assert relative(output(pair.quantized), output(pair.real)) < 1e-5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,7 +57,9 @@ class Costs:
 
     def estimate(self, steps: Sequence[Costly], rows: int, memory: int) -> Estimate:
         """Of passes over so many calibration rows in a memory budget."""
-        problems = max((_nbytes(step, reader) for step in steps for reader in self._readers()), default=0)
+        problems = max(
+            (_nbytes(step, reader) for step in steps for reader in self.schedule.readers), default=0
+        )
         wanted = self.kept() * rows // self.trial.rows + problems
         room = memory - self.working()
         seconds = sum(self.turns(steps, rows))
@@ -106,11 +108,6 @@ class Costs:
 
     def _size(self, node: fx.Node) -> int:
         return self.trial.nbytes.get(node, 0)
-
-    def _readers(self) -> Iterator[Reader]:
-        for segment in self.schedule.segments:
-            for _, readers in segment.turns:
-                yield from readers
 
 
 def duration(seconds: float) -> str:

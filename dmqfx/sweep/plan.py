@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol, TypeAlias
 
+import torch
+from torch import Tensor
+
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry
+from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.budget import fitting, scaled
 from dmqfx.sweep.chunks import Chunk, chunked
 from dmqfx.sweep.estimate import Costly, Costs, Estimate, duration
@@ -75,6 +79,7 @@ def planned(
     if data is None:
         _log.info("%s: no forward pass", title)
         return Plan(steps, (), 0, ctx.memory, 1.0, [1.0] * layers)
+    _warn_of_gaps(schedule, data.timesteps())
     size, costs = _tried(program, schedule, data, ctx)
     if factor is None and ctx.budget is not None:
         factor = fitting(lambda f: _estimate(costs, data, steps, f).seconds, ctx.budget)
@@ -103,6 +108,18 @@ def _tried(program: Program, schedule: Schedule, data: Calibration, ctx: PassCon
             f" which take {megabytes(costs.working())}\n  mend: memory= of at least that"
         )
     return size, costs
+
+
+def _warn_of_gaps(schedule: Schedule, timesteps: Tensor) -> None:
+    """Say which timestep groups no calibration row falls into."""
+    for boundaries in dict.fromkeys(reader.spec.boundaries for reader in schedule.readers if reader.spec):
+        group = timestep_group(timesteps, torch.tensor(boundaries))
+        empty = sorted(set(range(len(boundaries) + 1)) - set(group.tolist()))
+        if empty:
+            _log.warning(
+                "%d of %d timestep groups have no calibration row (%s); they take the nearest group's ranges",
+                len(empty), len(boundaries) + 1, ", ".join(map(str, empty)),
+            )  # fmt: skip
 
 
 def _estimate(costs: Costs, data: Calibration, steps: Steps, factor: float) -> Estimate:

@@ -53,6 +53,11 @@ class Schedule:
         """The turns in their order, each by its first reader's site."""
         return [readers[0].site for segment in self.segments for _, readers in segment.turns]
 
+    @property
+    def readers(self) -> list[Reader]:
+        """Those of all turns."""
+        return [reader for each in self.segments for _, readers in each.turns for reader in readers]
+
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """The values that an operation reads, constants and what is computed from them alone left out."""
         return [read for read in node.all_input_nodes if read in self._varying]

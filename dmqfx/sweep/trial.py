@@ -15,6 +15,7 @@ from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import params_from_range
 from dmqfx.sweep.chunks import Chunk
 from dmqfx.sweep.deploy import deployed_input
+from dmqfx.sweep.finite import finite
 from dmqfx.sweep.turn import Reader, turns
 
 __all__ = ["Trial", "clock", "multiply_adds_per_second"]
@@ -59,7 +60,7 @@ class _Looking(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         self.nbytes[n] = sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-        if n in self._turns and isinstance(value, Tensor):
+        if n in self._turns and isinstance(value, Tensor) and finite(value):  # what is not, the walk will name
             _finish(value.device)
             started = clock()
             for axis, readers in self._turns[n]:

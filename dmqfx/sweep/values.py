@@ -53,7 +53,7 @@ class Values:
     def __init__(
         self, budget: int, next_use: Callable[[fx.Node, int], tuple[int, int]], folder: Path | None = None
     ) -> None:
-        self._budget, self._next_use = budget, next_use
+        self.budget, self._next_use = budget, next_use
         self._held: dict[Key, Pair] = {}
         self._aside: dict[Key, Pair] = {}
         self._users: dict[int, int] = {}  # how many values lie in the memory at an address
@@ -61,6 +61,11 @@ class Values:
         self._reserved = 0
         self.resident = 0
         self.peak = 0
+
+    @property
+    def on_disk(self) -> int:
+        """The most bytes that were set aside at a time."""
+        return self._scratch.size
 
     def put(self, node: fx.Node, chunk: int, pair: Pair) -> None:
         """Keep a pair; others, or this one, are set aside for it.
@@ -93,9 +98,9 @@ class Values:
 
         Raises: CalibrationError if they are more than the budget.
         """
-        if self._reserved + nbytes > self._budget:
+        if self._reserved + nbytes > self.budget:
             raise CalibrationError(
-                f"{what} take {megabytes(nbytes)}, and {megabytes(self._budget - self._reserved)} of the memory"
+                f"{what} take {megabytes(nbytes)}, and {megabytes(self.budget - self._reserved)} of the memory"
                 " budget are left\n  mend: a larger memory=, or fewer rows= in the pass's options"
             )
         self._reserved += nbytes
@@ -110,10 +115,11 @@ class Values:
         self._held.clear()
         self._aside.clear()
         self._users.clear()
+        self.resident = 0
         self._scratch.close()
 
     def _make_room(self) -> None:
-        while self.resident + self._reserved > self._budget and self._held:
+        while self.resident + self._reserved > self.budget and self._held:
             key = max(self._held, key=lambda key: self._next_use(*key))
             pair = self._held.pop(key)
             self._aside[key] = pair.map(Tensor, self._scratch.write)

@@ -52,21 +52,23 @@ class Walk:
         self.schedule = Schedule(program)
         self.table = program.table
         self._total = total
-        self.outputs: list[Pair] = []
         self._now: Moment = (0, 0)
         self._rows: list[tuple[Tensor, int]] = []
         self.values = Values(memory, self._next_use, folder)
 
     @torch.no_grad()
-    def run(self, visit: Visit) -> Table:
+    def run(self, visit: Visit, outputs: list[Pair] | None = None) -> Table:
         """Walk; `visit` is called for every turn, and what it puts in the table counts from then on.
+
+        The walk ends with the last turn, unless there is a list for the program's outputs, chunk by chunk.
 
         Raises: CalibrationError naming the first operation whose value is not finite, and the row.
         """
         try:
             self._load()
             for k, segment in enumerate(self.schedule.segments):
-                self._compute(k, segment)
+                if segment.source is not None or outputs is not None:
+                    self._compute(k, segment, outputs)
                 self._decide(k, segment, visit)
         finally:
             self.values.close()
@@ -82,26 +84,24 @@ class Walk:
                     value = chunk.inputs[str(node.target)]
                     self.values.put(node, k, Pair(value, value))
 
-    def _compute(self, number: int, segment: Segment) -> None:
+    def _compute(self, number: int, segment: Segment, outputs: list[Pair] | None) -> None:
         """The segment's values on every chunk; those that are read later are kept."""
         step = _Step(self._program, self.table, self.schedule, segment)
         for k, (timestep, first) in enumerate(self._rows):
             self._now = (number, k)
             kept = partial(self.values.get, chunk=k)
             for node, pair in step.run(kept, timestep):
-                if node.op != "output" and not self.schedule.next_use(node, k, (number, k + 1)):
+                needed = self.schedule.next_use(node, k, (number, k + 1))
+                if not needed and node.op != "output":
                     continue
                 if not finite(tuple(pair.parts())):
                     for at, culprit in step.run(kept, timestep):
                         refuse_not_finite(at, culprit, timestep, first)
-                self._keep(node, k, pair)
+                if needed:
+                    self.values.put(node, k, pair)
+                elif outputs is not None:
+                    outputs.append(pair)
             self._forget(step.read, k, (number, k + 1))
-
-    def _keep(self, node: fx.Node, k: int, pair: Pair) -> None:
-        if node.op == "output":
-            self.outputs.append(pair)
-        else:
-            self.values.put(node, k, pair)
 
     def _forget(self, nodes: Iterable[fx.Node], k: int, then: Moment) -> None:
         """Drop what nobody reads from then on."""
