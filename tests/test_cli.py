@@ -261,7 +261,8 @@ def test_passes_lists_the_built_in_ones_and_tells_one(dmqfx: Ask) -> None:
 
 
 def test_policies_prints_a_yaml_to_start_from(dmqfx: Ask, folder: Path) -> None:
-    assert set(dmqfx("policies", "--json").data) == {"w8a8", "w4a8", "w4a6", "w8a16", "w4a16"}
+    shipped = {"w8a8", "w4a8", "w4a6", "w4a8-aware", "w4a6-aware", "w8a16", "w4a16"}
+    assert set(dmqfx("policies", "--json").data) == shipped
     text = dmqfx("policies", "w4a8.yaml").out
     assert "# Symmetric weights need no zero point" in text
     (folder / "mine.yaml").write_text(text)

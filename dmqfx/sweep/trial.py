@@ -60,7 +60,9 @@ class _Looking(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         self.nbytes[n] = sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-        if n in self._turns and isinstance(value, Tensor) and finite(value):  # what is not, the walk will name
+        if (
+            n in self._turns and isinstance(value, Tensor) and finite(value)
+        ):  # what is not, the walk will name
             _finish(value.device)
             started = clock()
             for axis, readers in self._turns[n]:
