@@ -174,7 +174,7 @@ def _scale(program: Program, site: Site, entry: ChannelScale) -> Iterator[str]:
 
 
 def _sensitivity(program: Program, site: Site, entry: Sensitivity) -> Iterator[str]:
-    rows = program.node(site.at).meta["val"].shape[CHANNEL_AXIS[ops.name(program.node(site.at))]]
+    rows = program.node(site.at).meta["val"].shape[CHANNEL_AXIS[site.at.op]]  # of an integer layer too
     if tuple(entry.weight.shape) != (len(entry.boundaries) + 1,):
         yield f"{list(entry.weight.shape)} weights for {len(entry.boundaries) + 1} timestep groups"
     elif not bool((torch.isfinite(entry.weight) & (entry.weight >= 0)).all()):
