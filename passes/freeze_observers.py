@@ -11,13 +11,14 @@ from tqdm import tqdm
 
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, OBSERVED, Fact
+from dmqfx.graph.facts import CALIBRATED, FITTED, OBSERVED, SHIFTED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.graph.sites import readers
-from dmqfx.graph.table import Range
+from dmqfx.graph.table import Range, Shift
 from dmqfx.numbers.observers import Observer
+from dmqfx.numbers.quant import QParams
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class FreezeObservers(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
     provides: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED})
-    clears: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({OBSERVED, FITTED, SHIFTED})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
     batch: int = 8
 
@@ -59,6 +60,8 @@ class FreezeObservers(Pass):
             sites = [Site(user.meta["address"], arg) for user, arg in readers(node)]
             seen = observer.result()
             table = table.put_all(dict.fromkeys(sites, seen))
+            for site in sites:  # parameters of the range before
+                table = table.drop(site, QParams).drop(site, Shift)
             rw.replace(node, node.all_input_nodes[0])
         _warn_of_gaps(table.of(Range))
         return rw.finish().with_table(table)

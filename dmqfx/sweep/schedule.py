@@ -87,7 +87,7 @@ class Schedule:
         planned = turns(program)
         nodes: list[fx.Node] = []
         for node in program.graph.nodes:
-            if node.op == "output" or (node.op == "call_function" and node in self._varying):
+            if node.op == "output" or (node.op in ("call_function", "call_module") and node in self._varying):
                 nodes.append(node)
             if node in planned:
                 yield Segment(tuple(nodes), node, tuple(planned[node]), self._spent(nodes))

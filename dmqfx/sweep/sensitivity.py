@@ -77,8 +77,10 @@ class _Look:
                 values[node] = constant(self.program.gm, str(node.target)).detach()
             elif node.op == "output":
                 return torch.cat([_flat(values[n]) for n in node.all_input_nodes], 1)
+            elif node.op == "call_module":  # an observer, which is an identity
+                values[node] = values[node.all_input_nodes[0]]
             else:
-                assert callable(node.target)  # calls and identity modules are all that is left
+                assert callable(node.target)  # calls are all that is left
                 value = call_with(node.target, node.args, node.kwargs, lambda n: values[n])
                 values[node] = self._watched(node, value, values) if node in self.layers else value
         raise AssertionError("a graph ends with its output")
