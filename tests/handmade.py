@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from dmqfx.graph import ops, registry
 from dmqfx.graph.address import Address, Site
-from dmqfx.graph.facts import CANONICAL, PLANNED
+from dmqfx.graph.facts import CANONICAL, PLANNED, SCALED
 from dmqfx.graph.inputs import Input, InputSpec
 from dmqfx.graph.modules import build, propagate
 from dmqfx.graph.pipeline import PassContext
@@ -105,7 +105,7 @@ def quantized_program() -> Program:
         Site(SECOND, "input"), LayerPair((Site(SECOND, "input"),), None, "a concatenation feeds it")
     )
     table = table.put(Site(SECOND, "input"), ChannelScale(program.weights()["gamma"].flatten()))
-    planned_program = replace(program, table=table, facts=frozenset({CANONICAL, PLANNED}))
+    planned_program = replace(program, table=table, facts=frozenset({CANONICAL, PLANNED, SCALED}))
     steps = registry.pipeline([("round-weights", {}), ("insert-qdq", {})])
     return steps.run(planned_program, PassContext())
 

@@ -478,12 +478,14 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
     weights = program.weights()
     weights["mid.to_v.weight"] = weights["mid.to_v.weight"].index_fill(0, torch.tensor([3]), bad)
     spoiled = replace(program, gm=clone(program.gm, weights))
-    told = r"mid\.to_v/linear:weight: output channel 3 of a weight has values that are not finite"
+    told = rf"mid\.to_v\.weight, read by mid\.to_v/linear, holds {bad} at \[3, 0\]"
     with pytest.raises(CalibrationError, match=told):
         run_step(create("round-weights"), spoiled, context())
 
 
-@pytest.mark.parametrize(("kind", "helper"), [(Codes, "round-weights"), (Range, "freeze-observers")])
+@pytest.mark.parametrize(
+    ("kind", "helper"), [(Codes, "round-weights"), (Range, "fit-ranges or freeze-observers")]
+)
 def test_insert_qdq_says_which_pass_was_forgotten(kind: type, helper: str) -> None:
     program = program_before("insert-qdq")
     table = program.table

@@ -10,7 +10,7 @@ from torch import fx
 import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx, which the passes insert
 from dmqfx.graph import registry
 from dmqfx.graph.address import Address, Site
-from dmqfx.graph.facts import CALIBRATED, CANONICAL, PLANNED
+from dmqfx.graph.facts import CALIBRATED, CANONICAL, PLANNED, SCALED
 from dmqfx.graph.inputs import Input, InputSpec
 from dmqfx.graph.journal import Application, PassRecord, Refusal
 from dmqfx.graph.modules import build, clone, propagate
@@ -69,7 +69,7 @@ def planned() -> Program:
         PassRecord("pair-layers", "bitwise", (Application(IN, "pair", "1 reader"),), (), 0.1),
         PassRecord("absorb-scaling", "exact", (), (Refusal(IN, "absorb", "an input feeds it"),), 0.1),
     )
-    return replace(plain(), table=table, log=log, facts=frozenset({CANONICAL, PLANNED, CALIBRATED}))
+    return replace(plain(), table=table, log=log, facts=frozenset({CANONICAL, PLANNED, CALIBRATED, SCALED}))
 
 
 def quantized() -> Program:

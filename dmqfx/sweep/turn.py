@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -178,10 +178,18 @@ def _reader(program: Program, site: Site) -> Reader:
     named, shape = ops.args(node), tuple(ops.tensor(node, "weight").meta["val"].shape)
     geometry, groups = Geometry(), 1
     if ops.is_call(node, "conv2d"):
-        stride, padding, dilation = (_two(named[name]) for name in ("stride", "padding", "dilation"))
+        stride, dilation = _two(named["stride"]), _two(named["dilation"])
+        padding = _sides(named["padding"], shape[2:], dilation)
         geometry = Geometry((shape[2], shape[3]), stride, padding, dilation)
         groups = int(str(named["groups"]))
     return Reader(site, spec, weight, asked.spec, geometry, groups, shape)
+
+
+def _sides(padding: object, kernel: Sequence[int], dilation: tuple[int, int]) -> tuple[int, int]:
+    """Zeros above and to the left, for a padding by numbers or by a word."""
+    if padding == "same":
+        return dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2
+    return (0, 0) if padding == "valid" else _two(padding)
 
 
 def _two(value: object) -> tuple[int, int]:
