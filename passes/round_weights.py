@@ -71,7 +71,7 @@ class RoundWeights(SweepPass):
         found = reconstruct(
             Reconstruction(
                 given=turn.deployed(reader, rows),
-                wanted=rows.real @ turn.weight(reader).flatten(1).T,
+                wanted=rows.real.double() @ turn.weight(reader).flatten(1).double().T,
                 weight=weight,
                 spec=spec,
                 damping=self.damping,

@@ -172,7 +172,7 @@ def test_the_architecture_has_a_line_for_every_folder() -> None:
 def test_the_readme_lists_every_shipped_policy() -> None:
     from dmqfx import policies
 
-    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(policies.names())
 
 

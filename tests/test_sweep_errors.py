@@ -13,7 +13,7 @@ from sweeping import SWEEP, chain, changed, context, output_noise, planned, reco
 from torch import Tensor
 
 from dmqfx.calibration.calibration import Calibration, Origin
-from dmqfx.errors import CalibrationError, PipelineError
+from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import PLANNED, Fact
 from dmqfx.graph.pipeline import PassContext
@@ -134,7 +134,7 @@ def test_huge_outliers_are_compiled_to_something_finite_and_better_than_nearest(
     assert greatest > 1e10
     assert all(torch.isfinite(codes.qparams.scale).all() for codes in after.table.of(Codes).values())
     noise, nearest = output_noise(after, data), output_noise(swept(program, context(data), NEAREST), data)
-    assert noise < 0.8 * nearest
+    assert noise < 0.9 * nearest
 
 
 def test_dead_and_constant_channels_are_rounded_like_any_other() -> None:
@@ -203,7 +203,9 @@ def test_nearest_alone_needs_no_calibration() -> None:
     assert len(after.table.of(Codes)) == 9
 
 
-def test_observers_in_the_graph_are_refused_with_the_pass_that_helps() -> None:
+def test_observers_in_the_graph_are_identities_to_a_sweep() -> None:
     watched = pipeline([("insert-observers", {})]).run(chain(), PassContext())
-    with pytest.raises(PipelineError, match="put freeze-observers before it"):
-        swept(watched, context(recorded(chain(), 2)))
+    ctx = context(recorded(chain(), 2))
+    plain, seen = (swept(program, ctx).table.of(Codes) for program in (chain(), watched))
+    assert plain.keys() == seen.keys()
+    assert all(torch.equal(plain[site].packed, seen[site].packed) for site in plain)

@@ -34,6 +34,7 @@ from dmqfx.storage.tablefile import read_table, write_table
 from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.rows import Batch
 from dmqfx.sweep.turn import Turn
+from dmqfx.sweep.values import Pair
 from dmqfx.sweep.walk import Walk
 
 aten = torch.ops.aten
@@ -359,9 +360,10 @@ def test_the_sweep_computes_what_the_compiled_program_will(pending: bool) -> Non
     before = registry.pipeline(steps).run(program_before("canonicalize"), ctx)
     assert len(before.table.of(Shift)) >= 2
     walk = Walk(before, chunked(toy_rows(), before, 5), memory=2**30, total=len(toy_rows()))
-    walk.run(lambda turn: turn.table)
+    outputs: list[Pair] = []
+    walk.run(lambda turn: turn.table, outputs)
     after = registry.pipeline([("insert-qdq", {}), ("lower-simulate", {})]).run(before, ctx)
-    for inputs, pair in zip(toy_rows().batches(5, before.inputs), walk.outputs, strict=True):
+    for inputs, pair in zip(toy_rows().batches(5, before.inputs), outputs, strict=True):
         result, real, quantized = after(**inputs), pair.real, pair.quantized
         assert isinstance(result, Tensor)
         assert float((result - quantized).norm() / quantized.norm()) < 1e-5
