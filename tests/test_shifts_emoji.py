@@ -22,6 +22,7 @@ from dmqfx.policy.policy import Policy
 from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.deploy import deployed_input
 from dmqfx.sweep.turn import Turn
+from dmqfx.sweep.values import Pair
 from dmqfx.sweep.walk import Walk
 
 STEPS = "canonicalize flag-skips split-skips plan-sites fit-ranges vote-shifts round-weights".split()
@@ -85,8 +86,9 @@ def test_the_compiled_unet_computes_what_the_sweep_did_and_its_integers_agree(
     few = data.select(4, torch.Generator().manual_seed(0))
     (inputs,) = few.batches(4, planned.inputs)
     walk = Walk(planned, chunked(few, planned, 4), memory=2**30, total=4)
-    walk.run(lambda turn: turn.table)
-    real, expected = walk.outputs[0].real, walk.outputs[0].quantized
+    outputs: list[Pair] = []
+    walk.run(lambda turn: turn.table, outputs)
+    real, expected = outputs[0].real, outputs[0].quantized
     compiled = run_step(create("insert-qdq"), planned, ctx)
     simulated = run_step(create("lower-simulate"), compiled, ctx)(**inputs)
     assert isinstance(simulated, Tensor)
