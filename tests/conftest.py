@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -19,6 +20,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers of pytest-xdist share the cores, so each of them has one."""
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """A command sets how much dmqfx logs; the next test starts as the first did."""
+    logger = logging.getLogger("dmqfx")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

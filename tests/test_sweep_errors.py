@@ -169,12 +169,12 @@ def test_a_batch_of_one_is_enough() -> None:
 def test_groups_without_rows_are_said(caplog: pytest.LogCaptureFixture) -> None:
     program = chain()
     data = recorded(program, 3)  # at timesteps 999, 499.5 and 0; groups begin at 0, 250, 500 and 750
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "dmqfx"):
         swept(program, context(data))
-    assert "1 of 4 timestep groups have no calibration row (2); they take the nearest" in caplog.text
-    caplog.clear()
-    swept(program, context(recorded(program, 8)))
-    assert caplog.text == ""
+        assert "1 of 4 timestep groups have no calibration row (2); they take the nearest" in caplog.text
+        caplog.clear()
+        swept(program, context(recorded(program, 8)))
+        assert caplog.text == ""
 
 
 def test_no_calibration_is_asked_for_by_name() -> None:
