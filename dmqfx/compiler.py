@@ -12,11 +12,12 @@ import torch
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.verify import checking
-from dmqfx.errors import CaptureError, PipelineError
+from dmqfx.errors import CaptureError, PipelineError, PolicyError
 from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import UNet
 from dmqfx.graph import registry
+from dmqfx.graph.facts import PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
@@ -33,6 +34,10 @@ MEASURED_ROWS = 16
 
 class QualityWarning(UserWarning):
     """The compiled UNet misses a floor that its policy expects."""
+
+
+class NothingQuantizedWarning(UserWarning):
+    """The policy asks for bits, and not one site of this model got any."""
 
 
 def compile(
@@ -66,7 +71,7 @@ def compile(
     bars = sys.stderr.isatty() if progress is None else progress
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
-    _steps(chosen).check(None, tuple(registry.passes().values()))
+    check_pipeline(chosen)
     check_finite(unet)
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
@@ -77,6 +82,9 @@ def compile(
     ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data))
     scaled, after = quantize(before, ctx, verify=verify)
     report = Report.measure(scaled, after, data, rows=report_rows, progress=bars)
+    if chosen.bits_asked_at and (idle := report.idle):
+        what = f"the policy {chosen.name!r} asks for bits, but {idle}"
+        warnings.warn(what, NothingQuantizedWarning, stacklevel=2)
     for miss in report.misses(chosen.expect):
         warnings.warn(miss, QualityWarning, stacklevel=2)
     origin = {
@@ -87,6 +95,28 @@ def compile(
     return CompiledUNet(
         after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
+
+
+def check_pipeline(policy: Policy) -> None:
+    """Refuse, before anything runs, a pipeline in a wrong order or without the steps that bits need.
+
+    Raises: PipelineError for the order; PolicyError if the policy asks for bits that no step would give.
+    """
+    steps, providers = _steps(policy).steps, tuple(registry.passes().values())
+    Pipeline(steps).check(None, providers)
+    provided = frozenset[Fact]().union(*(step.provides for step in steps))
+    lacking = [fact for fact in (PLANNED, QDQ) if fact not in provided]
+    if policy.bits_asked_at and lacking:
+        fact = lacking[0]
+        helpful = " or ".join(cls.name() for cls in providers if fact in cls.provides)
+        raise PolicyError(
+            [
+                policy.pipeline[-1].mark.problem(
+                    f"pipeline: the policy asks for bits ({policy.bits_asked_at}), but no step provides {fact.name!r} "
+                    f"({fact.meaning}); put {helpful} into it, or say float"
+                )
+            ]
+        )
 
 
 def check_finite(unet: UNet) -> None:

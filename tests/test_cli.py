@@ -372,6 +372,11 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
             1,
             "method must be one of nearest",
         ),
+        (
+            "compile emoji --out o --set pipeline=[canonicalize]",
+            1,
+            "--set:1:11: pipeline: the policy asks for bits (default.weight), but no step provides 'planned'",
+        ),
         ("compile unet --out /proc/o", 1, "/proc/o cannot be written: /proc takes no files"),
         ("compile unet --out o --rows 0 --min-sqnr 20", 1, "--rows 0 measures nothing, and 20 dB SQNR"),
         ("compile unet --out o --rows 0 --set expect.sqnr_db=9", 1, "--rows 0 measures nothing, and 9 dB"),

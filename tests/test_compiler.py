@@ -9,8 +9,8 @@ import torch
 from diffusers import UNet2DModel
 
 import dmqfx
-from dmqfx.compiler import QualityWarning
-from dmqfx.errors import CaptureError, PipelineError
+from dmqfx.compiler import NothingQuantizedWarning, QualityWarning
+from dmqfx.errors import CaptureError, PipelineError, PolicyError
 
 
 def small(dtype: torch.dtype) -> UNet2DModel:
@@ -52,6 +52,72 @@ def test_an_order_that_cannot_work_is_refused_before_anything_runs(monkeypatch: 
         dmqfx.compile(
             small(torch.float32), "w4a8", overrides=["pipeline=[plan-sites, canonicalize, insert-qdq]"]
         )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["pipeline=[canonicalize]"],
+            r"asks for bits \(default\.weight\), but no step provides 'planned' .*; put plan-sites into it",
+        ),
+        (
+            ["pipeline=[canonicalize, plan-sites]"],
+            r"asks for bits \(default\.weight\), but no step provides 'qdq' .*; put insert-qdq into it, or say float",
+        ),
+        (
+            [
+                "default.weight=float",
+                "rules=[{name: ends, at: 'conv_in/*', weight: {bits: 8}}]",
+                "pipeline=[canonicalize]",
+            ],
+            r"asks for bits \(rules\.ends\.weight\), but no step provides 'planned'",
+        ),
+    ],
+)
+def test_bits_that_no_step_gives_are_refused_before_anything_runs(
+    overrides: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for long in ("capture", "Calibration.synthesize"):
+        monkeypatch.setattr(f"dmqfx.compiler.{long}", pytest.fail)
+    with pytest.raises(PolicyError, match=told):
+        dmqfx.compile(small(torch.float32), "w8a16", overrides=overrides)
+
+
+def keeping(rule: dict[str, object], **more: object) -> dict[str, object]:
+    return {"name": "mine", "extends": "w8a16", "rules": [rule], **more}
+
+
+def test_bits_that_not_one_site_gets_are_a_warning_and_in_the_report() -> None:
+    all_kept = keeping({"name": "all", "at": "**", "keep": "float"})
+    with pytest.warns(
+        NothingQuantizedWarning, match="'mine' asks for bits, but all 81 sites are kept float by all;"
+    ):
+        q = dmqfx.compile(small(torch.float32), all_kept, report_rows=0)
+    assert "nothing was asked to be quantized: every layer is float" in q.report.summary()
+
+
+def test_bits_that_every_site_refuses_are_a_warning_and_in_the_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dmqfx.passes.plan_sites._unquantizable", lambda program, site: "no reason")
+    told = "'w8a16' asks for bits, but none of the 27 sites got any: plan-sites: no reason; 8 bit"
+    with pytest.warns(NothingQuantizedWarning, match=told):
+        q = dmqfx.compile(small(torch.float32), "w8a16", report_rows=0)
+    assert "not one of them is quantized: every layer is float" in q.report.summary()
+
+
+def test_a_policy_that_is_float_on_purpose_is_compiled_in_silence() -> None:
+    policy = keeping(
+        {"name": "all", "at": "**", "keep": "float"},
+        default={"weight": "float", "input": "float"},
+    )
+    unet, x = small(torch.float32), torch.randn(1, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        q = dmqfx.compile(unet, policy, report_rows=0)
+    with torch.no_grad():
+        torch.testing.assert_close(q(x, 500).sample, unet(x, 500).sample)
 
 
 @pytest.mark.parametrize(
