@@ -15,7 +15,7 @@ from dmqfx.checking.verify import checking
 from dmqfx.errors import CaptureError, PipelineError, PolicyError
 from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
-from dmqfx.frontend.signature import UNet
+from dmqfx.frontend.signature import UNet, demanded
 from dmqfx.graph import registry
 from dmqfx.graph.facts import PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
@@ -74,7 +74,9 @@ def compile(
     check_pipeline(chosen)
     check_finite(unet)
     data = calibration
-    if data is None and (report_rows or needs_calibration(chosen)):
+    if data is not None:  # a capture is long; it is checked again on what the graph really reads
+        data.check(demanded(unet, residuals=has_residuals(data)))
+    elif report_rows or needs_calibration(chosen):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
     before = computing(capture(unet, residuals=data is not None and has_residuals(data)))
     if data is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+from models import model
 
 import dmqfx
 from dmqfx.compiler import NothingQuantizedWarning, QualityWarning
-from dmqfx.errors import CaptureError, PipelineError, PolicyError
+from dmqfx.errors import CalibrationError, CaptureError, PipelineError, PolicyError
 
 
 def small(dtype: torch.dtype) -> UNet2DModel:
@@ -148,6 +150,57 @@ def test_what_cannot_be_captured_is_refused_before_it_is_calibrated() -> None:
     unet.conv_in._hf_hook = object()
     with pytest.raises(CaptureError, match="cannot capture at conv_in"):
         dmqfx.compile(unet)
+
+
+def of_channels(channels: int) -> dmqfx.Calibration:
+    unet = UNet2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        sample_size=8,
+    )
+    return dmqfx.Calibration.synthesize(unet, steps=2, trajectories=1, progress=False)
+
+
+def without_context() -> dmqfx.Calibration:
+    calls = dmqfx.Calibration.synthesize(model("plain"), steps=2, trajectories=1, progress=False)
+    columns = [dict(group.columns) for group in calls.groups]
+    for each in columns:
+        del each["encoder_hidden_states"]
+    groups = (replace(group, columns=left) for group, left in zip(calls.groups, columns, strict=True))
+    return replace(calls, groups=tuple(groups))
+
+
+def test_a_calibration_that_does_not_fit_is_refused_before_capture_in_the_words_of_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unet, other = small(torch.float32), of_channels(4)
+    with pytest.raises(CalibrationError, match=r"sample is \[4, 8, 8\] and should be \[3, H, W\]") as later:
+        other.check(dmqfx.capture(unet).inputs)
+    monkeypatch.setattr("dmqfx.compiler.capture", pytest.fail)
+    with pytest.raises(CalibrationError) as early:
+        dmqfx.compile(unet, "w8a8", calibration=other)
+    assert str(early.value) == str(later.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_calibration_without_the_context_that_no_block_reads_fits() -> None:
+    unet = model("plain")
+    q = dmqfx.compile(unet, "w8a8", calibration=without_context(), report_rows=0)
+    assert q.report is not None
+    assert q.report.got
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_calibration_without_the_context_that_is_read_is_refused_before_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dmqfx.compiler.capture", pytest.fail)
+    with pytest.raises(CalibrationError, match="encoder_hidden_states not recorded"):
+        dmqfx.compile(model("conditional"), "w8a8", calibration=without_context())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
