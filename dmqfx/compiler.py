@@ -84,11 +84,7 @@ def compile(
     ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data))
     scaled, after = quantize(before, ctx, verify=verify)
     report = Report.measure(scaled, after, data, rows=report_rows, progress=bars)
-    if chosen.bits_asked_at and (idle := report.idle):
-        what = f"the policy {chosen.name!r} asks for bits, but {idle}"
-        warnings.warn(what, NothingQuantizedWarning, stacklevel=2)
-    for miss in report.misses(chosen.expect):
-        warnings.warn(miss, QualityWarning, stacklevel=2)
+    _warn(chosen, report)
     origin = {
         **provenance(before),
         "seed": seed,
@@ -97,6 +93,15 @@ def compile(
     return CompiledUNet(
         after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
+
+
+def _warn(policy: Policy, report: Report) -> None:
+    """Say to the caller of `compile` what the policy wanted and did not get."""
+    if policy.bits_asked_at and (idle := report.idle):
+        what = f"the policy {policy.name!r} asks for bits, but {idle}"
+        warnings.warn(what, NothingQuantizedWarning, stacklevel=3)
+    for miss in report.misses(policy.expect):
+        warnings.warn(miss, QualityWarning, stacklevel=3)
 
 
 def check_pipeline(policy: Policy) -> None:
