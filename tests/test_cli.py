@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DConditionModel
 from handmade import compiled as handmade
 from models import one_level, randomize, unconditional
 
@@ -183,6 +183,29 @@ def test_inspect_of_a_float_model_lists_layers_and_draws(dmqfx: Ask, folder: Pat
     assert (folder / "new" / "u.svg").read_text().startswith("<svg")
 
 
+def test_inspect_of_a_float_model_reads_no_weights(dmqfx: Ask) -> None:
+    whole, hollow = dmqfx("inspect", "unet", "--json"), dmqfx("inspect", "hollow", "--json")
+    assert hollow.code == 0, hollow.err
+    assert hollow.data == whole.data
+
+
+def test_inspect_of_a_hub_id_downloads_its_configuration_only(
+    dmqfx: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, siblings = (
+        UNet2DConditionModel.load_config(folder / "unet"),
+        [SimpleNamespace(rfilename="config.json")],
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(siblings=siblings)
+    )
+    monkeypatch.setattr("diffusers.UNet2DModel.load_config", lambda *_, **__: dict(config))
+    monkeypatch.setattr("diffusers.UNet2DConditionModel.from_pretrained", pytest.fail)
+    answer = dmqfx("inspect", "owner/name", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.data == dmqfx("inspect", "hollow", "--json").data
+
+
 def test_inspect_of_a_compiled_model_tells_its_bits_and_what_was_lost(
     dmqfx: Ask, made: dict[str, Answer]
 ) -> None:
@@ -306,14 +329,14 @@ CACHED, THERE = "cached", "on the hub"
 @pytest.mark.parametrize(
     ("where", "files", "asked"),
     [
-        (CACHED, ["unet/config.json"], ("unet", {"local_files_only": True})),
-        (CACHED, ["config.json"], ("", {"local_files_only": True})),
-        (THERE, ["model_index.json", "unet/config.json"], ("unet", {})),
-        (THERE, ["config.json"], ("", {})),
+        (CACHED, ["unet/config.json"], ("unet", True)),
+        (CACHED, ["config.json"], ("", True)),
+        (THERE, ["model_index.json", "unet/config.json"], ("unet", False)),
+        (THERE, ["config.json"], ("", False)),
     ],
 )
 def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
-    monkeypatch: pytest.MonkeyPatch, where: str, files: list[str], asked: tuple[str, dict[str, bool]]
+    monkeypatch: pytest.MonkeyPatch, where: str, files: list[str], asked: tuple[str, bool]
 ) -> None:
     loaded: list[tuple[object, ...]] = []
     info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
@@ -322,7 +345,7 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
         "huggingface_hub.try_to_load_from_cache", lambda name, file: file if file in cached else None
     )
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
-    monkeypatch.setattr(sources, "_pretrained", lambda *given, **more: loaded.append((*given, more)))
+    monkeypatch.setattr(sources, "_pretrained", lambda *given: loaded.append(given))
     sources.load_unet("owner/name")
     assert loaded == [("owner/name", *asked)]
 
