@@ -454,6 +454,15 @@ def test_a_damaged_model_is_refused_and_verify_says_so_by_its_exit_code(dmqfx: A
     assert "graph.json was truncated or altered" in answer.err
 
 
+def test_a_model_of_a_newer_format_is_not_verified_and_the_codes_say_so(dmqfx: Ask, folder: Path) -> None:
+    newer = shutil.copytree(folder / "handmade", folder / "newer", dirs_exist_ok=True) / "dmqfx.json"
+    newer.write_text(newer.read_text().replace('"format_version": ', '"format_version": 9'))
+    answer = dmqfx("verify", "newer")
+    assert answer.code == terminal.REFUTED
+    assert re.search(r"dmqfx\.json has format 9\d+, and this dmqfx reads up to \d+: update dmqfx", answer.err)
+    assert "damaged or of a newer format" in terminal.EXIT_CODES[answer.code]
+
+
 def test_a_model_whose_manifest_is_gone_is_still_known_as_a_compiled_one(dmqfx: Ask, folder: Path) -> None:
     shutil.copytree(folder / "handmade", folder / "partial", dirs_exist_ok=True)
     (folder / "partial" / "dmqfx.json").unlink()
