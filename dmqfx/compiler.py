@@ -25,7 +25,7 @@ from dmqfx.runtime import targets
 from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.report import Report
-from dmqfx.storage.provenance import provenance
+from dmqfx.storage.provenance import provenance, weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def compile(
     _warn(chosen, report)
     origin = {
         **provenance(before),
+        "float_weights": weights_digest(unet),
         "seed": seed,
         "calibration": data.describe() if data is not None else None,
     }
