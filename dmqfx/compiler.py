@@ -12,11 +12,12 @@ import torch
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.verify import checking
-from dmqfx.errors import CaptureError, PipelineError
+from dmqfx.errors import CaptureError, PipelineError, PolicyError
 from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
-from dmqfx.frontend.signature import UNet
+from dmqfx.frontend.signature import UNet, demanded
 from dmqfx.graph import registry
+from dmqfx.graph.facts import PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
@@ -24,7 +25,7 @@ from dmqfx.runtime import targets
 from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.report import Report
-from dmqfx.storage.provenance import provenance
+from dmqfx.storage.provenance import provenance, weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ MEASURED_ROWS = 16
 
 class QualityWarning(UserWarning):
     """The compiled UNet misses a floor that its policy expects."""
+
+
+class NothingQuantizedWarning(UserWarning):
+    """The policy asks for bits, and not one site of this model got any."""
 
 
 def compile(
@@ -66,10 +71,12 @@ def compile(
     bars = sys.stderr.isatty() if progress is None else progress
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
-    _steps(chosen).check(None, tuple(registry.passes().values()))
+    check_pipeline(chosen)
     check_finite(unet)
     data = calibration
-    if data is None and (report_rows or needs_calibration(chosen)):
+    if data is not None:  # a capture is long; it is checked again on what the graph really reads
+        data.check(demanded(unet, residuals=has_residuals(data)))
+    elif report_rows or needs_calibration(chosen):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
     before = computing(capture(unet, residuals=data is not None and has_residuals(data)))
     if data is not None:
@@ -77,16 +84,47 @@ def compile(
     ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data))
     scaled, after = quantize(before, ctx, verify=verify)
     report = Report.measure(scaled, after, data, rows=report_rows, progress=bars)
-    for miss in report.misses(chosen.expect):
-        warnings.warn(miss, QualityWarning, stacklevel=2)
+    _warn(chosen, report)
     origin = {
         **provenance(before),
+        "float_weights": weights_digest(unet),
         "seed": seed,
         "calibration": data.describe() if data is not None else None,
     }
     return CompiledUNet(
         after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
+
+
+def _warn(policy: Policy, report: Report) -> None:
+    """Say to the caller of `compile` what the policy wanted and did not get."""
+    if policy.bits_asked_at and (idle := report.idle):
+        what = f"the policy {policy.name!r} asks for bits, but {idle}"
+        warnings.warn(what, NothingQuantizedWarning, stacklevel=3)
+    for miss in report.misses(policy.expect):
+        warnings.warn(miss, QualityWarning, stacklevel=3)
+
+
+def check_pipeline(policy: Policy) -> None:
+    """Refuse, before anything runs, a pipeline in a wrong order or without the steps that bits need.
+
+    Raises: PipelineError for the order; PolicyError if the policy asks for bits that no step would give.
+    """
+    steps, providers = _steps(policy).steps, tuple(registry.passes().values())
+    Pipeline(steps).check(None, providers)
+    provided = frozenset[Fact]().union(*(step.provides for step in steps))
+    lacking = [fact for fact in (PLANNED, QDQ) if fact not in provided]
+    if policy.bits_asked_at and lacking:
+        fact = lacking[0]
+        helpful = " or ".join(cls.name() for cls in providers if fact in cls.provides)
+        raise PolicyError(
+            [
+                policy.pipeline[-1].mark.problem(
+                    f"pipeline: the policy asks for bits ({policy.bits_asked_at}), but no step provides {fact.name!r} "
+                    f"({fact.meaning}); put {helpful} into it, or say float"
+                )
+            ]
+        )
 
 
 def check_finite(unet: UNet) -> None:

@@ -74,6 +74,14 @@ class CallError(DmqfxError, TypeError):
     """A compiled UNet was called with inputs that it does not take."""
 
 
+class NotAProgramError(DmqfxError, TypeError):
+    """Something was to be looked at that is neither a Program nor a compiled UNet."""
+
+    def __init__(self, view: str, given: object, instead: str) -> None:
+        what = "None" if given is None else f"a {type(given).__name__}"
+        super().__init__(f"{view} is for a Program or a compiled UNet, not {what}; pass {instead}")
+
+
 class FixedGraphError(DmqfxError, AttributeError):
     """A compiled UNet was asked for something that only a model with layers can do."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,13 @@ from dmqfx.judging.paired import PictureJudge
 from dmqfx.judging.pictures import psnr_db
 from dmqfx.judging.samplers import Drawn, Sampler
 from dmqfx.runtime.unet import CompiledUNet
+from dmqfx.storage.provenance import weights_digest
 
-__all__ = ["Evaluation", "emoji_calibration", "evaluate", "mean_db", "psnr_db"]
+__all__ = ["Evaluation", "OtherWeightsWarning", "emoji_calibration", "evaluate", "mean_db", "psnr_db"]
+
+
+class OtherWeightsWarning(UserWarning):
+    """What is compared was not compiled from the weights of this float model."""
 
 
 def evaluate(
@@ -48,6 +54,8 @@ def evaluate(
     are combined at `guidance_scale`: the recording's or the sampler's own, unless said.
 
     Units: rows is how many calls of a run are compared, at least one of every timestep; None is all of them.
+    A compiled model that was made from other weights than this float model's is an OtherWeightsWarning.
+
     Raises: CalibrationError if there is nothing to compare on, or recorded calls do not fit the model;
         DmqfxError for a compiled model of another configuration, and for a reference (see `load_reference`)
         or features that cannot be used.
@@ -63,6 +71,7 @@ def evaluate(
     """
     given = [calibration] if isinstance(calibration, Calibration) else list(calibration)
     _refuse_others(unet, compiled)
+    _warn_of_others(unet, compiled)
     _refuse(given, sampler, seeds)
     for each in given:
         each.check(compiled.program.inputs)
@@ -118,6 +127,18 @@ def _refuse_others(unet: UNet, compiled: CompiledUNet) -> None:
     if others:
         told = ", ".join(f"{name} {there.get(name)} and not {here[name]}" for name in others[:3])
         raise DmqfxError(f"the compiled model was made from another model than this float one: it has {told}")
+
+
+def _warn_of_others(unet: UNet, compiled: CompiledUNet) -> None:
+    """Say so where the weights are not those that were compiled; a model that does not say is believed."""
+    said = compiled.provenance.get("float_weights")
+    if said is not None and said != weights_digest(unet):
+        what = (
+            f"the compiled model was made from other weights than those of this float {type(unet).__name__}: "
+            "the numbers tell how far the two models are apart, not what quantization cost; "
+            "compare with the float model that was compiled"
+        )
+        warnings.warn(what, OtherWeightsWarning, stacklevel=3)
 
 
 def _refuse(given: Sequence[Calibration], sampler: Sampler | None, seeds: Sequence[int]) -> None:

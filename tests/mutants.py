@@ -27,7 +27,9 @@ from torch._ops import OpOverload
 
 from dmqfx.graph import channelwise, ops, timesteps
 from dmqfx.graph.address import Address
+from dmqfx.graph.inputs import Input
 from dmqfx.graph.journal import Journal
+from dmqfx.graph.modules import clone
 from dmqfx.graph.pattern import Outcome, p, rule
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
@@ -870,3 +872,71 @@ MUTANTS: tuple[Mutant, ...] = (
     *OF_SKIPS,
     *OF_SENSITIVITY,
 )
+
+
+# --- a pass that changes what the program is called with
+
+
+def _replaced(node: fx.Node, name: str) -> None:
+    """A placeholder by one of another name."""
+    with node.graph.inserting_before(node):
+        new = node.graph.placeholder(name)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def inputs(change: Callable[[fx.Node, fx.Node], object]) -> Plant:
+    """The pass, and then something done to the placeholders of the sample and the timestep."""
+
+    def spoil(before: Program, after: Program) -> Program:
+        gm = clone(after.gm)
+        change(*gm.graph.find_nodes(op="placeholder"))
+        gm.recompile()
+        return replace(after, gm=gm)
+
+    return spoiled(spoil)
+
+
+def drop(sample: fx.Node, timestep: fx.Node) -> None:
+    """The timestep is a constant from now on."""
+    with timestep.graph.inserting_before(timestep):
+        ones = timestep.graph.call_function(aten.ones.default, ([2],))
+    ones.meta = {**timestep.meta, "address": Address("", "ones")}
+    timestep.replace_all_uses_with(ones)
+    timestep.graph.erase_node(timestep)
+
+
+def add(sample: fx.Node, timestep: fx.Node) -> None:
+    with timestep.graph.inserting_after(timestep):
+        timestep.graph.placeholder("guidance").meta["val"] = timestep.meta["val"]
+
+
+def declare_one_more(before: Program, after: Program) -> Program:
+    """What the program declares is changed, and the graph is not."""
+    more = (*after.inputs.inputs, Input("guidance", ("B",)))
+    return replace(after, inputs=replace(after.inputs, inputs=more))
+
+
+MISCALLED: tuple[Mutant, ...] = (
+    *planted(
+        "canonicalize",
+        {
+            "an input is dropped": (inputs(drop), "placeholders: timestep is gone;"),
+            "an input is added": (inputs(add), "placeholders: guidance is new;"),
+            "an input is renamed": (
+                inputs(lambda sample, timestep: _replaced(timestep, "t")),
+                "placeholders: timestep is gone, t is new;",
+            ),
+            "the inputs change places": (
+                inputs(lambda sample, timestep: timestep.append(sample)),
+                "placeholders: they stand in the order timestep, sample;",
+            ),
+            "an input is declared that is not there": (
+                spoiled(declare_one_more),
+                "inputs: guidance is new;",
+            ),
+        },
+    ),
+)
+"""Bugs that no address is the place of: `at` is what the refusal says."""

@@ -42,7 +42,7 @@ from dmqfx.errors import CaptureError
 from dmqfx.frontend.call import bind
 from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
-from dmqfx.frontend.signature import SUPPORTED, signature
+from dmqfx.frontend.signature import SUPPORTED, demanded, signature
 from dmqfx.graph.program import Program
 from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
@@ -107,6 +107,12 @@ def test_a_captured_model_equals_eager_at_sizes_it_was_not_captured_at(name: str
 @pytest.mark.parametrize("name", RARE)
 def test_a_rare_captured_model_equals_eager_too(name: str) -> None:
     assert_equals_eager_at_all_sizes(name)
+
+
+@pytest.mark.parametrize("name", [*COMMON, "plain", "self-attention"])
+def test_what_a_graph_reads_is_known_before_it_is_captured(name: str) -> None:
+    unet, program = captured(name)
+    assert [i.name for i in demanded(unet).inputs] == [i.name for i in program.inputs.inputs]
 
 
 def test_the_comparison_with_eager_notices_one_bias_that_is_off_by_a_thousandth() -> None:

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler
+from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DConditionModel
 from handmade import compiled as handmade
 from models import one_level, randomize, unconditional
 
@@ -183,6 +183,29 @@ def test_inspect_of_a_float_model_lists_layers_and_draws(dmqfx: Ask, folder: Pat
     assert (folder / "new" / "u.svg").read_text().startswith("<svg")
 
 
+def test_inspect_of_a_float_model_reads_no_weights(dmqfx: Ask) -> None:
+    whole, hollow = dmqfx("inspect", "unet", "--json"), dmqfx("inspect", "hollow", "--json")
+    assert hollow.code == 0, hollow.err
+    assert hollow.data == whole.data
+
+
+def test_inspect_of_a_hub_id_downloads_its_configuration_only(
+    dmqfx: Ask, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, siblings = (
+        UNet2DConditionModel.load_config(folder / "unet"),
+        [SimpleNamespace(rfilename="config.json")],
+    )
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(siblings=siblings)
+    )
+    monkeypatch.setattr("diffusers.UNet2DModel.load_config", lambda *_, **__: dict(config))
+    monkeypatch.setattr("diffusers.UNet2DConditionModel.from_pretrained", pytest.fail)
+    answer = dmqfx("inspect", "owner/name", "--json")
+    assert answer.code == 0, answer.err
+    assert answer.data == dmqfx("inspect", "hollow", "--json").data
+
+
 def test_inspect_of_a_compiled_model_tells_its_bits_and_what_was_lost(
     dmqfx: Ask, made: dict[str, Answer]
 ) -> None:
@@ -306,14 +329,14 @@ CACHED, THERE = "cached", "on the hub"
 @pytest.mark.parametrize(
     ("where", "files", "asked"),
     [
-        (CACHED, ["unet/config.json"], ("unet", {"local_files_only": True})),
-        (CACHED, ["config.json"], ("", {"local_files_only": True})),
-        (THERE, ["model_index.json", "unet/config.json"], ("unet", {})),
-        (THERE, ["config.json"], ("", {})),
+        (CACHED, ["unet/config.json"], ("unet", True)),
+        (CACHED, ["config.json"], ("", True)),
+        (THERE, ["model_index.json", "unet/config.json"], ("unet", False)),
+        (THERE, ["config.json"], ("", False)),
     ],
 )
 def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
-    monkeypatch: pytest.MonkeyPatch, where: str, files: list[str], asked: tuple[str, dict[str, bool]]
+    monkeypatch: pytest.MonkeyPatch, where: str, files: list[str], asked: tuple[str, bool]
 ) -> None:
     loaded: list[tuple[object, ...]] = []
     info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
@@ -322,7 +345,7 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
         "huggingface_hub.try_to_load_from_cache", lambda name, file: file if file in cached else None
     )
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
-    monkeypatch.setattr(sources, "_pretrained", lambda *given, **more: loaded.append((*given, more)))
+    monkeypatch.setattr(sources, "_pretrained", lambda *given: loaded.append(given))
     sources.load_unet("owner/name")
     assert loaded == [("owner/name", *asked)]
 
@@ -371,6 +394,11 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
             "compile unet --out o --set pipeline.round-weights.method=neares",
             1,
             "method must be one of nearest",
+        ),
+        (
+            "compile emoji --out o --set pipeline=[canonicalize]",
+            1,
+            "--set:1:11: pipeline: the policy asks for bits (default.weight), but no step provides 'planned'",
         ),
         ("compile unet --out /proc/o", 1, "/proc/o cannot be written: /proc takes no files"),
         ("compile unet --out o --rows 0 --min-sqnr 20", 1, "--rows 0 measures nothing, and 20 dB SQNR"),
@@ -424,6 +452,15 @@ def test_a_damaged_model_is_refused_and_verify_says_so_by_its_exit_code(dmqfx: A
     answer = dmqfx("verify", "damaged")
     assert answer.code == terminal.REFUTED
     assert "graph.json was truncated or altered" in answer.err
+
+
+def test_a_model_of_a_newer_format_is_not_verified_and_the_codes_say_so(dmqfx: Ask, folder: Path) -> None:
+    newer = shutil.copytree(folder / "handmade", folder / "newer", dirs_exist_ok=True) / "dmqfx.json"
+    newer.write_text(newer.read_text().replace('"format_version": ', '"format_version": 9'))
+    answer = dmqfx("verify", "newer")
+    assert answer.code == terminal.REFUTED
+    assert re.search(r"dmqfx\.json has format 9\d+, and this dmqfx reads up to \d+: update dmqfx", answer.err)
+    assert "damaged or of a newer format" in terminal.EXIT_CODES[answer.code]
 
 
 def test_a_model_whose_manifest_is_gone_is_still_known_as_a_compiled_one(dmqfx: Ask, folder: Path) -> None:

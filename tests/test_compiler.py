@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+from models import model
 
 import dmqfx
-from dmqfx.compiler import QualityWarning
-from dmqfx.errors import CaptureError, PipelineError
+from dmqfx.compiler import NothingQuantizedWarning, QualityWarning
+from dmqfx.errors import CalibrationError, CaptureError, PipelineError, PolicyError
 
 
 def small(dtype: torch.dtype) -> UNet2DModel:
@@ -55,6 +57,72 @@ def test_an_order_that_cannot_work_is_refused_before_anything_runs(monkeypatch: 
 
 
 @pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["pipeline=[canonicalize]"],
+            r"asks for bits \(default\.weight\), but no step provides 'planned' .*; put plan-sites into it",
+        ),
+        (
+            ["pipeline=[canonicalize, plan-sites]"],
+            r"asks for bits \(default\.weight\), but no step provides 'qdq' .*; put insert-qdq into it, or say float",
+        ),
+        (
+            [
+                "default.weight=float",
+                "rules=[{name: ends, at: 'conv_in/*', weight: {bits: 8}}]",
+                "pipeline=[canonicalize]",
+            ],
+            r"asks for bits \(rules\.ends\.weight\), but no step provides 'planned'",
+        ),
+    ],
+)
+def test_bits_that_no_step_gives_are_refused_before_anything_runs(
+    overrides: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for long in ("capture", "Calibration.synthesize"):
+        monkeypatch.setattr(f"dmqfx.compiler.{long}", pytest.fail)
+    with pytest.raises(PolicyError, match=told):
+        dmqfx.compile(small(torch.float32), "w8a16", overrides=overrides)
+
+
+def keeping(rule: dict[str, object], **more: object) -> dict[str, object]:
+    return {"name": "mine", "extends": "w8a16", "rules": [rule], **more}
+
+
+def test_bits_that_not_one_site_gets_are_a_warning_and_in_the_report() -> None:
+    all_kept = keeping({"name": "all", "at": "**", "keep": "float"})
+    with pytest.warns(
+        NothingQuantizedWarning, match="'mine' asks for bits, but all 81 sites are kept float by all;"
+    ):
+        q = dmqfx.compile(small(torch.float32), all_kept, report_rows=0)
+    assert "nothing was asked to be quantized: every layer is float" in q.report.summary()
+
+
+def test_bits_that_every_site_refuses_are_a_warning_and_in_the_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dmqfx.passes.plan_sites._unquantizable", lambda program, site: "no reason")
+    told = "'w8a16' asks for bits, but none of the 27 sites got any: plan-sites: no reason; 8 bit"
+    with pytest.warns(NothingQuantizedWarning, match=told):
+        q = dmqfx.compile(small(torch.float32), "w8a16", report_rows=0)
+    assert "not one of them is quantized: every layer is float" in q.report.summary()
+
+
+def test_a_policy_that_is_float_on_purpose_is_compiled_in_silence() -> None:
+    policy = keeping(
+        {"name": "all", "at": "**", "keep": "float"},
+        default={"weight": "float", "input": "float"},
+    )
+    unet, x = small(torch.float32), torch.randn(1, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        q = dmqfx.compile(unet, policy, report_rows=0)
+    with torch.no_grad():
+        torch.testing.assert_close(q(x, 500).sample, unet(x, 500).sample)
+
+
+@pytest.mark.parametrize(
     ("rows", "words"), [(2, r"the output has \d+\.\d dB SQNR, 90 dB are wanted"), (0, "nothing was measured")]
 )
 def test_what_a_policy_expects_in_vain_is_a_warning(rows: int, words: str) -> None:
@@ -82,6 +150,57 @@ def test_what_cannot_be_captured_is_refused_before_it_is_calibrated() -> None:
     unet.conv_in._hf_hook = object()
     with pytest.raises(CaptureError, match="cannot capture at conv_in"):
         dmqfx.compile(unet)
+
+
+def of_channels(channels: int) -> dmqfx.Calibration:
+    unet = UNet2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        sample_size=8,
+    )
+    return dmqfx.Calibration.synthesize(unet, steps=2, trajectories=1, progress=False)
+
+
+def without_context() -> dmqfx.Calibration:
+    calls = dmqfx.Calibration.synthesize(model("plain"), steps=2, trajectories=1, progress=False)
+    columns = [dict(group.columns) for group in calls.groups]
+    for each in columns:
+        del each["encoder_hidden_states"]
+    groups = (replace(group, columns=left) for group, left in zip(calls.groups, columns, strict=True))
+    return replace(calls, groups=tuple(groups))
+
+
+def test_a_calibration_that_does_not_fit_is_refused_before_capture_in_the_words_of_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unet, other = small(torch.float32), of_channels(4)
+    with pytest.raises(CalibrationError, match=r"sample is \[4, 8, 8\] and should be \[3, H, W\]") as later:
+        other.check(dmqfx.capture(unet).inputs)
+    monkeypatch.setattr("dmqfx.compiler.capture", pytest.fail)
+    with pytest.raises(CalibrationError) as early:
+        dmqfx.compile(unet, "w8a8", calibration=other)
+    assert str(early.value) == str(later.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_calibration_without_the_context_that_no_block_reads_fits() -> None:
+    unet = model("plain")
+    q = dmqfx.compile(unet, "w8a8", calibration=without_context(), report_rows=0)
+    assert q.report is not None
+    assert q.report.got
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_calibration_without_the_context_that_is_read_is_refused_before_capture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dmqfx.compiler.capture", pytest.fail)
+    with pytest.raises(CalibrationError, match="encoder_hidden_states not recorded"):
+        dmqfx.compile(model("conditional"), "w8a8", calibration=without_context())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

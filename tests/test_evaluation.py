@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +13,13 @@ import pytest
 import torch
 from models import randomize, unconditional
 
+import dmqfx
 from dmqfx import emoji
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.calibration.recording import recording
 from dmqfx.compiler import compile
 from dmqfx.errors import CalibrationError, DmqfxError
-from dmqfx.evaluation import Evaluation, emoji_calibration, evaluate, mean_db, psnr_db
+from dmqfx.evaluation import Evaluation, OtherWeightsWarning, emoji_calibration, evaluate, mean_db, psnr_db
 from dmqfx.frontend.signature import UNet
 from dmqfx.judging.features import HAAR
 from dmqfx.judging.findings import Run, Spread
@@ -67,6 +70,24 @@ def test_fewer_bits_are_farther_from_float(unet: UNet, rows: Calibration) -> Non
 @pytest.fixture(scope="module")
 def q(unet: UNet) -> CompiledUNet:
     return compile(unet, "w4a16", report_rows=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_weights_than_those_that_were_compiled_are_told(
+    unet: UNet, q: CompiledUNet, rows: Calibration, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    q.save_pretrained(tmp_path)
+    loaded, other = dmqfx.load(tmp_path), copy.deepcopy(unet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OtherWeightsWarning)
+        evaluate(
+            copy.deepcopy(unet).to(dtype), loaded, rows, rows=1
+        )  # a half precision copy is no other model
+    with torch.no_grad():
+        other.conv_out.weight[1, 2, 1, 1] += 0.5
+    told = "the compiled model was made from other weights than those of this float UNet2DModel"
+    with pytest.warns(OtherWeightsWarning, match=told):
+        evaluate(other.to(dtype), loaded, rows, rows=1)
 
 
 def test_what_is_measured_is_the_output_itself(unet: UNet, q: CompiledUNet, rows: Calibration) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 import pytest
-from mutants import MUTANTS
+from mutants import MISCALLED, MUTANTS
 from planting import Mutant, context, program_before
 
 from dmqfx.checking.verify import verify
-from dmqfx.errors import VerifyError
+from dmqfx.errors import RewriteError, VerifyError
+from dmqfx.graph.pipeline import run_step
 from dmqfx.graph.registry import GROUP, passes
 
 BUILT_IN = {point.name for point in entry_points(group=GROUP) if point.module.startswith("dmqfx.passes.")}
@@ -23,6 +24,15 @@ def test_a_planted_bug_is_found_and_placed(mutant: Mutant) -> None:
     assert caught.value.step == mutant.pass_name
     assert caught.value.address == mutant.at
     assert str(caught.value).startswith(mutant.pass_name)
+
+
+@pytest.mark.parametrize("mutant", MISCALLED, ids=lambda mutant: mutant.name)
+def test_other_inputs_are_refused_after_the_pass_by_name(mutant: Mutant) -> None:
+    told = f"^{mutant.pass_name} changed the {mutant.at}"
+    with pytest.raises(RewriteError, match=told):
+        run_step(mutant.make(), mutant.program(), context(mutant.policy))
+    with pytest.raises(RewriteError, match=told):
+        verify(mutant.program(), mutant.make(), context(mutant.policy))
 
 
 @pytest.mark.parametrize(("step", "meets", "policy"), HONEST, ids=str)

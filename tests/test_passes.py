@@ -23,8 +23,9 @@ from dmqfx.errors import CalibrationError, PassNotFoundError, PipelineError, Pol
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.facts import CANONICAL, QDQ
+from dmqfx.graph.invariants import check_structure
 from dmqfx.graph.modules import clone
-from dmqfx.graph.pipeline import Pass, PassContext, Pipeline, check_structure, run_step
+from dmqfx.graph.pipeline import Pass, PassContext, Pipeline, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create, passes
 from dmqfx.graph.rewrite import Rewriter

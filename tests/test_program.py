@@ -18,9 +18,10 @@ from toys import rows, toy
 from dmqfx.errors import RewriteError
 from dmqfx.graph import facts, ops, registry
 from dmqfx.graph.address import Address, Site
+from dmqfx.graph.invariants import check_facts
 from dmqfx.graph.journal import Journal
 from dmqfx.graph.modules import build, propagate
-from dmqfx.graph.pipeline import PassContext, Pipeline, check_facts
+from dmqfx.graph.pipeline import PassContext, Pipeline
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
 from dmqfx.graph.rewrite import Rewriter

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from models import unconditional
 from tiny import IN, OUT, changed, plain, planned, quantized
 from toys import toy
 
-from dmqfx.errors import PolicyError
+from dmqfx.errors import DmqfxError, PolicyError
 from dmqfx.graph import registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.journal import Application, PassRecord, Refusal
@@ -18,7 +21,10 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned, Range
 from dmqfx.policy.policy import Policy
+from dmqfx.runtime.targets import Target
+from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.explain import explain, explanations
+from dmqfx.seeing.picture import picture
 from dmqfx.seeing.selection import AddressError
 from dmqfx.seeing.show import diff, show, why
 from dmqfx.seeing.why import _spans
@@ -279,3 +285,51 @@ def test_explain_of_some_sites_are_those_of_the_glob() -> None:
 def test_explain_of_a_policy_that_plans_nothing_says_so() -> None:
     with pytest.raises(PolicyError, match=r"has no step that plans sites.*plan-sites"):
         explain(plain(), {**WEIGHTS_ONLY, "pipeline": ["canonicalize"]})
+
+
+# --- what may be given
+
+
+def seen(view: Callable[..., str], given: object) -> str:
+    """What a view says of something, with the arguments that it needs besides."""
+    more = {diff: (plain(),), why: ("act/silu",), explain: ({**FLOAT_THROUGHOUT},)}
+    return view(given, *more.get(view, ()))
+
+
+VIEWS = (show, diff, why, explain, picture)
+FLOAT_THROUGHOUT = {
+    "default": {"weight": "float", "input": "float"},
+    "pipeline": ["canonicalize", "flag-skips", "plan-sites"],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
+def test_a_compiled_unet_is_seen_as_its_program(view: Callable[..., str]) -> None:
+    compiled = CompiledUNet(plain(), config={}, target=Target("float", (), ""))
+    assert seen(view, compiled) == seen(view, plain())
+    assert diff(plain(), compiled).startswith("equal: ")
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (unconditional(), "or a compiled UNet, not a UNet2DModel; pass dmqfx.capture(unet)"),
+        ("out/", "not a str; pass dmqfx.load(folder)"),
+        (Path("out"), "; pass dmqfx.load(folder)"),
+        (plain().graph, "not a Graph; pass dmqfx.capture(unet), or what dmqfx.compile gave"),
+        (None, "not None; pass dmqfx.capture(unet), or what dmqfx.compile gave"),
+    ],
+    ids=["unet", "text", "path", "graph", "none"],
+)
+def test_anything_else_is_refused_with_what_to_pass_instead(
+    view: Callable[..., str], given: object, told: str
+) -> None:
+    with pytest.raises(TypeError, match=f"^{view.__name__} is for a Program .*{re.escape(told)}$") as caught:
+        seen(view, given)
+    assert isinstance(caught.value, DmqfxError)
+
+
+def test_diff_says_that_of_its_second_program_too() -> None:
+    with pytest.raises(TypeError, match="diff is for a Program or a compiled UNet, not None"):
+        diff(plain(), None)  # type: ignore[arg-type]

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -316,6 +318,59 @@ def test_a_process_killed_between_two_renames_leaves_both_whole(
     assert torch.equal(outputs(store.load(left)), outputs(compiled()))
     left.rename(target)
     assert contents(target) == contents(saved)
+
+
+SAVING = """
+import sys, time
+from dmqfx.storage import store
+from handmade import compiled
+
+def forever(*given):
+    print("half way", flush=True)
+    time.sleep(600)
+
+store.write_manifest = forever
+compiled().save_pretrained(sys.argv[1])
+"""
+
+
+def saving(target: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A process that is half way through a save, and the hidden directory that it writes into."""
+    there = set(target.parent.iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVING, str(target)],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half way\n"
+    (made,) = set(target.parent.iterdir()) - there
+    return process, made
+
+
+def test_the_next_save_removes_what_a_killed_one_left_and_nothing_else(saved: Path, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(saved, tmp_path / "unet"))
+    (dead, left), (alive, used), (other, others) = map(saving, (target, target, tmp_path / "net"))
+    try:
+        for process in (dead, other):
+            process.kill()
+            process.wait()
+        mine, near = tmp_path / ".unet.dmqfx-abcdefgh", tmp_path / ".unet.dmqfx-notes"
+        for directory in (mine, near):
+            directory.mkdir()
+        (mine / "lock").touch()
+        (mine / "thesis.txt").write_text("not ours")
+        assert (left / "new" / "graph.json").exists()
+        compiled().save_pretrained(target)
+        assert {*tmp_path.iterdir()} == {target, used, others, mine, near}
+        assert (used / "new" / "graph.json").exists()
+        assert contents(target) == contents(saved)
+    finally:
+        alive.kill()
+        alive.wait()
+    compiled().save_pretrained(target)
+    assert {*tmp_path.iterdir()} == {target, others, mine, near}
 
 
 def test_a_directory_with_anything_else_in_it_is_not_replaced(saved: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dmqfx.checking.producers import wrong_producers
 from dmqfx.checking.tablecheck import Broken, broken_claims
 from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.graph.facts import FITTED, PAIRED, QDQ
+from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Application, Journal
 from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import (
@@ -28,8 +29,6 @@ from dmqfx.graph.pipeline import (
     PassContext,
     Preserves,
     check_declared,
-    check_facts,
-    check_structure,
 )
 from dmqfx.graph.program import Program
 

@@ -48,8 +48,9 @@ def inspect(options: argparse.Namespace) -> int:
     from dmqfx.storage.atomic import replacing_file
 
     drawing = files.to_be_file(options.picture) if options.picture else None
-    compiled = sources.load_stored(options.model) if sources.is_compiled(options.model) else None
-    program = compiled.program if compiled is not None else sources.load_program(options.model)
+    name = options.model
+    compiled = sources.load_stored(name) if sources.is_compiled(name) else None
+    program = compiled.program if compiled else sources.program_of(sources.load_outline(name))
     report = compiled.report if compiled is not None else None
     items = inventory(program, options.at)
     text = listing(items)

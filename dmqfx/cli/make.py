@@ -177,7 +177,7 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def compile_(options: argparse.Namespace) -> int:
     """dmqfx compile."""
-    from dmqfx.compiler import QualityWarning, needs_calibration
+    from dmqfx.compiler import QualityWarning, check_pipeline, needs_calibration
     from dmqfx.compiler import compile as compile_unet
     from dmqfx.errors import DmqfxError
     from dmqfx.evaluation import emoji_calibration
@@ -186,6 +186,7 @@ def compile_(options: argparse.Namespace) -> int:
     from dmqfx.storage.store import refuse_foreign
 
     policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
+    check_pipeline(policy)
     out = files.to_be_folder(options.out)
     refuse_foreign(out)
     floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]

@@ -6,7 +6,7 @@ import json
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from dmqfx.cli.terminal import bars
 from dmqfx.errors import DmqfxError
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from dmqfx.runtime.targets import Target
     from dmqfx.runtime.unet import CompiledUNet
 
+Found: TypeAlias = tuple[Path | str, str, bool]
+"""A folder or a hub id, the folder in it, and whether the cache has it, so that the network is left alone."""
+
 __all__ = [
     "flagged",
     "is_compiled",
@@ -27,10 +30,12 @@ __all__ = [
     "load_calibration",
     "load_captured",
     "load_compiled",
+    "load_outline",
     "load_pipeline",
     "load_program",
     "load_stored",
     "load_unet",
+    "program_of",
     "unlowered",
 ]
 
@@ -59,22 +64,31 @@ def load_unet(name: str) -> UNet:
     """
     from dmqfx import emoji
 
-    path = Path(name)
+    return emoji.load_unet() if is_emoji(name) else _pretrained(*_found(name))
+
+
+def load_outline(name: str) -> UNet:
+    """A float UNet or ControlNet by its configuration alone: every layer is there, and no weight is read.
+
+    The parameters take no memory as long as nobody writes to them; what they hold is undefined.
+
+    Raises: DmqfxError that says what was looked for.
+    """
+    import torch
+
+    from dmqfx import emoji
+
     if is_emoji(name):
         return emoji.load_unet()
-    if is_compiled(name):
-        raise DmqfxError(f"{name} is a compiled model; this command needs the float UNet that it came from")
-    if path.is_file():
-        raise DmqfxError(
-            f"{name} is a file; MODEL is a diffusers folder (for one file: `from_single_file` first)"
-        )
-    if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "model_index.json")):
-            raise DmqfxError(f"{name} has neither config.json (a UNet) nor model_index.json (a pipeline)")
-        return _pretrained(path, "unet" if (path / "model_index.json").is_file() else "")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        raise DmqfxError(f"there is no folder {name}, and it is neither a hub id (owner/name) nor `emoji`")
-    return _from_hub(name)
+
+    source, inside, local = _found(name)
+    kind, config = _configured(source, inside, local)
+    try:
+        with torch.device("meta"):
+            made = kind.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise DmqfxError(f"cannot make the {kind.__name__} of {source}: {error}") from error
+    return made.float().eval().to_empty(device="cpu")
 
 
 def load_compiled(name: str, target: str = "auto") -> CompiledUNet:
@@ -113,12 +127,16 @@ def load_captured(name: str) -> Program:
 
 def load_program(name: str) -> Program:
     """The program of a compiled folder, or the canonical program of a float UNet with its skips flagged."""
+    return load_stored(name).program if is_compiled(name) else program_of(load_unet(name))
+
+
+def program_of(unet: UNet) -> Program:
+    """The canonical program of a float UNet with its skips flagged."""
+    from dmqfx.frontend.capture import capture
     from dmqfx.graph.pipeline import PassContext
     from dmqfx.graph.registry import pipeline
 
-    if is_compiled(name):
-        return load_stored(name).program
-    return flagged(pipeline([("canonicalize", {})]).run(load_captured(name), PassContext()))
+    return flagged(pipeline([("canonicalize", {})]).run(capture(unet), PassContext()))
 
 
 def flagged(program: Program) -> Program:
@@ -172,20 +190,41 @@ def _hush() -> None:
             of_transformers.disable_progress_bar()
 
 
-def _from_hub(name: str) -> UNet:
+def _found(name: str) -> Found:
+    """Where a float model is.
+
+    Raises: DmqfxError that says what was looked for.
+    """
+    path = Path(name)
+    if is_compiled(name):
+        raise DmqfxError(f"{name} is a compiled model; this command needs the float UNet that it came from")
+    if path.is_file():
+        raise DmqfxError(
+            f"{name} is a file; MODEL is a diffusers folder (for one file: `from_single_file` first)"
+        )
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "model_index.json")):
+            raise DmqfxError(f"{name} has neither config.json (a UNet) nor model_index.json (a pipeline)")
+        return path, "unet" if (path / "model_index.json").is_file() else "", False
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise DmqfxError(f"there is no folder {name}, and it is neither a hub id (owner/name) nor `emoji`")
+    return _on_hub(name)
+
+
+def _on_hub(name: str) -> Found:
     """The unet/ of a pipeline on the hub, or a UNet on its own; from the cache where that has it."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     for inside in ("unet", ""):
         if isinstance(try_to_load_from_cache(name, f"{inside}/config.json".lstrip("/")), str):
-            return _pretrained(name, inside, local_files_only=True)
+            return name, inside, True
     try:  # asked first and once: a download of what is not there is tried for a minute
         siblings = HfApi().model_info(name, timeout=10).siblings or []
     except Exception as error:  # requests or httpx, as the hub's version has it
         reason = str(error).partition("\n")[0]
         raise DmqfxError(f"there is no folder {name}, and as a hub id it cannot be read: {reason}") from error
     pipeline = any(each.rfilename == "unet/config.json" for each in siblings)
-    return _pretrained(name, "unet" if pipeline else "")
+    return name, "unet" if pipeline else "", False
 
 
 def _variant(folder: Path) -> dict[str, str]:
@@ -202,21 +241,34 @@ def _variant(folder: Path) -> dict[str, str]:
     return {} if "" in variants else {"variant": min(variants)}
 
 
-def _pretrained(source: Path | str, inside: str, **more: bool) -> UNet:
+def _configured(source: Path | str, inside: str, local: bool) -> tuple[type[UNet], dict[str, object]]:
+    """The class of a model and its configuration."""
     from diffusers import UNet2DModel
 
     from dmqfx.frontend.signature import SUPPORTED
 
     kinds = {kind.__name__: kind for kind in SUPPORTED}
-    where = {**more, **({"subfolder": inside} if inside else {})}
     try:
-        config = UNet2DModel.load_config(source, **where)
-        named = config.get("_class_name") if isinstance(config, dict) else None
-        kind = kinds.get(str(named))
-        if kind is None:
-            found = named or "a folder whose config.json names no class"
-            raise DmqfxError(f"{source} is {found}; dmqfx takes {', '.join(kinds)}")
-        weights = _variant(source / inside) if isinstance(source, Path) else {}
-        return kind.from_pretrained(source, **where, **weights).float().eval()
+        config = UNet2DModel.load_config(source, **_where(inside, local))
     except (OSError, ValueError, RuntimeError) as error:
         raise DmqfxError(f"cannot load {source}: {error}") from error
+    named = config.get("_class_name") if isinstance(config, dict) else None
+    kind = kinds.get(str(named))
+    if kind is None:
+        found = named or "a folder whose config.json names no class"
+        raise DmqfxError(f"{source} is {found}; dmqfx takes {', '.join(kinds)}")
+    return kind, config
+
+
+def _pretrained(source: Path | str, inside: str, local: bool) -> UNet:
+    kind, _ = _configured(source, inside, local)
+    weights = _variant(source / inside) if isinstance(source, Path) else {}
+    try:
+        return kind.from_pretrained(source, **_where(inside, local), **weights).float().eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DmqfxError(f"cannot load {source}: {error}") from error
+
+
+def _where(inside: str, local: bool) -> dict[str, object]:
+    """What diffusers is told: the folder in the folder, and whether the network is left alone."""
+    return {**({"subfolder": inside} if inside else {}), **({"local_files_only": True} if local else {})}

@@ -19,7 +19,7 @@ EXIT_CODES: Final = MappingProxyType(
         FAILED: "an error, said on standard error",
         WRONG_USE: "the command line is wrong",
         MISSED: "a quality gate was missed (--min-sqnr, --min-psnr, --min-ssim, a policy's `expect`); results are kept",
-        REFUTED: "verification found a wrong pass, or a saved model that is damaged",
+        REFUTED: "verification found a wrong pass, or a saved model that is damaged or of a newer format",
         INTERRUPTED: "interrupted",
     }
 )

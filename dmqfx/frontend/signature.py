@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import TypeAlias, TypeGuard
 
@@ -28,6 +29,17 @@ def signature(unet: UNet, *, residuals: bool = False) -> InputSpec:
         inputs += [Input(name, (1, 1, 1, 1), "residual", unet.dtype) for name in names]
     root = next(supported.__name__ for supported in SUPPORTED if isinstance(unet, supported))
     return InputSpec(root, tuple(inputs), _sizes(unet), multiple_of(unet), unread=tuple(_unread(unet)))
+
+
+def demanded(unet: UNet, *, residuals: bool = False) -> InputSpec:
+    """The signature without a context that no block attends to: what the graph reads, before there is one."""
+    spec, blocks = signature(unet, residuals=residuals), [*unet.down_blocks, unet.mid_block]
+    blocks += getattr(unet, "up_blocks", ())
+    if any(getattr(block, "has_cross_attention", False) for block in blocks):
+        return spec
+    unread = [i.name for i in spec.inputs if i.name in ("encoder_hidden_states", "image_embeds")]
+    read = tuple(i for i in spec.inputs if i.name not in unread)
+    return replace(spec, inputs=read, unread=(*spec.unread, *unread))
 
 
 def is_supported(module: object) -> TypeGuard[UNet]:

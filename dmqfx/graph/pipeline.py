@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
 
 from dmqfx.errors import PipelineError, RewriteError
 from dmqfx.graph.facts import CALIBRATED, Fact
+from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Journal, PassRecord
-from dmqfx.graph.modules import label
 from dmqfx.graph.program import Program
 
 if TYPE_CHECKING:
@@ -251,55 +250,6 @@ def _walk_of(step: Pass) -> object:
 def _versions(program: Program) -> dict[str, int]:
     """How often each weight has been written into, as far as torch counts it."""
     return {name: w._version for name, w in program.weights().items() if not w.is_inference()}
-
-
-def check_structure(program: Program, step: str, before: Program | None = None) -> None:
-    """What must hold after every pass: lint, unique addresses, live table sites, output shapes.
-
-    Raises: RewriteError naming the pass and the address.
-    """
-    try:
-        program.graph.lint()
-    except RuntimeError as error:
-        raise RewriteError(f"{step} left a broken graph: {str(error).splitlines()[0]}") from error
-    seen: set[object] = set()
-    for node in program.graph.nodes:
-        if node.op not in ("call_function", "call_module"):
-            continue
-        address = node.meta.get("address")
-        if address is None:
-            raise RewriteError(f"{step} left {node.name} without an address; make nodes through the Rewriter")
-        if address in seen:
-            raise RewriteError(f"{step} left two operations at {address}")
-        if "val" not in node.meta:
-            raise RewriteError(f"{step} left {address} without a fake value; make nodes through the Rewriter")
-        seen.add(address)
-    for site in program.table.sites():
-        if site.at not in seen:
-            mend = (
-                "put what took its place at the same address (rw.like, rw.call_at), or table.drop the entry"
-            )
-            raise RewriteError(f"{step} left a table entry for {site}, but that operation is gone; {mend}")
-    if before is not None and _shapes(program) != _shapes(before):
-        raise RewriteError(f"{step} changed the outputs from {_shapes(before)} to {_shapes(program)}")
-
-
-def check_facts(program: Program, step: str) -> None:
-    """What a program is said to be must be so, as far as a fact can be checked.
-
-    Raises: RewriteError naming the pass, the fact and what contradicts it.
-    """
-    for fact in sorted(program.facts, key=str):
-        if why := fact.broken(program):
-            raise RewriteError(f"after {step} the fact {fact.name!r} ({fact.meaning}) does not hold: {why}")
-
-
-def _shapes(program: Program) -> list[tuple[str, str]]:
-    output = next(iter(reversed(program.graph.nodes)))
-    values = [n.meta["val"] for n in output.all_input_nodes]
-    return [
-        (str(tuple(v.shape)), str(v.dtype)) if isinstance(v, Tensor) else (label(output), "") for v in values
-    ]
 
 
 def _hint(fact: Fact, steps: Sequence[Pass], k: int, providers: Sequence[type[Pass]]) -> str:

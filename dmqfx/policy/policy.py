@@ -172,6 +172,15 @@ class Policy:
     expect: Expect = Expect()
     description: str = ""
 
+    @property
+    def bits_asked_at(self) -> str:
+        """Where it asks for bits first, such as `default.weight`; "" if everything stays float on purpose."""
+        said = {"default": self.default, **{f"rules.{rule.name}": rule for rule in self.rules}}
+        places = (
+            (f"{at}.{arg}", getattr(each, arg)) for at, each in said.items() for arg in ("weight", "input")
+        )
+        return next((place for place, setting in places if isinstance(setting, PartialSpec)), "")
+
     @staticmethod
     def load(
         source: str | os.PathLike[str] | Mapping[str, object] | Policy,

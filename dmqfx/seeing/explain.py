@@ -14,20 +14,22 @@ from dmqfx.graph.sites import operations
 from dmqfx.policy.policy import Explanation, Policy
 from dmqfx.policy.policy import explain as resolved
 from dmqfx.seeing import wording
+from dmqfx.seeing.given import Seen, program_of
 from dmqfx.seeing.selection import select
 
 __all__ = ["explain", "explanations", "table"]
 
 
 def explain(
-    program: Program, policy: str | PathLike[str] | Mapping[str, object] | Policy = "w4a8", at: str = "**"
+    program: Seen, policy: str | PathLike[str] | Mapping[str, object] | Policy = "w4a8", at: str = "**"
 ) -> str:
     """One line per site: the bits that a policy asks for, the rule that decided, the rules that it overrides.
 
     Nothing is quantized. The program is best one from `capture`: it is taken through the policy's own steps up
     to planning. `policy` is what `compile` takes, `at` a glob on addresses as in `show`.
 
-    Raises: PolicyError with every mistake of the policy; AddressError if no operation fits.
+    Raises: PolicyError with every mistake of the policy; AddressError if no operation fits;
+        NotAProgramError.
     Example:
         >>> import dmqfx
         >>> from diffusers import UNet2DModel
@@ -40,7 +42,7 @@ def explain(
         down_blocks.0.resnets.0.conv1/conv2d:input   float                               default
         down_blocks.0.resnets.0.conv1/conv2d:weight  8 bit symmetric per channel minmax  default
     """
-    return table(explanations(program, policy, at))
+    return table(explanations(program_of(program, "explain"), policy, at))
 
 
 def table(found: Sequence[Explanation]) -> str:

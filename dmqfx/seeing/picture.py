@@ -13,6 +13,7 @@ from dmqfx.graph.program import Program
 from dmqfx.policy.policy import KIND_OF_OPERATOR
 from dmqfx.seeing import wording
 from dmqfx.seeing.bits import is_quantized
+from dmqfx.seeing.given import Seen, program_of
 from dmqfx.seeing.inventory import Item, inventory
 from dmqfx.seeing.report import badness
 from dmqfx.seeing.ushape import Arc, Lane, Unit, UShape, u_shape
@@ -50,12 +51,13 @@ class _Mark:
     words: str
 
 
-def picture(program: Program, report: Report | None = None) -> str:
+def picture(program: Seen, report: Report | None = None) -> str:
     """The U as SVG text: x is execution order, y is resolution, arcs are skips, colours are bits.
 
     Colours are the bits in the graph or, before any are there, the planned ones. Tooltips give address,
     shape, bits and, with a report, SQNR. Arcs are the skips that flag-skips has found.
 
+    Raises: NotAProgramError.
     Example:
         >>> import torch
         >>> from torch import fx
@@ -72,16 +74,17 @@ def picture(program: Program, report: Report | None = None) -> str:
         >>> picture(program).startswith('<svg xmlns="http://www.w3.org/2000/svg"')
         True
     """
-    place = u_shape(program)
+    seen = program_of(program, "picture")
+    place = u_shape(seen)
     known = {layer.address: layer for layer in report.layers} if report is not None else {}
     marks = {
-        str(item.address): _mark(item, is_quantized(program), known.get(str(item.address)))
-        for item in inventory(program)
+        str(item.address): _mark(item, is_quantized(seen), known.get(str(item.address)))
+        for item in inventory(seen)
         if item.sites
     }
     width, height = max(place.width, _SMALLEST_WIDTH), place.bottom + _LEGEND
     body = [
-        *_header(program, marks, report),
+        *_header(seen, marks, report),
         *(_lane(lane, width) for lane in place.lanes),
         *_trunk(place),
         *map(_arc, place.arcs),
@@ -93,7 +96,7 @@ def picture(program: Program, report: Report | None = None) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
             f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="{_FONT}" role="img">',
-            f"<title>{escape(program.inputs.root)}: bits of its layers</title>",
+            f"<title>{escape(seen.inputs.root)}: bits of its layers</title>",
             "<defs>",
             *_gradients(marks),
             "</defs>",

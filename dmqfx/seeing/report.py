@@ -172,6 +172,20 @@ class Report:
         return sum(1 for site in self.sites if site.asked_bits is not None and site.as_asked)
 
     @property
+    def idle(self) -> str:
+        """Why not one site is quantized, in words; "" if one is."""
+        if any(site.got_bits is not None for site in self.sites):
+            return ""
+        if not self.asked:
+            rules = ", ".join(dict.fromkeys(site.rule for site in self.sites if site.rule))
+            kept = f" by {rules}" if rules else ""
+            return (
+                f"all {len(self.sites)} sites are kept float{kept}; say float in its default if that is meant"
+            )
+        reasons = (reason for site in self.sites for reason in site.reasons)
+        return f"none of the {self.asked} sites got any: {next(reasons, 'no pass says why')}"
+
+    @property
     def memory_only(self) -> bool:
         """Whether weights are quantized and nothing else is: smaller, and not faster."""
         return {site.argument for site in self.sites if site.got_bits is not None} == {"weight"}

@@ -70,6 +70,8 @@ def _summary(report: Report) -> Iterator[str]:
     yield f"bits    {report.got} of {report.asked} sites as asked" + (f", {missed} not" if missed else "")
     if not report.asked:
         yield "        nothing was asked to be quantized: every layer is float"
+    elif report.idle:
+        yield "        not one of them is quantized: every layer is float"
     if report.memory_only:
         yield "        only weights are quantized: memory only, no speed claim"
     yield f"loss    {_loss(report)}"

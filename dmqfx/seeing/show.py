@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dmqfx.graph.address import Address
 from dmqfx.graph.modules import label
 from dmqfx.graph.program import Program
+from dmqfx.seeing.given import Seen, program_of
 from dmqfx.seeing.lines import Line, Part, lines
 from dmqfx.seeing.selection import select
 from dmqfx.seeing.why import why
@@ -15,13 +16,13 @@ from dmqfx.seeing.why import why
 __all__ = ["diff", "show", "why"]
 
 
-def show(program: Program, at: str = "**") -> str:
+def show(program: Seen, at: str = "**") -> str:
     """One line per operation: address, call with arguments by name, output shape; table entries after `!`.
 
     `at` is a glob on addresses (`*` stays inside one name, `**` crosses names) or, after `re:`, a regular
     expression.
 
-    Raises: AddressError if no operation fits.
+    Raises: AddressError if no operation fits; NotAProgramError.
     Example:
         >>> import torch
         >>> from torch import fx
@@ -37,17 +38,17 @@ def show(program: Program, at: str = "**") -> str:
         >>> show(program)
         'act/silu  silu(self=sample) -> [2, 3]'
     """
-    found = lines(program)
+    found = lines(program_of(program, "show"))
     wanted = select(found, at)
     return "\n".join(str(line) for address, line in found.items() if address in wanted)
 
 
-def diff(before: Program, after: Program, at: str = "**", *, context: int = 0) -> str:
+def diff(before: Seen, after: Seen, at: str = "**", *, context: int = 0) -> str:
     """What differs between two programs, aligned by address: `-` gone, `+` new, `~` changed and how.
 
     Unchanged operations are left out, but for `context` of them around each change; the last line counts.
 
-    Raises: AddressError if no operation of either program fits.
+    Raises: AddressError if no operation of either program fits; NotAProgramError.
     Example:
         >>> import torch
         >>> from torch import fx
@@ -63,6 +64,7 @@ def diff(before: Program, after: Program, at: str = "**", *, context: int = 0) -
         >>> diff(program, program.fork())
         'equal: 1 operation, 0 table entries'
     """
+    before, after = program_of(before, "diff"), program_of(after, "diff")
     old, new = lines(before), lines(after, before.dtype)
     wanted = select({**old, **new}, at)
     old, new = ({k: line for k, line in each.items() if k in wanted} for each in (old, new))

@@ -14,6 +14,7 @@ from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range
 from dmqfx.numbers.quant import QParams
 from dmqfx.seeing import wording
 from dmqfx.seeing.bits import SiteBits, is_quantized, site_bits
+from dmqfx.seeing.given import Seen, program_of
 from dmqfx.seeing.lines import Line, lines
 from dmqfx.seeing.selection import find
 
@@ -22,11 +23,12 @@ __all__ = ["why"]
 _TOLD = (Planned, Range, QParams, Codes, ChannelScale, LayerPair)
 
 
-def why(program: Program, address: str) -> str:
+def why(program: Seen, address: str) -> str:
     """The life of one operation: its call, its bits and who decided them, where its numbers come from, and
     every rewrite made or refused there.
 
-    Raises: AddressError with the three nearest, for an address that neither the program nor its log knows.
+    Raises: AddressError with the three nearest, for an address that neither the program nor its log knows;
+        NotAProgramError.
     Example:
         >>> import torch
         >>> from torch import fx
@@ -45,18 +47,19 @@ def why(program: Program, address: str) -> str:
           passes
             none rewrote or refused anything here
     """
-    known = lines(program)
-    logged = [each.at for done in program.log for each in done.applied]
+    seen = program_of(program, "why")
+    known = lines(seen)
+    logged = [each.at for done in seen.log for each in done.applied]
     at = find([*known, *logged], address)
     told = [str(at)]
     if at in known:
         told.append(f"  {known[at].call}")
-        told += [f"  {line}" for site in _sites(program, known[at]) for line in _site(program, site)]
+        told += [f"  {line}" for site in _sites(seen, known[at]) for line in _site(seen, site)]
     else:
         told.append("  is no longer in the graph")
     made = at.made_by.rpartition(".")[0]
     told += [f"  made by the pass {made}"] if made else []
-    passes = [f"    {line}" for done in program.log for line in _record(done, at)]
+    passes = [f"    {line}" for done in seen.log for line in _record(done, at)]
     return "\n".join([*told, "  passes", *(passes or ["    none rewrote or refused anything here"])])
 
 

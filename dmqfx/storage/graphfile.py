@@ -17,8 +17,8 @@ from dmqfx.errors import DmqfxError, StoreError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address
 from dmqfx.graph.inputs import InputSpec
+from dmqfx.graph.invariants import check_structure
 from dmqfx.graph.modules import build, constant, propagate
-from dmqfx.graph.pipeline import check_structure
 from dmqfx.graph.program import Program
 from dmqfx.storage.codec import Json, decode, encode
 

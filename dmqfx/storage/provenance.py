@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmqfx.graph.program import Program
 from dmqfx.storage.codec import Json
 
-__all__ = ["fingerprint", "provenance"]
+__all__ = ["fingerprint", "provenance", "weights_digest"]
 
 PACKAGES = ("dmqfx", "torch", "diffusers")
 
@@ -23,6 +23,11 @@ def provenance(program: Program) -> dict[str, Json]:
         "versions": {name: version(name) for name in PACKAGES},
         "fingerprint": fingerprint(program.weights()),
     }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """The SHA-256 of all weights of a float model, the same for a float16 copy of it."""
+    return fingerprint({name: tensor.to(torch.float16) for name, tensor in model.state_dict().items()})
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmqfx.errors import DmqfxError, StoreError
-from dmqfx.graph.pipeline import check_facts, check_structure
+from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.program import Program
 from dmqfx.policy.file import parse_policy, print_policy
 from dmqfx.runtime import targets
