@@ -17,7 +17,7 @@ from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import UNet, demanded
 from dmqfx.graph import registry
-from dmqfx.graph.facts import PLANNED, QDQ, Fact
+from dmqfx.graph.facts import FITTED, PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
@@ -113,6 +113,9 @@ def check_pipeline(policy: Policy) -> None:
     steps, providers = _steps(policy).steps, tuple(registry.passes().values())
     Pipeline(steps).check(None, providers)
     provided = frozenset[Fact]().union(*(step.provides for step in steps))
+    if policy.searched_at and FITTED not in provided:
+        words = f"pipeline: observers keep only extremes, but {policy.searched_at} is asked for; put fit-ranges into it"
+        raise PolicyError([policy.pipeline[-1].mark.problem(words)])
     lacking = [fact for fact in (PLANNED, QDQ) if fact not in provided]
     if policy.bits_asked_at and lacking:
         fact = lacking[0]

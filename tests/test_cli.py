@@ -673,7 +673,11 @@ def test_progress_bars_are_shown_on_a_terminal(folder: Path) -> None:
 
 
 def test_an_interrupted_compilation_leaves_nothing_and_says_so(folder: Path) -> None:
-    going = process("-m", "dmqfx", "compile", "unet", "--out", "cut", "--verbose", cwd=folder)
+    long = (
+        "--verify",
+        "--verbose",
+    )  # so that it is still going when it is interrupted, however busy the machine
+    going = process("-m", "dmqfx", "compile", "unet", "--out", "cut", *long, cwd=folder)
     assert going.stderr is not None
     while "captured" not in (line := going.stderr.readline()) and line:
         time.sleep(0)

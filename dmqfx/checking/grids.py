@@ -90,6 +90,8 @@ def activation_claims(program: Program, site: Site, entry: QParams) -> Iterator[
         return
     if planned.spec.range == "minmax":
         yield from _finest(low, high, entry)
+    else:
+        yield from _within(low, high, entry)
 
 
 def _in_graph(program: Program, site: Site, entry: QParams) -> Iterator[str]:
@@ -119,6 +121,14 @@ def _finest(low: Tensor, high: Tensor, params: QParams) -> Iterator[str]:
         yield f"steps are {float(off[(off - 1).abs().argmax()]):.6g} times as wide as the range needs"
     if bool(((params.zero_point - zero_point).abs()[live] > HALF_STEP).any()):
         yield "a zero point is not where the range has its zero"
+
+
+def _within(low: Tensor, high: Tensor, params: QParams) -> Iterator[str]:
+    """Whether a grid is no coarser than the whole range needs."""
+    step, _ = _needed(low, high, params)
+    wide = (params.scale.double() > step * (1 + _SAME_STEP)) & _live(step, params)
+    if bool(wide.any()):
+        yield f"steps of timestep group {int(wide.nonzero()[0, 0])} are wider than the whole range needs"
 
 
 def _needed(low: Tensor, high: Tensor, params: QParams) -> tuple[Tensor, Tensor]:

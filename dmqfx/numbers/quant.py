@@ -26,7 +26,7 @@ __all__ = [
 
 Grid = Literal["symmetric", "affine"]
 Per = Literal["tensor", "channel"]
-RangeMethod = Literal["minmax", "mse"]
+RangeMethod = Literal["minmax", "mse", "percentile", "ema"]
 
 
 @dataclass(frozen=True)

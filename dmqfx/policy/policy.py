@@ -173,9 +173,25 @@ class Policy:
     description: str = ""
 
     @property
+    def searched_at(self) -> str:
+        """Where it asks first for an input's range other than the extremes; "" if nowhere."""
+        said: dict[str, Default | Rule] = {
+            "default": self.default,
+            **{f"rules.{rule.name}": rule for rule in self.rules},
+        }
+        asked = ((at, each.input) for at, each in said.items())
+        ranges = ((at, setting.range) for at, setting in asked if isinstance(setting, PartialSpec))
+        return next(
+            (f"{at}.input.range: {found}" for at, found in ranges if found not in (None, "minmax")), ""
+        )
+
+    @property
     def bits_asked_at(self) -> str:
         """Where it asks for bits first, such as `default.weight`; "" if everything stays float on purpose."""
-        said = {"default": self.default, **{f"rules.{rule.name}": rule for rule in self.rules}}
+        said: dict[str, Default | Rule] = {
+            "default": self.default,
+            **{f"rules.{rule.name}": rule for rule in self.rules},
+        }
         places = (
             (f"{at}.{arg}", getattr(each, arg)) for at, each in said.items() for arg in ("weight", "input")
         )
@@ -269,7 +285,11 @@ def _spec(setting: Setting, key: str, rule: str, mark: Mark, train_timesteps: in
         return None
     if setting.bits is None or setting.grid is None or setting.per is None or setting.range is None:
         raise PolicyError([mark.problem(f"{rule}: {key} has no bits, and the default has none to take over")])
-    if key == "input" and setting.range == "mse":
-        raise PolicyError([mark.problem(f"{rule}: an input's range can only be minmax; mse is for weights")])
+    if key == "weight" and setting.range not in ("minmax", "mse"):
+        words = f"a weight's range can be minmax or mse; {setting.range} is for inputs"
+        raise PolicyError([mark.problem(f"{rule}: {words}")])
+    if key == "input" and setting.per == "channel" and setting.range != "minmax":
+        words = f"an input that is per channel takes its range from minmax, not {setting.range}"
+        raise PolicyError([mark.problem(f"{rule}: {words}")])
     boundaries = () if key == "weight" else setting.boundaries(train_timesteps)
     return QuantSpec(setting.bits, setting.grid, setting.per, setting.range, boundaries)

@@ -35,8 +35,11 @@ SPEC_KEYS: Final = {
     "weight": ("bits", "grid", "per", "range"),
     "input": ("bits", "grid", "per", "range", "groups"),
 }
-RANGES: Final[Mapping[str, tuple[RangeMethod, ...]]] = {"weight": get_args(RangeMethod), "input": ("minmax",)}
-"""An input's range comes from an observer, which has only its extremes to offer."""
+RANGES: Final[Mapping[str, tuple[RangeMethod, ...]]] = {
+    "weight": ("minmax", "mse"),
+    "input": get_args(RangeMethod),
+}
+"""A weight is at hand, and its best range is searched; an input is only sampled, and has more ways to be judged."""
 _BITS: Final = {"weight": (2, 8), "input": (4, 8)}
 _FLOAT_ONLY: Final[tuple[Literal["float"], ...]] = (FLOAT,)
 _MOST_GROUPS: Final = 1000

@@ -15,7 +15,7 @@ from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import channel_axis
-from dmqfx.graph.table import Planned, Range, Shift, Table
+from dmqfx.graph.table import Planned, Range, Sensitivity, Shift, Table
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.numbers.scaling import column_factor
@@ -101,6 +101,22 @@ class Turn:
         """The float bias of a reader, or None."""
         named = ops.args(self.program.node(reader.site.at))
         return None if named.get("bias") is None else self.program.constant_at(Site(reader.site.at, "bias"))
+
+    def felt(self, reader: Reader) -> Tensor | None:
+        """How much the square of an error in each column of a reader's input weighs; None if it has no weight.
+
+        It is what the weight, times gamma, makes of the column: in the metric of the layer's output, if one is
+        known, else over all output channels alike.
+
+        Shapes: float64 [C * taps].
+        """
+        if reader.weight is None:
+            return None
+        weight = self.scaled_weight(reader).flatten(1).double()
+        felt = self.table.get(Site(reader.site.at, "out"), Sensitivity)
+        if felt is None or felt.metric is None or reader.groups > 1:
+            return weight.square().view(reader.groups, -1, weight.shape[1]).sum(1).flatten()
+        return ((felt.metric.to(weight) @ weight) * weight).sum(0).clamp(min=0)
 
     def gamma(self, reader: Reader) -> Tensor | None:
         """The equivalent scale of a reader's input that is learned and not yet in the graph, or None.

@@ -1,0 +1,101 @@
+"""fit-ranges: what each word for an input's range makes of the tensors of a real UNet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from sweeping import context, output_noise, planned, recorded, swept
+
+from dmqfx.checking.verify import verify
+from dmqfx.compiler import check_pipeline
+from dmqfx.errors import DmqfxError, PolicyError
+from dmqfx.graph.program import Program
+from dmqfx.graph.registry import create
+from dmqfx.graph.sites import is_weight, operations
+from dmqfx.graph.table import Planned
+from dmqfx.numbers.quant import QParams, RangeMethod
+from dmqfx.policy.policy import Policy, explain
+
+MODEL = "plain"
+STEPS = (("measure-sensitivity", {"rows": 8}), ("fit-ranges", {"rows": 512}), ("round-weights", {}))
+
+
+def asked(method: RangeMethod, bits: int = 4) -> Program:
+    """The planned UNet with the inputs' ranges by another method."""
+    program = planned(MODEL)
+    plans = {
+        site: replace(plan, spec=replace(plan.spec, range=method, bits=bits))
+        for site, plan in program.table.of(Planned).items()
+        if plan.spec is not None and not is_weight(site)
+    }
+    return program.with_table(program.table.put_all(plans))
+
+
+@cache
+def fitted(method: RangeMethod) -> Program:
+    program = asked(method)
+    return swept(program, context(recorded(program, 16)), STEPS)
+
+
+def noise(method: RangeMethod) -> float:
+    program = fitted(method)
+    return output_noise(program, recorded(program, 16, seed=1))
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile", "ema"])
+def test_no_step_is_wider_than_the_extremes_need(method: RangeMethod) -> None:
+    widest, found = fitted("minmax").table.of(QParams), fitted(method).table.of(QParams)
+    first = next(iter(found))  # later tensors differ with what was quantized before them
+    assert found.keys() == widest.keys()
+    assert bool((found[first].scale <= widest[first].scale * (1 + 1e-6)).all())
+    assert any(not torch.equal(found[site].scale, widest[site].scale) for site in found)
+
+
+def test_the_least_error_is_less_at_the_output_too() -> None:
+    assert noise("mse") < 0.9 * noise("minmax")
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile", "ema"])
+def test_the_verifier_agrees(method: RangeMethod) -> None:
+    program = asked(method)
+    verify(program, create("fit-ranges", {"rows": 256}), context(recorded(program, 8)))
+
+
+def test_a_pipeline_of_observers_is_refused_where_more_than_extremes_is_asked_for() -> None:
+    policy = Policy.load(
+        {
+            "schema": "dmqfx.policy/1",
+            "name": "x",
+            "extends": "w4a8",
+            "default": {"input": {"range": "percentile"}},
+        }
+    )
+    with pytest.raises(
+        PolicyError, match=r"default\.input\.range: percentile is asked for; put fit-ranges into it"
+    ):
+        check_pipeline(policy)
+
+
+@pytest.mark.parametrize(
+    ("key", "spec", "told"),
+    [
+        ("weight", {"range": "ema"}, "unknown word 'ema'"),
+        ("input", {"per": "channel", "range": "mse"}, "per channel takes its range from minmax"),
+    ],
+)
+def test_what_no_range_can_be_is_refused(key: str, spec: dict[str, object], told: str) -> None:
+    policy = {"schema": "dmqfx.policy/1", "name": "x", "extends": "w4a6-aware", "default": {key: spec}}
+    with pytest.raises(PolicyError, match=told):
+        explain(Policy.load(policy), operations(planned(MODEL)))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("rows", 0), ("percent", 0.0), ("percent", 101.0), ("momentum", 1.0), ("momentum", -0.1)],
+)
+def test_options_out_of_range_are_refused(option: str, value: float) -> None:
+    with pytest.raises(DmqfxError, match=f"{option} must be"):
+        create("fit-ranges", {option: value})
