@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,48 +11,154 @@ from torch import Tensor
 
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, FITTED, LEARNED, PAIRED, ROUNDED, Fact
-from dmqfx.graph.pipeline import Pass, PassContext, Preserves
-from dmqfx.graph.program import Program
-from dmqfx.graph.table import ChannelScale, LayerPair, Range
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.table import ChannelScale, Entry, LayerPair, Range, Sensitivity
+from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn
+from dmqfx.numbers.weighting import TimestepWeights, Weighting
+from dmqfx.runtime.operators import timestep_group
+from dmqfx.sweep.rows import Rows
+from dmqfx.sweep.sweep import SweepPass
+from dmqfx.sweep.turn import Reader, Turn
 
 LIMIT = 1e4
+STARTS = {"identity": (0.0, 0.0), "even": (0.25, 0.25), "smoothquant": (0.5, 0.5), "activation": (0.5, 0.25)}
+"""Exponents of the activation's and of the weight's absolute maximum in the scales that `les` starts from."""
 
 
 @dataclass(frozen=True)
-class LearnScaling(Pass):
+class LearnScaling(SweepPass):
     """Write a ChannelScale per pair.
 
-    Units: exponent 0..1 is the share of the difficulty that moves from the activation into the weight.
-    Source: `smoothquant` is the closed form of SmoothQuant (arXiv 2211.10438, eq. 4).
+    `smoothquant` needs no more than observed ranges. `les` takes the best of several closed forms and learns on
+    from there: what the layers make of x / gamma and W * gamma, both rounded as planned, shall differ least from
+    the float product; what measure-sensitivity knows of the output counts. A scale that is no better than its
+    start is not taken. `weighting` is that of timestep groups while learning.
+
+    Units: exponent 0..1 is the share of the difficulty that moves from the activation into the weight; `rows`
+    output positions make up a problem, `batch` of them a step of Adam of rate `rate` on log gamma; `groups` are
+    parts of equal width of the training timesteps.
+    Source: `smoothquant` is the closed form of SmoothQuant (arXiv 2211.10438, eq. 4); `les` and its weighting are
+    DMQ's (arXiv 2507.12933).
     """
 
-    requires: ClassVar[frozenset[Fact]] = frozenset({PAIRED, CALIBRATED})
+    requires: ClassVar[frozenset[Fact]] = frozenset({PAIRED})
     provides: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
     clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED, FITTED})
-    preserves: ClassVar[Preserves] = Preserves.BITWISE
-    method: Literal["smoothquant"] = "smoothquant"
+    method: Literal["smoothquant", "les"] = "smoothquant"
     exponent: float = 0.5
+    iterations: int = 80
+    rows: int = 2048
+    batch: int = 256
+    rate: float = 0.05
+    weighting: Weighting = "adaptive"
+    strength: float = 20.0
+    groups: int = 20
 
     def __post_init__(self) -> None:
         if not 0 <= self.exponent <= 1:
             raise ValueError(f"exponent must be between 0 and 1, not {self.exponent}")
+        for name in ("rows", "batch", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.iterations < 0:
+            raise ValueError(f"iterations must be at least 0, not {self.iterations}")
+        if self.rate <= 0 or self.strength < 0:
+            raise ValueError(
+                f"rate must be above 0 and strength at least 0, not {self.rate} and {self.strength}"
+            )
 
-    def run(self, program: Program, ctx: PassContext) -> Program:
-        """gamma = absmax(x)^a / absmax(W)^(1 - a) per input channel; geometric mean 1 over live channels."""
-        found: dict[Site, ChannelScale] = {}
-        for site, pair in ctx.journal.fuelled(program.table.of(LayerPair).items()):
-            seen = program.table.get(site, Range)
-            if seen is None:
-                ctx.journal.refuse(site, self.method, "the input has no calibrated range")
-                continue
-            x = torch.maximum(seen.low.abs(), seen.high.abs()).amax(0)
-            w = torch.stack([_peak_by_input(program, reader, len(x)) for reader in pair.readers]).amax(0)
-            gamma = closed_form(x.double(), w.double(), self.exponent).to(w.dtype)
-            if bool((gamma == 1).all()):
-                ctx.journal.refuse(site, self.method, "the closed form is 1 for every channel")
-            elif ctx.journal.apply(site, self.method, f"gamma {gamma.min():.3g} .. {gamma.max():.3g}"):
-                found[site] = ChannelScale(gamma)
-        return program.with_table(program.table.put_all(found))
+    @property
+    def needs(self) -> frozenset[Fact]:
+        """The closed form alone asks for ranges that were observed before."""
+        return self.requires | {CALIBRATED} if self.method == "smoothquant" else self.requires
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Only `les` looks at activations."""
+        return self.method == "les"
+
+    def cost(self, reader: Reader) -> float:
+        """Three products for every step, and a few for the starts."""
+        if not self.needs_calibration or reader.weight_spec is None or reader.spec is None:
+            return 0.0
+        steps = 3 * self.iterations * self.batch + (len(STARTS) + 1) * self.rows
+        return float(steps * reader.columns * reader.shape[0])
+
+    def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
+        """One scale for all that read the tensor."""
+        found = next((r.site for r in turn.readers if turn.table.get(r.site, LayerPair) is not None), None)
+        pair = None if found is None else turn.table.get(found, LayerPair)
+        if found is None or pair is None:
+            return
+        readers = [reader for reader in turn.readers if reader.site in pair.readers]
+        seen = turn.range(_boundaries(readers)) if self.needs_calibration else turn.table.get(found, Range)
+        if seen is None:
+            ctx.journal.refuse(found, self.method, "the input has no calibrated range")
+            return
+        x = torch.maximum(seen.low.abs(), seen.high.abs()).amax(0)
+        w = torch.stack([_peak_by_input(turn.weight(reader), len(x)) for reader in readers]).amax(0)
+        if self.method == "smoothquant":
+            gamma, how = closed_form(x.double(), w.double(), self.exponent).to(w.dtype), "the closed form"
+        else:
+            gamma, how = self._learned(turn, readers, seen, ctx, (x, w))
+        if bool((gamma == 1).all()):
+            ctx.journal.refuse(found, self.method, f"{how} is 1 for every channel")
+        elif ctx.journal.apply(found, self.method, f"gamma {gamma.min():.3g} .. {gamma.max():.3g}"):
+            yield found, ChannelScale(gamma)
+
+    def _learned(
+        self,
+        turn: Turn,
+        readers: Sequence[Reader],
+        seen: Range,
+        ctx: PassContext,
+        peaks: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, str]:
+        fit = [reader for reader in readers if reader.groups == 1 and reader.geometry == readers[0].geometry]
+        rows = turn.rows(readers[0], self.rows)
+        if len(fit) < len(readers):
+            return torch.ones_like(peaks[0]), "the start of layers in groups, or of different windows,"
+        edges = torch.tensor([ctx.train_timesteps * k / self.groups for k in range(1, self.groups)])
+        problem = _problem(
+            turn, fit, seen, rows, timestep_group(rows.timestep, edges.to(rows.timestep.device))
+        )
+        x, w = (peak.double() for peak in peaks)
+        starts = {name: powers(x, w, *pair).to(peaks[1].dtype) for name, pair in STARTS.items()}
+        weights = TimestepWeights(self.weighting, self.groups, self.strength)
+        how = Learning(self.iterations, self.rate, self.batch)
+        gamma, name, turn.loss = learn(problem, starts, how, weights, turn.generator())
+        return gamma, f"the best start, {name},"
+
+
+def _boundaries(readers: Sequence[Reader]) -> tuple[float, ...]:
+    spec = readers[0].spec
+    assert spec is not None  # pair-layers takes planned inputs
+    return spec.boundaries
+
+
+def _problem(turn: Turn, readers: Sequence[Reader], seen: Range, rows: Rows, group: Tensor) -> Scaling:
+    spec = readers[0].spec
+    assert spec is not None
+    own = timestep_group(rows.timestep, torch.tensor(spec.boundaries, device=rows.timestep.device))
+    layers, importance = [], torch.zeros_like(rows.timestep, dtype=rows.quantized.dtype)
+    for reader in readers:
+        assert reader.weight_spec is not None
+        weight = turn.weight(reader).flatten(1)
+        felt = turn.table.get(Site(reader.site.at, "out"), Sensitivity)
+        layers.append(Layer(weight, reader.weight_spec, _root(felt, weight)))
+        importance += 1 if felt is None else felt.of(rows.timestep).to(importance)
+    given = Input(rows.quantized, own, seen.low, seen.high, spec, rows.taps)
+    power = sum(float((rows.quantized @ each.weight.T @ each.root).square().sum(1).mean()) for each in layers)
+    return Scaling(given, layers, importance / (len(readers) * power if power > 0 else 1.0), group)
+
+
+def _root(felt: Sensitivity | None, weight: Tensor) -> Tensor:
+    """A root of the metric, which is the identity if there is none."""
+    if felt is None or felt.metric is None:
+        return torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    values, vectors = torch.linalg.eigh(felt.metric.double())
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()).to(weight)
+    return root
 
 
 def closed_form(x: Tensor, w: Tensor, exponent: float) -> Tensor:
@@ -60,19 +167,28 @@ def closed_form(x: Tensor, w: Tensor, exponent: float) -> Tensor:
     Shapes: x, w, result [C]: absolute maxima of the input's channels and of the weight's columns.
     Source: SmoothQuant (arXiv 2211.10438), eq. 4.
     """
+    if exponent == 0 and not bool((w != w[0]).any()):
+        return torch.ones_like(x)
+    return powers(x, w, exponent, 1 - exponent)
+
+
+def powers(x: Tensor, w: Tensor, of_x: float, of_w: float) -> Tensor:
+    """x^a / w^b, with geometric mean 1 over live channels; dead ones get 1.
+
+    Shapes: as for closed_form.
+    """
     live = (x > 0) & (w > 0) & torch.isfinite(x) & torch.isfinite(w)
-    if (exponent == 0 and not bool((w != w[0]).any())) or not bool(live.any()):
+    if not bool(live.any()):
         return torch.ones_like(x)
     tiny = torch.finfo(x.dtype).tiny
-    logarithm = exponent * x.clamp_min(tiny).log() - (1 - exponent) * w.clamp_min(tiny).log()
+    logarithm = of_x * x.clamp_min(tiny).log() - of_w * w.clamp_min(tiny).log()
     centred = logarithm - logarithm[live].mean()
     gamma = centred.exp().clamp(1 / LIMIT, LIMIT)
     return torch.where(live, gamma, torch.ones_like(gamma))
 
 
-def _peak_by_input(program: Program, reader: Site, channels: int) -> Tensor:
+def _peak_by_input(weight: Tensor, channels: int) -> Tensor:
     """absmax of the weight's columns per input channel [C]; a group's columns go to its own channels."""
-    weight = program.constant_at(Site(reader.at, "weight"))
     groups = channels // weight.shape[1]
-    peaks = weight.detach().abs().flatten(2).amax(2) if weight.dim() > 2 else weight.detach().abs()
+    peaks = weight.abs().flatten(2).amax(2) if weight.dim() > 2 else weight.abs()
     return peaks.view(groups, -1, weight.shape[1]).amax(1).flatten()

@@ -90,6 +90,11 @@ class Pass(ABC):
     preserves: ClassVar[Preserves]
 
     @property
+    def needs(self) -> frozenset[Fact]:
+        """The facts that must hold: `requires`, and what its options ask for beyond."""
+        return self.requires
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether it reads calibration rows and fails without."""
         return CALIBRATED in self.provides
@@ -154,7 +159,7 @@ class Pipeline:
         known = set(program.facts) if program is not None else set()
         for k, step in enumerate(self.steps, 1):
             check_declared(step, f"step {k}, {step.name()},")
-            for fact in sorted(step.requires - known, key=str):
+            for fact in sorted(step.needs - known, key=str):
                 hint = _hint(fact, self.steps, k, providers)
                 raise PipelineError(
                     f"step {k}, {step.name()}, requires {fact.name!r} ({fact.meaning}); {hint}"

@@ -1,0 +1,199 @@
+"""Learned equivalent scaling: the scale per input channel with the least error of what the layers make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dmqfx.numbers.fitting import Ends, Sample, search
+from dmqfx.numbers.quant import QuantSpec, qrange
+from dmqfx.numbers.ranges import search_range
+from dmqfx.numbers.weighting import TimestepWeights
+
+__all__ = ["Input", "Layer", "Learning", "Scaling", "learn"]
+
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """A tensor that is to be scaled.
+
+    Shapes: values [N, C * taps], taps of a channel side by side; group int64 [N], the row's timestep group of
+    the spec; low, high [G, C], its extremes.
+    """
+
+    values: Tensor
+    group: Tensor
+    low: Tensor
+    high: Tensor
+    spec: QuantSpec
+    taps: int = 1
+
+    def columns(self, gamma: Tensor) -> Tensor:
+        """gamma for every column."""
+        return gamma.repeat_interleave(self.taps)
+
+    def ends(self, gamma: Tensor) -> Ends:
+        """The extremes of x / gamma, [G, 1]; or [G, C] if the spec is per channel."""
+        low, high = (self.low / gamma).clamp(max=0), (self.high / gamma).clamp(min=0)
+        if self.spec.per == "channel":
+            return low, high
+        return low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A layer that reads the tensor.
+
+    Shapes: weight [O, C * taps]; root [O, R] with root root' the metric of an error of the output.
+    """
+
+    weight: Tensor
+    spec: QuantSpec
+    root: Tensor
+
+    @property
+    def felt(self) -> Tensor:
+        """How much the square of an error in each column weighs [C * taps]."""
+        return (self.root.T @ self.weight).square().sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """The problem: one tensor, the layers that read it, and what each row weighs.
+
+    Shapes: importance [N]; timestep group of each row for the weighting, int64 [N].
+    """
+
+    given: Input
+    layers: Sequence[Layer]
+    importance: Tensor
+    group: Tensor
+
+    def shares(self, gamma: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+        """What part of its whole range each grid covers best, for a scale: the input's ends and the weights'."""
+        low, high = self.given.ends(gamma)
+        shares = torch.ones_like(low), torch.ones_like(high)
+        if self.given.spec.range == "mse":
+            columns = self.given.columns(gamma)
+            felt = torch.stack([layer.felt for layer in self.layers]).sum(0) * columns.square()
+            sample = Sample(self.given.values / columns, self.given.group, felt)
+            found = search((low[:, 0], high[:, 0]), sample, self.given.spec)
+            shares = _ratio(found[0][:, None], low), _ratio(found[1][:, None], high)
+        weights = []
+        for layer in self.layers:
+            scaled = layer.weight * self.given.columns(gamma)
+            searched = search_range(scaled, layer.spec).scale
+            weights.append(
+                _ratio(searched, search_range(scaled, replace(layer.spec, range="minmax")).scale).T
+            )
+        return shares, weights
+
+    def losses(
+        self, gamma: Tensor, shares: tuple[tuple[Tensor, Tensor], list[Tensor]], rows: Tensor | slice
+    ) -> Tensor:
+        """The error of the layers' outputs in each row, with gradients through rounding and ranges.
+
+        Shapes: gamma [C]; rows picks n of the N; returns [n].
+        """
+        given, columns = self.given, self.given.columns(gamma)
+        x, group = given.values[rows] / columns, given.group[rows]
+        (low, high), weights = self.given.ends(gamma), shares[1]
+        scale, zero = _grid(low * shares[0][0], high * shares[0][1], given.spec)
+        if given.spec.per == "channel":
+            scale, zero = (each.repeat_interleave(given.taps, 1) for each in (scale, zero))
+        rounded = _rounded(x, scale[group], zero[group], given.spec)
+        total = x.new_zeros(len(x))
+        for layer, share in zip(self.layers, weights, strict=True):
+            scaled = layer.weight * columns
+            flat = scaled if layer.spec.per == "channel" else scaled.reshape(1, -1)
+            ends = flat.amin(1, keepdim=True).clamp(max=0), flat.amax(1, keepdim=True).clamp(min=0)
+            steps, zeros = _grid(ends[0] * share, ends[1] * share, layer.spec)
+            error = rounded @ _rounded(scaled, steps, zeros, layer.spec).T - x @ scaled.T
+            total = total + (error @ layer.root).square().sum(1)
+        return total
+
+    def loss(self, gamma: Tensor) -> float:
+        """The mean error of all rows, each as it weighs."""
+        return float((self.losses(gamma, self.shares(gamma), slice(None)) * self.importance).mean())
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a scale is learned.
+
+    Units: `rate` of Adam on log gamma, cosine to 0; `batch` rows at a time.
+    """
+
+    iterations: int
+    rate: float = 0.05
+    batch: int = 512
+
+
+def learn(
+    problem: Scaling,
+    starts: Mapping[str, Tensor],
+    how: Learning,
+    weights: TimestepWeights,
+    generator: torch.Generator,
+) -> tuple[Tensor, str, float]:
+    """The best of the starts, and what learning makes of it if that is better: (gamma, its name, loss).
+
+    Source: DMQ (arXiv 2507.12933), learned equivalent scaling; here of log gamma, so that it stays positive.
+    """
+    losses = {name: problem.loss(gamma) for name, gamma in starts.items()}
+    name = min(losses, key=lambda each: losses[each])
+    if not how.iterations:
+        return starts[name], name, losses[name]
+    learned = _descended(problem, starts[name], how, weights, generator)
+    after = problem.loss(learned)
+    return (
+        (learned, f"les from {name}", after) if after < losses[name] else (starts[name], name, losses[name])
+    )
+
+
+def _descended(
+    problem: Scaling, start: Tensor, how: Learning, weights: TimestepWeights, generator: torch.Generator
+) -> Tensor:
+    logarithm, shares = start.log().clone().requires_grad_(), problem.shares(start)
+    optimizer = torch.optim.Adam([logarithm], how.rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.iterations)
+    with torch.enable_grad():
+        for _ in range(how.iterations):
+            rows = torch.randint(len(problem.group), (how.batch,), generator=generator).to(
+                problem.group.device
+            )
+            losses = problem.losses(logarithm.exp(), shares, rows) * problem.importance[rows]
+            optimizer.zero_grad()
+            (losses * weights(losses, problem.group[rows])).mean().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    found = logarithm.detach()
+    return (found - found.mean()).exp()
+
+
+def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of params_from_range, with gradients."""
+    qmin, qmax = qrange(spec)
+    tiny = torch.finfo(low.dtype).tiny
+    if spec.grid == "symmetric":
+        scale = torch.maximum(high / qmax, low / qmin).clamp(min=tiny)
+        return scale, torch.zeros_like(scale)
+    scale = (high / (qmax - qmin) - low / (qmax - qmin)).clamp(min=tiny)
+    return scale, _straight(qmin - low / scale).clamp(qmin, qmax)
+
+
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    codes = (_straight(x / scale) + zero).clamp(*qrange(spec))
+    return (codes - zero) * scale
+
+
+def _straight(x: Tensor) -> Tensor:
+    """Rounded forward, untouched backward."""
+    return x + (x.round() - x).detach()
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return (part / whole.where(whole != 0, 1.0)).where(whole != 0, 1.0)
