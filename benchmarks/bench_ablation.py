@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +61,20 @@ def main() -> int:
         return 0
     path, names, failed = Path(options.out), options.policies or named(options.prefix), 0
     result = {**read(path), **header(), "what": __doc__.splitlines()[0], "protocol": protocol(options)}
-    for name in names:
-        for seed in options.seeds:
-            if finished(result, name, seed) is not None:
-                continue
-            try:
-                run = in_a_process(name, seed, options)
-            except subprocess.CalledProcessError:
+    wanted = [(name, seed) for name in names for seed in options.seeds if not finished(result, name, seed)]
+    pool = ThreadPoolExecutor(options.jobs)
+    started = {pool.submit(in_a_process, *each, options): each for each in wanted}
+    try:
+        for done in as_completed(started):
+            if isinstance(done.exception(), subprocess.CalledProcessError):
                 failed += 1
                 continue
-            others = [r for r in result.get("runs", []) if (r["policy"], r["seed"]) != (name, seed)]
-            result["runs"] = [*others, run]
+            others = [r for r in result.get("runs", []) if (r["policy"], r["seed"]) != started[done]]
+            result["runs"] = [*others, done.result()]
             result["table"] = {each: summary(result, each) for each in names}
             replace(path, result)
+    finally:
+        pool.shutdown(cancel_futures=True)
     print(table(result, names) + f"\n{failed} runs failed" * bool(failed))
     path.with_suffix(".svg").write_text(chart(result, names), encoding="utf-8")
     return 1 if failed else 0
@@ -90,6 +92,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--calibration-prompts", type=int, default=16)
     made.add_argument("--steps", type=int, default=20, help="of DDIM, calibrating and drawing")
     made.add_argument("--guidance", type=float, default=3.0)
+    made.add_argument("--jobs", type=int, default=1, help="runs at a time; seconds are only honest for one")
+    made.add_argument("--device", default="cpu", help="where the UNet compiles and draws")
     made.add_argument("--out", default=str(RESULTS / "ablation_emoji.json"))
     made.add_argument("--one", help=argparse.SUPPRESS)  # the child: where it writes its only run
     return made
@@ -104,6 +108,7 @@ def protocol(options: argparse.Namespace) -> dict[str, object]:
     """What all runs have in common."""
     return {
         "model": "emoji",
+        "device": options.device,
         "scheduler": "DDIMScheduler, eta 0",
         "steps": options.steps,
         "guidance_scale": options.guidance,
@@ -119,7 +124,7 @@ def measure(options: argparse.Namespace) -> Run:
     """One policy and one seed, in this process."""
     warnings.simplefilter("ignore")
     (name,), (seed,) = options.policies, options.seeds
-    unet, started = emoji.load_unet(), time.perf_counter()
+    unet, started = emoji.load_unet().to(options.device), time.perf_counter()
     calls = emoji_calibration(count=options.calibration_prompts, steps=options.steps, seed=seed)
     recorded = time.perf_counter()
     q = compile(unet, name, calibration=calls, seed=seed, report_rows=0, progress=False)
@@ -151,7 +156,7 @@ def in_a_process(name: str, seed: int, options: argparse.Namespace) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder) / "run.json"
         command = [sys.executable, __file__, "--one", str(into), "--policies", name, "--seeds", str(seed)]
-        for option in ("prompts", "calibration_prompts", "steps", "guidance"):
+        for option in ("prompts", "calibration_prompts", "steps", "guidance", "device"):
             command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
         subprocess.run(command, check=True)
         run: Run = json.loads(into.read_text())

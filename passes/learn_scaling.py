@@ -13,7 +13,7 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, FITTED, LEARNED, PAIRED, ROUNDED, Fact
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.table import ChannelScale, Entry, LayerPair, Range, Sensitivity
-from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn
+from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn, surrogate
 from dmqfx.numbers.weighting import TimestepWeights, Weighting
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.rows import Rows
@@ -29,8 +29,8 @@ STARTS = {"identity": (0.0, 0.0), "even": (0.25, 0.25), "smoothquant": (0.5, 0.5
 class LearnScaling(SweepPass):
     """Write a ChannelScale per pair.
 
-    `smoothquant` needs no more than observed ranges. `les` takes the best of several closed forms and learns on
-    from there: what the layers make of x / gamma and W * gamma, both rounded as planned, shall differ least from
+    `smoothquant` needs no more than observed ranges. `surrogate` minimizes the error that steps of this size are
+    expected to make. `les` takes the best of several closed forms and the surrogate's, and learns on from there: what the layers make of x / gamma and W * gamma, both rounded as planned, shall differ least from
     the float product; what measure-sensitivity knows of the output counts. A scale that is no better than its
     start is not taken. `weighting` is that of timestep groups while learning.
 
@@ -44,7 +44,7 @@ class LearnScaling(SweepPass):
     requires: ClassVar[frozenset[Fact]] = frozenset({PAIRED})
     provides: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
     clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED, FITTED})
-    method: Literal["smoothquant", "les"] = "smoothquant"
+    method: Literal["smoothquant", "surrogate", "les"] = "smoothquant"
     exponent: float = 0.5
     iterations: int = 80
     rows: int = 2048
@@ -74,8 +74,8 @@ class LearnScaling(SweepPass):
 
     @property
     def needs_calibration(self) -> bool:
-        """Only `les` looks at activations."""
-        return self.method == "les"
+        """All but the closed form look at activations."""
+        return self.method != "smoothquant"
 
     def cost(self, reader: Reader) -> float:
         """Three products for every step, and a few for the starts."""
@@ -124,6 +124,10 @@ class LearnScaling(SweepPass):
         )
         x, w = (peak.double() for peak in peaks)
         starts = {name: powers(x, w, *pair).to(peaks[1].dtype) for name, pair in STARTS.items()}
+        nearest = min(starts.values(), key=lambda gamma: float(problem.expected(gamma)))
+        starts["surrogate"] = surrogate(problem, nearest)
+        if self.method == "surrogate":
+            return starts["surrogate"], "the scale of least expected error"
         weights = TimestepWeights(self.weighting, self.groups, self.strength)
         how = Learning(self.iterations, self.rate, self.batch)
         gamma, name, turn.loss = learn(problem, starts, how, weights, turn.generator())

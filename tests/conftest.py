@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+collect_ignore = [] if torch.cuda.is_available() else ["test_cuda.py"]
+
 settings.register_profile("dmqfx", deadline=None, max_examples=20, print_blob=True)
 settings.load_profile("dmqfx")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from dmqfx.numbers.quant import QuantSpec, qrange
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.weighting import TimestepWeights
 
-__all__ = ["Input", "Layer", "Learning", "Scaling", "learn"]
+__all__ = ["Input", "Layer", "Learning", "Scaling", "learn", "surrogate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +108,30 @@ class Scaling:
         total = x.new_zeros(len(x))
         for layer, share in zip(self.layers, weights, strict=True):
             scaled = layer.weight * columns
-            flat = scaled if layer.spec.per == "channel" else scaled.reshape(1, -1)
-            ends = flat.amin(1, keepdim=True).clamp(max=0), flat.amax(1, keepdim=True).clamp(min=0)
+            ends = _weight_ends(scaled, layer.spec)
             steps, zeros = _grid(ends[0] * share, ends[1] * share, layer.spec)
             error = rounded @ _rounded(scaled, steps, zeros, layer.spec).T - x @ scaled.T
             total = total + (error @ layer.root).square().sum(1)
         return total
+
+    def expected(self, gamma: Tensor) -> Tensor:
+        """The mean error if rounding were noise of a uniform law, independent of what it rounds; with gradients.
+
+        A step s adds s^2 / 12 to each number: those of the input weigh what their columns are felt, those of the
+        weight what the input's second moments are. It takes neither rounding nor clipping, so no product of rows.
+        """
+        given, columns = self.given, self.given.columns(gamma)
+        scale, _ = _grid(*given.ends(gamma), given.spec)
+        share = torch.zeros_like(scale[:, 0]).index_add(0, given.group, self.importance) / len(given.group)
+        step = scale.repeat_interleave(given.taps, 1) if given.spec.per == "channel" else scale
+        noise = share @ step.square()
+        power = ((given.values.square().T @ self.importance) / len(given.group) / columns.square()).sum()
+        total = gamma.new_zeros(())
+        for layer in self.layers:
+            steps, _ = _grid(*_weight_ends(layer.weight * columns, layer.spec), layer.spec)
+            of_input = (noise * layer.felt * columns.square()).sum()
+            total = total + of_input + power * (steps.square()[:, 0] * layer.root.square().sum(1)).sum()
+        return total / 12
 
     def loss(self, gamma: Tensor) -> float:
         """The mean error of all rows, each as it weighs."""
@@ -147,31 +165,53 @@ def learn(
     name = min(losses, key=lambda each: losses[each])
     if not how.iterations:
         return starts[name], name, losses[name]
-    learned = _descended(problem, starts[name], how, weights, generator)
+    learned = _learned(problem, starts[name], how, weights, generator)
     after = problem.loss(learned)
     return (
         (learned, f"les from {name}", after) if after < losses[name] else (starts[name], name, losses[name])
     )
 
 
-def _descended(
+def surrogate(problem: Scaling, start: Tensor, iterations: int = 200, rate: float = 0.05) -> Tensor:
+    """The scale of least expected error, which no rounding is tried for; see Scaling.expected.
+
+    Shapes: start, result [C].
+    """
+    whole = float(problem.expected(start)) or 1.0
+    return _descended(start, Learning(iterations, rate), lambda gamma: problem.expected(gamma) / whole)
+
+
+def _learned(
     problem: Scaling, start: Tensor, how: Learning, weights: TimestepWeights, generator: torch.Generator
 ) -> Tensor:
-    logarithm, shares = start.log().clone().requires_grad_(), problem.shares(start)
+    shares = problem.shares(start)
+
+    def drawn(gamma: Tensor) -> Tensor:
+        rows = torch.randint(len(problem.group), (how.batch,), generator=generator).to(problem.group.device)
+        losses = problem.losses(gamma, shares, rows) * problem.importance[rows]
+        return (losses * weights(losses, problem.group[rows])).mean()
+
+    return _descended(start, how, drawn)
+
+
+def _descended(start: Tensor, how: Learning, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    """Adam on log gamma, with a cosine to 0; geometric mean 1."""
+    logarithm = start.log().clone().requires_grad_()
     optimizer = torch.optim.Adam([logarithm], how.rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.iterations)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(how.iterations, 1))
     with torch.enable_grad():
         for _ in range(how.iterations):
-            rows = torch.randint(len(problem.group), (how.batch,), generator=generator).to(
-                problem.group.device
-            )
-            losses = problem.losses(logarithm.exp(), shares, rows) * problem.importance[rows]
             optimizer.zero_grad()
-            (losses * weights(losses, problem.group[rows])).mean().backward()  # type: ignore[no-untyped-call]
+            objective(logarithm.exp()).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     found = logarithm.detach()
     return (found - found.mean()).exp()
+
+
+def _weight_ends(weight: Tensor, spec: QuantSpec) -> Ends:
+    flat = weight if spec.per == "channel" else weight.reshape(1, -1)
+    return flat.amin(1, keepdim=True).clamp(max=0), flat.amax(1, keepdim=True).clamp(min=0)
 
 
 def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
