@@ -26,7 +26,7 @@ from typing import Any
 from chart import dots
 from machine import RESULTS, header, machine, peak_gigabytes, replace, today
 
-from dmqfx import emoji, policies
+from dmqfx import emoji
 from dmqfx.compiler import compile
 from dmqfx.evaluation import emoji_calibration, evaluate
 from dmqfx.judging.findings import Spread
@@ -34,7 +34,8 @@ from dmqfx.judging.samplers import EmojiSampler
 from dmqfx.policy.policy import Policy
 from dmqfx.seeing import wording
 
-ALWAYS = ("w4a8", "w4a6")
+ABLATION = Path(__file__).parent / "ablation"
+ALWAYS = ("w4a8", "w4a6", "w4a8-aware", "w4a6-aware")
 COLUMNS: Mapping[str, tuple[str, int]] = {
     "output_db": ("output SQNR dB", 2),
     "first_db": ("first 5", 2),
@@ -59,7 +60,7 @@ def main() -> int:
     if options.one:
         Path(options.one).write_text(json.dumps(measure(options)))
         return 0
-    path, names, failed = Path(options.out), options.policies or named(options.prefix), 0
+    path, names, failed = Path(options.out), options.policies or named(), 0
     result = {**read(path), **header(), "what": __doc__.splitlines()[0], "protocol": protocol(options)}
     wanted = [(name, seed) for name in names for seed in options.seeds if not finished(result, name, seed)]
     pool = ThreadPoolExecutor(options.jobs)
@@ -83,9 +84,10 @@ def main() -> int:
 def parser() -> argparse.ArgumentParser:
     """Options; the defaults are the protocol."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--policies", nargs="+", help="shipped names or YAML files")
     made.add_argument(
-        "--prefix", default="ablation-", help="without --policies: shipped ones that begin so, w4a8 and w4a6"
+        "--policies",
+        nargs="+",
+        help="names of benchmarks/ablation or shipped ones, or YAML files; all, unless said",
     )
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--prompts", type=int, default=24, help="to draw")
@@ -99,9 +101,15 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def named(prefix: str) -> list[str]:
-    """The shipped policies of a prefix, and those that are always there."""
-    return list(dict.fromkeys([*(n for n in policies.names() if n.startswith(prefix)), *ALWAYS]))
+def named() -> list[str]:
+    """The policies beside this file, and the shipped ones that they are compared with."""
+    return [*sorted(path.stem for path in ABLATION.glob("*.yaml")), *ALWAYS]
+
+
+def source(name: str) -> str:
+    """What to load for a name: the policy beside this file that has it, or a shipped one, or a path."""
+    beside = ABLATION / f"{name}.yaml"
+    return str(beside) if beside.exists() else name
 
 
 def protocol(options: argparse.Namespace) -> dict[str, object]:
@@ -127,7 +135,7 @@ def measure(options: argparse.Namespace) -> Run:
     unet, started = emoji.load_unet().to(options.device), time.perf_counter()
     calls = emoji_calibration(count=options.calibration_prompts, steps=options.steps, seed=seed)
     recorded = time.perf_counter()
-    q = compile(unet, name, calibration=calls, seed=seed, report_rows=0, progress=False)
+    q = compile(unet, source(name), calibration=calls, seed=seed, report_rows=0, progress=False)
     compiled, peak = time.perf_counter(), peak_gigabytes()
     sampler = EmojiSampler(emoji.demo_prompts(options.prompts), options.steps, options.guidance)
     found = evaluate(unet, q, sampler=sampler, seeds=(UNSEEN + seed,), rows=None, reference=emoji.REFERENCE)
@@ -213,7 +221,7 @@ def chart(result: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def digest(name: str) -> str:
     """The SHA-256 of a policy, with all that it extends."""
-    return hashlib.sha256(str(Policy.load(name)).encode()).hexdigest()
+    return hashlib.sha256(str(Policy.load(source(name))).encode()).hexdigest()
 
 
 def commit() -> str:

@@ -106,28 +106,36 @@ def _warn(policy: Policy, report: Report) -> None:
 
 
 def check_pipeline(policy: Policy) -> None:
-    """Refuse, before anything runs, a pipeline in a wrong order or without the steps that bits need.
+    """Refuse, before anything runs, a pipeline in a wrong order or without the steps that its bits need.
 
-    Raises: PipelineError for the order; PolicyError if the policy asks for bits that no step would give.
+    Raises: PolicyError with every problem, at the step that has it.
     """
-    steps, providers = _steps(policy).steps, tuple(registry.passes().values())
-    Pipeline(steps).check(None, providers)
-    provided = frozenset[Fact]().union(*(step.provides for step in steps))
+    steps, providers = _steps(policy), tuple(registry.passes().values())
+    problems = [policy.pipeline[k].mark.problem(words) for k, words in steps.problems(None, providers)]
+    lowering = {name: target.name for target in targets.TARGETS for name in target.passes}
+    problems += [
+        step.mark.problem(
+            f"pipeline: {step.name} is what the target {lowering[step.name]!r} runs behind every pipeline; "
+            f"remove the step and choose the target, as in compile(..., target={lowering[step.name]!r})"
+        )
+        for step in policy.pipeline
+        if step.name in lowering
+    ]
+    if problems:
+        raise PolicyError(problems)
+    provided = frozenset[Fact]().union(*(step.provides for step in steps.steps))
     if policy.searched_at and FITTED not in provided:
-        words = f"pipeline: observers keep only extremes, but {policy.searched_at} is asked for; put fit-ranges into it"
-        raise PolicyError([policy.pipeline[-1].mark.problem(words)])
+        words = f"observers keep only extremes, but {policy.searched_at} is asked for; put fit-ranges into the pipeline"
+        raise PolicyError([policy.searched_at.mark.problem(words)])
     lacking = [fact for fact in (PLANNED, QDQ) if fact not in provided]
     if policy.bits_asked_at and lacking:
         fact = lacking[0]
         helpful = " or ".join(cls.name() for cls in providers if fact in cls.provides)
-        raise PolicyError(
-            [
-                policy.pipeline[-1].mark.problem(
-                    f"pipeline: the policy asks for bits ({policy.bits_asked_at}), but no step provides {fact.name!r} "
-                    f"({fact.meaning}); put {helpful} into it, or say float"
-                )
-            ]
+        words = (
+            f"the policy asks for bits ({policy.bits_asked_at}), but no step of the pipeline provides {fact.name!r} "
+            f"({fact.meaning}); put {helpful} into it, or say float"
         )
+        raise PolicyError([policy.bits_asked_at.mark.problem(words)])
 
 
 def check_finite(unet: UNet) -> None:

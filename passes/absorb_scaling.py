@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.channelwise import Absorber, absorber, divisor
-from dmqfx.graph.facts import ROUNDED, SCALED, Fact
+from dmqfx.graph.facts import QDQ, ROUNDED, SCALED, Fact
 from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.graph.pipeline import Preserves
 from dmqfx.graph.rewrite import Refuse, Rewriter
@@ -55,5 +55,6 @@ class AbsorbScaling(RewritePass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({SCALED})
     clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.EXACT
     rules: ClassVar[tuple[Rule, ...]] = (absorb,)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dmqfx.graph import ops
-from dmqfx.graph.facts import LEARNED, SCALED, Fact
+from dmqfx.graph.facts import LEARNED, QDQ, SCALED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
@@ -28,6 +28,7 @@ class ApplyScaling(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({SCALED})
     clears: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.EXACT
 
     def run(self, program: Program, ctx: PassContext) -> Program:

@@ -9,7 +9,7 @@ from torch import fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, FITTED, LEARNED, OBSERVED, PAIRED, PLANNED, Fact
+from dmqfx.graph.facts import CALIBRATED, FITTED, LEARNED, OBSERVED, PAIRED, PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
@@ -31,6 +31,7 @@ class InsertObservers(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({OBSERVED})
     clears: ClassVar[frozenset[Fact]] = frozenset({CALIBRATED, FITTED, PAIRED, LEARNED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
 
     def run(self, program: Program, ctx: PassContext) -> Program:

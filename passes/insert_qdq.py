@@ -35,6 +35,7 @@ class InsertQdq(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED, ROUNDED})
     provides: ClassVar[frozenset[Fact]] = frozenset({QDQ})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.LOSSY
 
     def run(self, program: Program, ctx: PassContext) -> Program:

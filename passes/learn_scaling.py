@@ -30,9 +30,10 @@ class LearnScaling(SweepPass):
     """Write a ChannelScale per pair.
 
     `smoothquant` needs no more than observed ranges. `surrogate` minimizes the error that steps of this size are
-    expected to make. `les` takes the best of several closed forms and the surrogate's, and learns on from there: what the layers make of x / gamma and W * gamma, both rounded as planned, shall differ least from
-    the float product; what measure-sensitivity knows of the output counts. A scale that is no better than its
-    start is not taken. `weighting` is that of timestep groups while learning.
+    expected to make. `les` takes the best of several closed forms and the surrogate's, and learns on from there:
+    what the layers make of x / gamma and W * gamma, both rounded as planned, shall differ least from the float
+    product; what measure-sensitivity knows of the output counts. A scale that is no better than its start is not
+    taken. `weighting` is that of timestep groups while learning.
 
     Units: exponent 0..1 is the share of the difficulty that moves from the activation into the weight; `rows`
     output positions make up a problem, `batch` of them a step of Adam of rate `rate` on log gamma; `groups` are

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dmqfx.errors import CalibrationError
-from dmqfx.graph.facts import PLANNED, Fact
+from dmqfx.graph.facts import PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.sweep.sensitivity import measure
@@ -22,6 +22,7 @@ class MeasureSensitivity(Pass):
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
     rows: int = 80
     groups: int = 20

@@ -9,7 +9,7 @@ from torch import fx
 
 from dmqfx.graph.address import Site
 from dmqfx.graph.channelwise import absorber
-from dmqfx.graph.facts import PAIRED, PLANNED, Fact
+from dmqfx.graph.facts import PAIRED, PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse
@@ -23,6 +23,7 @@ class PairLayers(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({PAIRED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
 
     def run(self, program: Program, ctx: PassContext) -> Program:

@@ -10,7 +10,7 @@ from torch import fx
 from dmqfx.errors import PipelineError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CANONICAL, PLANNED, Fact
+from dmqfx.graph.facts import CANONICAL, PLANNED, QDQ, Fact
 from dmqfx.graph.modules import is_fixed
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
@@ -25,6 +25,7 @@ class PlanSites(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({CANONICAL})
     provides: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
 
     def run(self, program: Program, ctx: PassContext) -> Program:

@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
-from dmqfx.graph.facts import CANONICAL, FLAGGED, Fact
+from dmqfx.graph.facts import CANONICAL, FLAGGED, QDQ, Fact
 from dmqfx.graph.modules import is_fixed, label
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
@@ -32,6 +32,7 @@ class SplitSkips(Pass):
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({CANONICAL, FLAGGED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.EXACT
 
     def run(self, program: Program, ctx: PassContext) -> Program:

@@ -77,6 +77,10 @@ def test_the_comparison_of_calibrations_has_teeth() -> None:
 # --- reading
 
 
+def test_it_prints_in_one_line() -> None:
+    assert repr(rows([9, 8, 7.5])) == "Calibration(3 rows, timesteps 7.5..9, DDIMScheduler)"
+
+
 def test_batches_keep_the_order_and_never_mix_shapes() -> None:
     calibration = rows([9, 8, 7, 6, 5]).merge(rows([4, 3], size=12))
     batches = list(calibration.batches(2))

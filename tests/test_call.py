@@ -53,6 +53,7 @@ def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
         torch.tensor([7.0, 7.0, 7.0], dtype=torch.float64),
         np.int64(7),
         np.float64(7),
+        np.float32(7),
     ],
 )
 @pytest.mark.parametrize("name", ["unconditional", "conditional"])
@@ -184,6 +185,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("conditional", {"encoder_hidden_states": torch.ones(2, 8, 17)}, r"\[2, 8, 17\], not \[B, T, 16\]"),
     ("conditional", {"encoder_hidden_states": torch.ones(1, 8, 16)}, r"encoder_hidden_states has sizes"),
     ("conditional", {"encoder_hidden_states": torch.ones(2, 16)}, r"encoder_hidden_states has sizes"),
+    ("conditional", {"timestep": "5"}, "timestep must be a number or a tensor, not str"),
     ("conditional", {"encoder_hidden_states": [1, 2]}, "must be a tensor, not list"),
     ("conditional", {"sample": torch.ones(2, 5, 8, 8)}, r"sample has sizes \[2, 5, 8, 8\]"),
     ("conditional", {"sample": None}, "sample must be a tensor"),
@@ -195,7 +197,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("unconditional", {"class_labels": torch.tensor([1, 1])}, "no class embedding"),
     ("control", {"guess_mode": True}, "guess_mode=False"),
     ("control", {"conditioning_scale": torch.ones(2)}, r"conditioning_scale is one number, not \[2\]"),
-    ("control", {"conditioning_scale": [0.5]}, "conditioning_scale must be a tensor, not list"),
+    ("control", {"conditioning_scale": [0.5]}, "conditioning_scale must be a number or a tensor, not list"),
     ("audio", {"encoder_hidden_states": torch.ones(2, 8, 16)}, "does not take encoder_hidden_states"),
     ("control", {"controlnet_cond": torch.ones(2, 3, 64, 64)}, r"not \[B, 3, H\*4, W\*4\]"),
     ("control", {"controlnet_cond": None}, "needs controlnet_cond"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from diffusers import UNet2DModel
 from models import model
 
 import dmqfx
-from dmqfx.compiler import NothingQuantizedWarning, QualityWarning
+from dmqfx.compiler import NothingQuantizedWarning, QualityWarning, check_pipeline
 from dmqfx.errors import CalibrationError, CaptureError, PipelineError, PolicyError
 
 
@@ -50,10 +52,66 @@ def test_an_unknown_target_is_refused_before_anything_runs() -> None:
 def test_an_order_that_cannot_work_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for long in ("capture", "Calibration.synthesize"):
         monkeypatch.setattr(f"dmqfx.compiler.{long}", pytest.fail)
-    with pytest.raises(PipelineError, match=r"step 1, plan-sites, requires 'canonical'.*move canonicalize"):
+    with pytest.raises(PolicyError) as caught:
         dmqfx.compile(
             small(torch.float32), "w4a8", overrides=["pipeline=[plan-sites, canonicalize, insert-qdq]"]
         )
+    first, second = str(caught.value).splitlines()
+    assert re.fullmatch(
+        r"--set:1:11: step 1, plan-sites, requires 'canonical' .*; move canonicalize before it", first
+    )
+    assert re.fullmatch(
+        r"--set:1:37: step 3, insert-qdq, requires 'rounded' .*; put round-weights before it", second
+    )
+
+
+def test_what_decides_about_the_float_program_cannot_stand_behind_its_quantization(tmp_path: Path) -> None:
+    path = tmp_path / "late.yaml"
+    path.write_text(
+        "schema: dmqfx.policy/1\nname: late\nextends: w8a8\npipeline:\n"
+        + "".join(f"- {step.name}\n" for step in dmqfx.Policy.load("w8a8").pipeline)
+        + "- insert-qdq\n- pair-layers\n"
+    )
+    with pytest.raises(PolicyError) as caught:
+        check_pipeline(dmqfx.Policy.load(path))
+    told = str(caught.value).splitlines()
+    places = [f"{path}:{4 + len(dmqfx.Policy.load('w8a8').pipeline) + k}:3: " for k in (1, 2)]
+    assert all(line.startswith(place) for line, place in zip(told, places, strict=True))
+    assert "insert-qdq, comes too late: 'qdq' (" in told[0]
+    assert told[1].endswith("holds already; move it before insert-qdq")
+
+
+def test_the_lowering_is_left_to_the_target() -> None:
+    with pytest.raises(
+        PolicyError, match=r"lower-reference is what the target 'reference' runs .*; remove the step"
+    ):
+        check_pipeline(
+            dmqfx.Policy.load(
+                "w8a16", ["pipeline=[canonicalize, plan-sites, round-weights, insert-qdq, lower-reference]"]
+            )
+        )
+
+
+def test_a_policy_of_floats_gives_the_float_unet(tmp_path: Path) -> None:
+    policy = {
+        "schema": "dmqfx.policy/1", "name": "floats", "default": {"weight": "float", "input": "float"},
+        "pipeline": ["canonicalize"],
+    }  # fmt: skip
+    unet = small(torch.float32)
+    q = dmqfx.compile(unet, policy, progress=False)
+    q.save_pretrained(tmp_path)
+    x = torch.randn(2, unet.config.in_channels, 16, 8)
+    for each in (q, dmqfx.load(tmp_path)):
+        assert torch.equal(each(x, 7).sample, unet(x, 7).sample)
+
+
+def test_a_mistake_in_what_extends_a_shipped_policy_is_told_where_it_was_made(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "schema: dmqfx.policy/1\nname: mine\nextends: w4a8\ndefault:\n  input: {range: percentile}\n"
+    )
+    with pytest.raises(PolicyError, match=rf"{path}:5:10: observers keep only extremes"):
+        check_pipeline(dmqfx.Policy.load(path))
 
 
 @pytest.mark.parametrize(
@@ -61,11 +119,11 @@ def test_an_order_that_cannot_work_is_refused_before_anything_runs(monkeypatch: 
     [
         (
             ["pipeline=[canonicalize]"],
-            r"asks for bits \(default\.weight\), but no step provides 'planned' .*; put plan-sites into it",
+            r"asks for bits \(default\.weight\), but no step of the pipeline provides 'planned' .*; put plan-sites into it",
         ),
         (
             ["pipeline=[canonicalize, plan-sites]"],
-            r"asks for bits \(default\.weight\), but no step provides 'qdq' .*; put insert-qdq into it, or say float",
+            r"asks for bits \(default\.weight\), but no step of the pipeline provides 'qdq' .*; put insert-qdq into it, or say float",
         ),
         (
             [
@@ -73,7 +131,7 @@ def test_an_order_that_cannot_work_is_refused_before_anything_runs(monkeypatch: 
                 "rules=[{name: ends, at: 'conv_in/*', weight: {bits: 8}}]",
                 "pipeline=[canonicalize]",
             ],
-            r"asks for bits \(rules\.ends\.weight\), but no step provides 'planned'",
+            r"asks for bits \(rules\.ends\.weight\), but no step of the pipeline provides 'planned'",
         ),
     ],
 )

@@ -74,7 +74,7 @@ def test_a_pipeline_of_observers_is_refused_where_more_than_extremes_is_asked_fo
         }
     )
     with pytest.raises(
-        PolicyError, match=r"default\.input\.range: percentile is asked for; put fit-ranges into it"
+        PolicyError, match=r"default\.input\.range: percentile is asked for; put fit-ranges into the pipeline"
     ):
         check_pipeline(policy)
 

@@ -13,7 +13,8 @@ from dmqfx import policies as shipped
 from dmqfx.errors import PolicyError, Problem
 from dmqfx.graph import registry
 from dmqfx.policy.file import parse_policy
-from dmqfx.policy.policy import Mark, Policy, Rule
+from dmqfx.policy.mark import Mark
+from dmqfx.policy.policy import Policy, Rule
 
 HEAD = "schema: dmqfx.policy/1\n"
 BODY = HEAD + "default: {weight: {bits: 4}, input: float}\npipeline: [canonicalize]\n"

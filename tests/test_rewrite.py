@@ -52,6 +52,8 @@ def test_a_literal_matches_what_equals_it_written_out_or_left_to_the_default() -
     assert found(p.conv2d(padding=p.value([1, 1])), node) is not None
     assert found(p.conv2d(stride=p.value([1, 1])), node) is not None
     assert found(p.conv2d(padding=p.value([0, 0])), node) is None
+    assert found(p.conv2d(groups=p.value(1)), node) is not None
+    assert found(p.conv2d(groups=p.value(True)), node) is None
 
 
 def test_captures_carry_schema_names_whatever_the_call_spells() -> None:

@@ -209,6 +209,8 @@ def reseal(directory: Path) -> None:
         ("table.json", '"facts"', '"fictions"'),
         ("table.json", "conv_in/conv2d:weight", "conv_in"),
         ("config.json", "{", "["),
+        ("config.json", '"_class_name": "', '"_class_name": "No'),
+        ("config.json", '"in_channels"', '"im_channels"'),
         ("policy.yaml", "default:", "defect:"),
         ("report.json", "{", "["),
         ("diffusion_pytorch_model.safetensors", "conv_in.weight_scale", "conv_in.weight_skale"),
@@ -238,6 +240,9 @@ def test_a_newer_format_asks_for_an_update(damaged: Path, monkeypatch: pytest.Mo
 def test_what_is_not_ours_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no directory"):
         store.load(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"config\.json is a file; load the directory that it is in"):
+        store.load(tmp_path / "config.json")
     with pytest.raises(StoreError, match=r"holds no dmqfx\.json"):
         store.load(tmp_path)
 

@@ -75,6 +75,12 @@ class Calibration:
     groups: tuple[Rows, ...]
     origins: tuple[Origin, ...] = ()
 
+    def __repr__(self) -> str:
+        steps = self.timesteps()
+        span = f", timesteps {steps.min():g}..{steps.max():g}" if len(steps) else ""
+        schedulers = sorted({origin.scheduler for origin in self.origins if origin.scheduler})
+        return f"Calibration({len(self)} rows{span}{', '.join(['', *schedulers])})"
+
     @overload
     @classmethod
     def record(

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
-from numbers import Integral
+from numbers import Real
 from typing import NoReturn
 
 import torch
@@ -136,12 +136,13 @@ def _tensor(inputs: InputSpec, wanted: Input, value: object, sample: Tensor) -> 
     batch = sample.shape[0]
     if value is None:
         return _neutral(inputs, wanted, sample)
-    if wanted.name == "timestep" and inputs.root == "UNet2DModel" and isinstance(value, float):
-        value = int(value)  # as diffusers does in this class
-    if isinstance(value, (Integral, float)) and (wanted.kind in _NUMBERS or not wanted.dims):
+    if wanted.name == "timestep" and inputs.root == "UNet2DModel" and isinstance(value, Real):
+        value = int(float(value))  # as diffusers does in this class
+    if isinstance(value, Real) and (wanted.kind in _NUMBERS or not wanted.dims):
         value = torch.tensor(value, device=sample.device)
     if not isinstance(value, Tensor):
-        raise CallError(f"{inputs.root}: {wanted.name} must be a tensor, not {type(value).__name__}")
+        legal = "a number or a tensor" if wanted.kind in _NUMBERS or not wanted.dims else "a tensor"
+        raise CallError(f"{inputs.root}: {wanted.name} must be {legal}, not {type(value).__name__}")
     if wanted.kind == "label" and value.is_floating_point():
         raise CallError(f"{inputs.root}: {wanted.name} are class numbers, but come as {value.dtype}")
     value = value.to(device=sample.device, dtype=wanted.dtype)

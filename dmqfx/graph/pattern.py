@@ -82,7 +82,8 @@ class Literal(Pattern):
     value: object = None
 
     def accepts(self, value: fx.node.Argument, found: Captures) -> bool:
-        return not isinstance(value, fx.Node) and value == self.value
+        same_kind = isinstance(value, bool) == isinstance(self.value, bool)  # True == 1 in Python
+        return not isinstance(value, fx.Node) and same_kind and value == self.value
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ class PassContext:
 class Pass(ABC):
     """A frozen value that maps a program to a program; its fields are its options.
 
-    `preserves` must be declared by every concrete pass: the pipeline refuses one without it.
+    `preserves` must be declared by every concrete pass: the pipeline refuses one without it. `forbids` are facts
+    that must not hold yet, as `qdq` for what decides about the float program.
 
     Example:
         >>> class LookAround(Pass):
@@ -87,6 +88,7 @@ class Pass(ABC):
     requires: ClassVar[frozenset[Fact]] = frozenset()
     provides: ClassVar[frozenset[Fact]] = frozenset()
     clears: ClassVar[frozenset[Fact]] = frozenset()
+    forbids: ClassVar[frozenset[Fact]] = frozenset()
     preserves: ClassVar[Preserves]
 
     @property
@@ -156,14 +158,27 @@ class Pipeline:
 
         Raises: PipelineError naming the step, the fact and the pass that would help.
         """
+        for _, problem in self.problems(program, providers):
+            raise PipelineError(problem)
+
+    def problems(
+        self, program: Program | None, providers: Sequence[type[Pass]] = ()
+    ) -> Iterator[tuple[int, str]]:
+        """Everything that is wrong with the order, by the index of the step.
+
+        Raises: PipelineError for a pass that does not declare what it preserves.
+        """
         known = set(program.facts) if program is not None else set()
         for k, step in enumerate(self.steps, 1):
-            check_declared(step, f"step {k}, {step.name()},")
+            who = f"step {k}, {step.name()},"
+            check_declared(step, who)
             for fact in sorted(step.needs - known, key=str):
                 hint = _hint(fact, self.steps, k, providers)
-                raise PipelineError(
-                    f"step {k}, {step.name()}, requires {fact.name!r} ({fact.meaning}); {hint}"
-                )
+                yield k - 1, f"{who} requires {fact.name!r} ({fact.meaning}); {hint}"
+            for fact in sorted(step.forbids & known, key=str):
+                before = next((each.name() for each in self.steps[: k - 1] if fact in each.provides), None)
+                mend = f"move it before {before}" if before else "run it on the program as it was before"
+                yield k - 1, f"{who} comes too late: {fact.name!r} ({fact.meaning}) holds already; {mend}"
             known = (known - step.clears) | step.provides
 
     def run(

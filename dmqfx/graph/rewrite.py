@@ -93,14 +93,15 @@ class Rewriter:
             yield
 
     def constant(self, name: str, value: Tensor) -> fx.Node:
-        """A new constant; `name` gets a suffix where it is taken, by another constant or by a method of modules."""
+        """A new constant on the program's device; a taken `name` (by a constant, by a method of modules) gets a suffix."""
+        value = value.detach().to(self._source.device)
         unique, k = name, 1
         while unique in self._constants or hasattr(_MODULE, unique.rpartition(".")[2]):
             k += 1
             unique = f"{name}_{k}"
-        self._constants[unique] = value.detach()
+        self._constants[unique] = value
         node = self.graph.get_attr(unique)
-        node.meta["val"] = self._mode.from_tensor(value.detach())
+        node.meta["val"] = self._mode.from_tensor(value)
         return node
 
     def call(self, target: OpOverload, /, near: fx.Node, **named: fx.node.Argument | Tensor) -> fx.Node:

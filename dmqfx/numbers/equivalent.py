@@ -201,8 +201,7 @@ def _descended(start: Tensor, how: Learning, objective: Callable[[Tensor], Tenso
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(how.iterations, 1))
     with torch.enable_grad():
         for _ in range(how.iterations):
-            optimizer.zero_grad()
-            objective(logarithm.exp()).backward()  # type: ignore[no-untyped-call]
+            (logarithm.grad,) = torch.autograd.grad(objective(logarithm.exp()), [logarithm])
             optimizer.step()
             schedule.step()
     found = logarithm.detach()

@@ -108,7 +108,9 @@ def _shares(problem: Reconstruction) -> Tensor:
 def _damped(gram: Tensor, damping: float) -> Tensor:
     """The matrix with damping times its mean diagonal added to the diagonal; the identity if it is all 0."""
     ridge = damping * gram.diagonal().mean()
-    return gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge if float(ridge) > 0 else 1.0)
+    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (
+        ridge if float(ridge) > 0 else 1.0
+    )
 
 
 def _elimination(gram: Tensor) -> Tensor:

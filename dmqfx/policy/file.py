@@ -11,9 +11,10 @@ import yaml
 
 from dmqfx import policies
 from dmqfx.errors import PolicyError, Problem
+from dmqfx.policy.mark import Mark
 from dmqfx.policy.marked import Entry, Listing, Section, Tree, plain_scalar, tree_of_python, tree_of_yaml
 from dmqfx.policy.overrides import override
-from dmqfx.policy.policy import FLOAT, CheckStep, Mark, Option, Policy, Rule, Scalar, Setting, Step
+from dmqfx.policy.policy import FLOAT, CheckStep, Option, Policy, Rule, Scalar, Setting, Step
 from dmqfx.policy.reading import Reader
 from dmqfx.policy.schema import SCHEMA, read_policy
 from dmqfx.words import suggest

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import yaml
 
 from dmqfx.errors import Problem
-from dmqfx.policy.policy import Mark, Scalar
+from dmqfx.policy.mark import Mark
+from dmqfx.policy.policy import Scalar
 
 __all__ = [
     "Entry",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dmqfx.policy.mark import Mark
 from dmqfx.policy.marked import Entry, Leaf, Listing, Section, Tree, tree_of_yaml
-from dmqfx.policy.policy import Mark
 from dmqfx.policy.reading import Reader
 from dmqfx.policy.schema import KEYS, rule_name
 from dmqfx.policy.steps import step_name

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Literal
 
-from dmqfx.errors import PolicyError, Problem
+from dmqfx.errors import PolicyError
 from dmqfx.globs import matcher
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.table import Planned
 from dmqfx.numbers.quant import QuantSpec
 from dmqfx.policy.idle import problem_with_idle
+from dmqfx.policy.mark import Mark, Said
 from dmqfx.policy.setting import BUILT_IN, FLOAT, Default, PartialSpec, Setting
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "Explanation",
     "FedBy",
     "Kind",
-    "Mark",
     "Operation",
     "Option",
     "PartialSpec",
@@ -54,22 +54,6 @@ OPERANDS: Final[Mapping[Kind, tuple[str, ...]]] = MappingProxyType(
     {"conv2d": ("input", "weight"), "linear": ("input", "weight"), "attention": ("query", "key", "value")}
 )
 """The arguments that are sites, by kind of operation."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Where something was said.
-
-    Units: line and column count from 1; 0 means that it did not come from a file.
-    """
-
-    file: str = "<policy>"
-    line: int = 0
-    column: int = 0
-
-    def problem(self, message: str) -> Problem:
-        """A mistake at this place."""
-        return Problem(message, self.file, self.line, self.column)
 
 
 @dataclass(frozen=True)
@@ -173,29 +157,32 @@ class Policy:
     description: str = ""
 
     @property
-    def searched_at(self) -> str:
-        """Where it asks first for an input's range other than the extremes; "" if nowhere."""
-        said: dict[str, Default | Rule] = {
-            "default": self.default,
-            **{f"rules.{rule.name}": rule for rule in self.rules},
-        }
-        asked = ((at, each.input) for at, each in said.items())
-        ranges = ((at, setting.range) for at, setting in asked if isinstance(setting, PartialSpec))
+    def searched_at(self) -> Said | None:
+        """Where it asks first for an input's range other than the extremes."""
         return next(
-            (f"{at}.input.range: {found}" for at, found in ranges if found not in (None, "minmax")), ""
+            (
+                Said(f"{at}.range: {spec.range}", spec.mark)
+                for at, spec in self._specs("input")
+                if spec.range not in (None, "minmax")
+            ),
+            None,
         )
 
     @property
-    def bits_asked_at(self) -> str:
-        """Where it asks for bits first, such as `default.weight`; "" if everything stays float on purpose."""
+    def bits_asked_at(self) -> Said | None:
+        """Where it asks for bits first, such as `default.weight`; None if everything stays float on purpose."""
+        return next((Said(at, spec.mark) for at, spec in self._specs("weight", "input")), None)
+
+    def _specs(self, *arguments: str) -> Iterator[tuple[str, PartialSpec]]:
+        """What is not float, and where it is said."""
         said: dict[str, Default | Rule] = {
             "default": self.default,
             **{f"rules.{rule.name}": rule for rule in self.rules},
         }
-        places = (
-            (f"{at}.{arg}", getattr(each, arg)) for at, each in said.items() for arg in ("weight", "input")
-        )
-        return next((place for place, setting in places if isinstance(setting, PartialSpec)), "")
+        for at, each in said.items():
+            for arg in arguments:
+                if isinstance(setting := getattr(each, arg), PartialSpec):
+                    yield f"{at}.{arg}", setting
 
     @staticmethod
     def load(

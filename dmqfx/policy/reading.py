@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dmqfx.errors import Problem
+from dmqfx.policy.mark import Mark
 from dmqfx.policy.marked import Entry, Leaf, Listing, Odd, Section, Tree
-from dmqfx.policy.policy import Mark
 from dmqfx.words import suggest
 
 __all__ = ["Reader"]

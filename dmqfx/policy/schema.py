@@ -9,6 +9,7 @@ from typing import Final, Literal, get_args
 
 from dmqfx.globs import problem_with_glob
 from dmqfx.numbers.quant import Grid, Per, RangeMethod
+from dmqfx.policy.mark import Mark
 from dmqfx.policy.marked import Entry, Leaf, Listing, Section, Tree
 from dmqfx.policy.policy import (
     FLOAT,
@@ -17,7 +18,6 @@ from dmqfx.policy.policy import (
     Expect,
     FedBy,
     Kind,
-    Mark,
     PartialSpec,
     Policy,
     Rule,
@@ -124,6 +124,7 @@ class _Settings:
             per=word(given["per"], f"{path}.per", get_args(Per)) if "per" in given else None,
             range=word(given["range"], f"{path}.range", RANGES[arg]) if "range" in given else None,
             groups=self._groups(given["groups"], f"{path}.groups") if "groups" in given else None,
+            mark=tree.mark,
         )
 
     def _float(self, tree: Tree, path: str, arg: _Arg) -> Setting | None:

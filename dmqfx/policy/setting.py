@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Final, Literal
 
 from dmqfx.numbers.quant import Grid, Per, RangeMethod
+from dmqfx.policy.mark import Mark
 
 __all__ = ["BUILT_IN", "FLOAT", "Default", "PartialSpec", "Setting"]
 
@@ -27,6 +28,7 @@ class PartialSpec:
     per: Per | None = None
     range: RangeMethod | None = None
     groups: int | tuple[float, ...] | None = None
+    mark: Mark = field(default=Mark(), compare=False, repr=False)
 
     def over(self, other: PartialSpec) -> PartialSpec:
         """This spec, with what it leaves unsaid taken from another."""

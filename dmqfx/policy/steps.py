@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dmqfx.policy.mark import Mark
 from dmqfx.policy.marked import Leaf, Listing, Odd, Section, Tree
-from dmqfx.policy.policy import CheckStep, Mark, Option, Scalar, Step
+from dmqfx.policy.policy import CheckStep, Option, Scalar, Step
 from dmqfx.policy.reading import Reader
 
 __all__ = ["read_pipeline", "step_name"]

@@ -24,6 +24,7 @@ import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx, which
 from dmqfx.errors import CallError, FixedGraphError, StoreError
 from dmqfx.frontend.call import arguments, bind
 from dmqfx.frontend.signature import SUPPORTED
+from dmqfx.graph.facts import QDQ
 from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Outputs, Program
@@ -92,7 +93,9 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
         self.policy = policy
         self.report = report
         self.provenance = dict(provenance or {})
-        self.runner = _runner(targets.lower(program, self.target, PassContext(policy=policy)))
+        quantized = QDQ in program.facts  # float throughout, if not: there is nothing to lower
+        lowered = targets.lower(program, self.target, PassContext(policy=policy)) if quantized else program
+        self.runner = _runner(lowered)
         self._internal_dict = FrozenDict(config)  # the name under which pipelines replace it
         self._dtype = program.dtype
         nn.Module.eval(self)

@@ -93,6 +93,8 @@ def load(directory: str | PathLike[str], target: str | targets.Target = "auto") 
     with _About(path / REPORT):
         report = Report.from_json(_text(path / REPORT)) if REPORT in files else None
     program = _read_program(path)
+    if config.get("_class_name") != program.inputs.root or "in_channels" not in config:
+        raise StoreError(f"{path / CONFIG} is not the configuration of the {program.inputs.root} beside it")
     try:
         return CompiledUNet(
             program, config=config, target=chosen, policy=policy, report=report, provenance=provenance
@@ -202,7 +204,11 @@ def _gone(path: Path) -> str:
         return (
             f"there is no {path}: saving was interrupted; the older model is whole in {left}, rename it back"
         )
-    return f"there is no directory {path}"
+    return (
+        f"{path} is a file; load the directory that it is in"
+        if path.exists()
+        else f"there is no directory {path}"
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dmqfx.graph.address import Site
+from dmqfx.graph.facts import QDQ, Fact
 from dmqfx.graph.pipeline import JointPass, Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry
@@ -27,6 +28,7 @@ class SweepPass(JointPass):
     multiplies its fields `rows` (output positions of a local problem) and `iterations`, if it has them.
     """
 
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
 
     @abstractmethod
