@@ -14,7 +14,7 @@ from models import model
 
 import dmqfx
 from dmqfx.compiler import NothingQuantizedWarning, QualityWarning, check_pipeline
-from dmqfx.errors import CalibrationError, CaptureError, PipelineError, PolicyError
+from dmqfx.errors import CalibrationError, CaptureError, PolicyError
 
 
 def small(dtype: torch.dtype) -> UNet2DModel:
@@ -123,7 +123,7 @@ def test_a_mistake_in_what_extends_a_shipped_policy_is_told_where_it_was_made(tm
         ),
         (
             ["pipeline=[canonicalize, plan-sites]"],
-            r"asks for bits \(default\.weight\), but no step of the pipeline provides 'qdq' .*; put insert-qdq into it, or say float",
+            r"asks for bits \(default\.weight\), but no step of the pipeline provides 'qdq' .*; put insert-qdq into it",
         ),
         (
             [
