@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -114,23 +115,40 @@ class Scaling:
             total = total + (error @ layer.root).square().sum(1)
         return total
 
+    @cached_property
+    def _power(self) -> Tensor:
+        """The second moments of the input's channels, rows as they weigh, summed over taps [C]."""
+        moments = self.given.values.square().T @ self.importance / len(self.importance)
+        return moments.view(-1, self.given.taps).sum(1)
+
+    @cached_property
+    def _outlines(self) -> list[tuple[Ends, Tensor, Tensor]]:
+        """Of each layer: the extremes of its weight over taps [O, C], what channels are felt [C] and outputs [O]."""
+        found = []
+        for layer in self.layers:
+            by_channel = layer.weight.view(len(layer.weight), -1, self.given.taps)
+            felt = layer.felt.view(-1, self.given.taps).sum(1)
+            found.append(((by_channel.amin(2), by_channel.amax(2)), felt, layer.root.square().sum(1)))
+        return found
+
     def expected(self, gamma: Tensor) -> Tensor:
         """The mean error if rounding were noise of a uniform law, independent of what it rounds; with gradients.
 
         A step s adds s^2 / 12 to each number: those of the input weigh what their columns are felt, those of the
-        weight what the input's second moments are. It takes neither rounding nor clipping, so no product of rows.
+        weight what the input's second moments are. Nothing is rounded or clipped, so no row is looked at again.
         """
-        given, columns = self.given, self.given.columns(gamma)
+        given = self.given
         scale, _ = _grid(*given.ends(gamma), given.spec)
         share = torch.zeros_like(scale[:, 0]).index_add(0, given.group, self.importance) / len(given.group)
-        step = scale.repeat_interleave(given.taps, 1) if given.spec.per == "channel" else scale
-        noise = share @ step.square()
-        power = ((given.values.square().T @ self.importance) / len(given.group) / columns.square()).sum()
+        noise, power = share @ scale.square(), (self._power / gamma.square()).sum()
         total = gamma.new_zeros(())
-        for layer in self.layers:
-            steps, _ = _grid(*_weight_ends(layer.weight * columns, layer.spec), layer.spec)
-            of_input = (noise * layer.felt * columns.square()).sum()
-            total = total + of_input + power * (steps.square()[:, 0] * layer.root.square().sum(1)).sum()
+        for layer, (ends, felt, outputs) in zip(self.layers, self._outlines, strict=True):
+            low, high = (_whole(end * gamma, layer.spec) for end in ends)
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            steps, _ = _grid(low.amin(1, keepdim=True), high.amax(1, keepdim=True), layer.spec)
+            total = (
+                total + (noise * felt * gamma.square()).sum() + power * (steps[:, 0].square() * outputs).sum()
+            )
         return total / 12
 
     def loss(self, gamma: Tensor) -> float:
@@ -172,7 +190,7 @@ def learn(
     )
 
 
-def surrogate(problem: Scaling, start: Tensor, iterations: int = 200, rate: float = 0.05) -> Tensor:
+def surrogate(problem: Scaling, start: Tensor, iterations: int = 100, rate: float = 0.1) -> Tensor:
     """The scale of least expected error, which no rounding is tried for; see Scaling.expected.
 
     Shapes: start, result [C].
@@ -208,9 +226,14 @@ def _descended(start: Tensor, how: Learning, objective: Callable[[Tensor], Tenso
     return (found - found.mean()).exp()
 
 
+def _whole(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """The weight with a row for each scale."""
+    return weight if spec.per == "channel" else weight.reshape(1, -1)
+
+
 def _weight_ends(weight: Tensor, spec: QuantSpec) -> Ends:
-    flat = weight if spec.per == "channel" else weight.reshape(1, -1)
-    return flat.amin(1, keepdim=True).clamp(max=0), flat.amax(1, keepdim=True).clamp(min=0)
+    rows = _whole(weight, spec)
+    return rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
 
 
 def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

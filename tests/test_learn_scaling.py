@@ -1,0 +1,106 @@
+"""learn-scaling in the sweep: what the methods that look at activations make of a real UNet."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from sweeping import context, output_noise, planned, recorded, swept
+
+from dmqfx.checking.verify import verify
+from dmqfx.errors import PassNotFoundError, PipelineError
+from dmqfx.graph.address import Site
+from dmqfx.graph.pipeline import Pipeline
+from dmqfx.graph.program import Program
+from dmqfx.graph.registry import create, pipeline
+from dmqfx.graph.rewrite import Journal
+from dmqfx.graph.table import ChannelScale, LayerPair
+
+MODEL = "plain"
+QUICK = {"iterations": 12, "rows": 256, "batch": 64}
+METHODS = ("les", "surrogate")
+
+
+@cache
+def paired() -> Program:
+    """The planned UNet with its pairs."""
+    return pipeline([("pair-layers", {})]).run(planned(MODEL), context(recorded(planned(MODEL), 8)))
+
+
+@cache
+def learned(method: str) -> Program:
+    program = paired()
+    return swept(program, context(recorded(program, 16)), [("learn-scaling", {"method": method, **QUICK})])
+
+
+def noise(program: Program) -> float:
+    data = recorded(program, 16)
+    rounded = swept(program, context(data), [("fit-ranges", {}), ("round-weights", {})])
+    return output_noise(rounded, recorded(program, 16, seed=1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_pair_gets_a_scale_of_its_channels_or_a_reason(method: str) -> None:
+    program = learned(method)
+    scales, pairs = program.table.of(ChannelScale), program.table.of(LayerPair)
+    assert scales
+    assert scales.keys() <= pairs.keys()
+    refused = {refusal.at for refusal in program.log[-1].refused}
+    assert {site.at for site in pairs.keys() - scales.keys()} == refused
+    for scale in scales.values():
+        assert bool((scale.gamma > 0).all())
+        assert float(scale.gamma.log().mean()) == pytest.approx(0, abs=1e-4)
+
+
+def test_learned_scales_lessen_the_noise_of_the_output() -> None:
+    assert noise(learned("les")) < noise(paired())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_verifier_agrees(method: str) -> None:
+    program = paired()
+    step = create("learn-scaling", {"method": method, **QUICK})
+    verify(program, step, context(recorded(program, 8)))
+
+
+def test_the_same_seed_learns_the_same_bits_and_another_one_does_not() -> None:
+    program = paired()
+
+    def found(seed: int) -> dict[Site, ChannelScale]:
+        ctx = context(recorded(program, 16), seed=seed, journal=Journal())
+        return swept(program, ctx, [("learn-scaling", {"method": "les", **QUICK})]).table.of(ChannelScale)
+
+    first, again, other = found(0), found(0), found(1)
+    assert all(torch.equal(scale.gamma, again[site].gamma) for site, scale in first.items())
+    assert any(
+        site not in other or not torch.equal(scale.gamma, other[site].gamma) for site, scale in first.items()
+    )
+
+
+def test_the_closed_form_alone_asks_for_ranges() -> None:
+    program = paired()
+    with pytest.raises(PipelineError, match="learn-scaling, requires 'calibrated'"):
+        Pipeline((create("learn-scaling"),)).check(program)
+    Pipeline((create("learn-scaling", {"method": "les"}),)).check(program)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("rows", 0, "rows must be at least 1, not 0"),
+        ("batch", 0, "batch must be at least 1, not 0"),
+        ("groups", 0, "groups must be at least 1, not 0"),
+        ("iterations", -1, "iterations must be at least 0, not -1"),
+        ("rate", 0.0, "rate must be above 0 and strength at least 0, not 0.0 and 20.0"),
+        ("strength", -1.0, "rate must be above 0 and strength at least 0, not 0.05 and -1.0"),
+        (
+            "weighting",
+            "late",
+            "option weighting must be one of uniform, linear, quadratic, adaptive, published",
+        ),
+    ],
+)
+def test_options_out_of_range_are_refused(option: str, value: object, told: str) -> None:
+    with pytest.raises(PassNotFoundError, match=told):
+        create("learn-scaling", {"method": "les", option: value})
