@@ -213,7 +213,7 @@ def _codes(program: Program, site: Site, entry: Codes) -> Iterator[str]:
             yield from scale_claims(weight, params, planned.spec)
             yield from _rounding(weight, codes, params, planned.spec)
         else:
-            yield from _learned(weight, codes, params)
+            yield from _learned(weight, codes, params, entry.adjacent)
 
 
 def _rounding(weight: Tensor, codes: Tensor, params: QParams, spec: QuantSpec) -> Iterator[str]:
@@ -233,13 +233,19 @@ def _rounding(weight: Tensor, codes: Tensor, params: QParams, spec: QuantSpec) -
         yield f"output channel {row} is clipped by {float(clipped[row]):.3g} steps; minmax clips nothing"
 
 
-def _learned(weight: Tensor, codes: Tensor, params: QParams) -> Iterator[str]:
-    """Whether codes that were moved from the nearest ones still spell the weight."""
+def _learned(weight: Tensor, codes: Tensor, params: QParams, adjacent: bool) -> Iterator[str]:
+    """Whether codes that were moved from the nearest ones still spell the weight, or are the next ones to it."""
     if weight.shape != codes.shape:
         yield f"codes are {list(codes.shape)}, the weight is {list(weight.shape)}"
         return
     grid = QParams(params.scale, params.zero_point, params.qmin, params.qmax, 0)
     exact = steps(weight, grid, None)
+    if adjacent:
+        off = (codes - exact.clamp(params.qmin, params.qmax)).abs().flatten(1).amax(1)
+        if float(off.max()) > 2 * HALF_STEP:
+            row = int(off.argmax())
+            yield f"output channel {row} is rounded by {float(off[row]):.3g} steps, past the next code"
+        return
     centred = exact.double().flatten(1) - params.zero_point.double().T
     moved = (codes.double() - exact.double()).flatten(1).square().sum(1)
     allowed = _FARTHEST**2 * centred.square().sum(1) + exact[0].numel()

@@ -15,7 +15,7 @@ from dmqfx.graph.table import Entry
 from dmqfx.sweep.joint import sweep
 from dmqfx.sweep.turn import Reader, Turn
 
-__all__ = ["SweepPass"]
+__all__ = ["SweepPass", "solution_cost"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class SweepPass(JointPass):
         out, columns = reader.shape[0], math.prod(reader.shape[1:])
         if iterations := getattr(self, "iterations", 0):
             return float(3 * iterations * rows * columns * out)
-        solution = 2 * columns**3 + 3 * out * columns * (columns + 100)
-        return float(rows * columns * (columns + out) + 200 * rows * (columns + out) + solution)
+        return solution_cost(rows, columns, out)
 
     def problem_rows(self) -> int:
         """Output positions of one local problem; 0 where there is none."""
@@ -64,3 +63,9 @@ class SweepPass(JointPass):
         Raises: CalibrationError without calibration data, if some step needs it.
         """
         return sweep(program, [(step, ctx) for step, ctx in steps if isinstance(step, SweepPass)])
+
+
+def solution_cost(rows: int, columns: int, out: int) -> float:
+    """Multiply-adds of normal equations, their solution and a rounding that is searched."""
+    solution = 2 * columns**3 + 3 * out * columns * (columns + 100)
+    return float(rows * columns * (columns + out) + 200 * rows * (columns + out) + solution)
