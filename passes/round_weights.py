@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import PLANNED, ROUNDED, Fact
+from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, Fact
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.table import Bias, Codes, Entry, Sensitivity
 from dmqfx.numbers.adaround import Annealing, annealed
@@ -39,6 +39,7 @@ class RoundWeights(SweepPass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
     method: Literal["nearest", "gptq", "adaround"] = "nearest"
     rows: int = 8192
     damping: float = 0.1
@@ -94,6 +95,7 @@ class RoundWeights(SweepPass):
                 if self.method == "nearest" or reader.groups > 1:
                     ctx.journal.apply(reader.weight, "nearest", str(reader.weight_spec))
                     yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec)
+                    yield from _own_bias(turn, reader)
                 else:
                     yield from self._reconstructed(turn, reader, reader.weight, ctx)
             except CalibrationError as error:
@@ -140,6 +142,13 @@ class RoundWeights(SweepPass):
             importance=None if felt is None else felt.of(rows.timestep),
             metric=None if felt is None else felt.metric,
         )
+
+
+def _own_bias(turn: Turn, reader: Reader) -> Iterator[tuple[Site, Entry]]:
+    """The layer's own bias instead of one that came with other codes."""
+    site, bias = Site(reader.site.at, "bias"), turn.bias(reader)
+    if (stale := turn.table.get(site, Bias)) is not None:
+        yield site, Bias(stale.value.new_zeros(stale.value.shape) if bias is None else bias)
 
 
 def nearest(weight: Tensor, spec: QuantSpec) -> Codes:

@@ -19,6 +19,7 @@ from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, unplanned, without_codes, without_range
 from dmqfx.graph.table import (
+    Bias,
     ChannelScale,
     Codes,
     LayerPair,
@@ -121,6 +122,8 @@ def _against(program: Program, site: Site, entry: object) -> Iterator[str]:
             return _scale(program, site, entry)
         case Codes():
             return _codes(program, site, entry)
+        case Bias():
+            return _bias(program, site, entry)
         case Sensitivity():
             return _sensitivity(program, site, entry)
         case QParams():
@@ -188,6 +191,21 @@ def _sensitivity(program: Program, site: Site, entry: Sensitivity) -> Iterator[s
         yield "the metric is not finite and symmetric"
     elif bool((metric.abs() > (metric.diagonal().outer(metric.diagonal())).sqrt() * 1.01).any()):
         yield "the metric is not positive semidefinite"
+
+
+def _bias(program: Program, site: Site, entry: Bias) -> Iterator[str]:
+    node = program.node(site.at)
+    rows = node.meta["val"].shape[CHANNEL_AXIS[site.at.op]]  # of an integer layer too
+    if tuple(entry.value.shape) != (rows,):
+        yield f"the bias is {list(entry.value.shape)}, the layer has {rows} output channels"
+    elif not bool(torch.isfinite(entry.value).all()):
+        yield "the bias is not finite"
+    elif QDQ in program.facts and INTEGER not in program.facts:
+        there = ops.args(node).get("bias")
+        fixed = isinstance(there, fx.Node) and there.op == "get_attr"
+        value = constant(program.gm, str(there.target)) if fixed and isinstance(there, fx.Node) else None
+        if value is None or not torch.equal(value.cpu(), entry.value.cpu()):
+            yield f"the layer has {'no' if value is None else 'another'} bias"
 
 
 def _codes(program: Program, site: Site, entry: Codes) -> Iterator[str]:

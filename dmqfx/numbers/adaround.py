@@ -12,7 +12,7 @@ from dmqfx.numbers.rounding import Reconstruction
 __all__ = ["Annealing", "annealed"]
 
 _GAMMA, _ZETA = -0.1, 1.1  # the sigmoid is stretched over the ends of 0..1, so that it can reach them
-_LEAN = 0.4  # how far towards the weight learning begins, seen from a code that is not the nearest one
+_LEAN = 0.1  # how far towards the weight learning begins, seen from a code that is not the nearest one
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Annealing:
     warmup: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
-    settling: float = 1.0
-    rate: float = 0.01
+    settling: float = 30.0
+    rate: float = 0.03
 
     def beta(self, iteration: int) -> float | None:
         """The exponent of the regulariser, or None before it begins."""
@@ -89,7 +89,7 @@ class _Cells:
         exact = grid.exact(weight)
         lower = torch.where(exact >= start, start, start - 1).clamp(grid.qmin, grid.qmax - 1)
         place, corner = (exact - lower).clamp(0, 1), start - lower
-        begin = torch.where((place - corner).abs() <= 0.5, place, corner + _LEAN * (place - corner))
+        begin = corner + (1.0 if bool((place - corner).abs().max() <= 0.5) else _LEAN) * (place - corner)
         movable = (exact > grid.qmin) & (exact < grid.qmax)
         return _Cells(lower, torch.where(movable, begin, corner), movable)
 
