@@ -37,29 +37,25 @@ def uncorrected(program: Program, ctx: PassContext) -> Iterator[Broken]:
     def visit(turn: Turn) -> Table:
         for reader in turn.readers:
             site = Site(reader.site.at, "bias")
-            codes, bias = (
-                turn.table.get(Site(reader.site.at, "weight"), Codes),
-                turn.table.get(site, Bias),
-            )
-            if codes is None:
-                continue
-            if bias is None:
-                if site.at not in refused:
-                    found.append(
-                        Broken(site, "Bias", "the layer's bias is not corrected, and no refusal says why")
-                    )
-                continue
-            left, size = _left(turn, reader, codes, bias)
-            if bool((left > _LEFT * size).any()):
-                channel = int((left / size).argmax())
-                share = float(left[channel] / size[channel])
-                found.append(
-                    Broken(site, "Bias", f"the mean of channel {channel} is off by {share:.2g} of its size")
-                )
+            if site.at not in refused and (reason := _against(turn, reader, site)):
+                found.append(Broken(site, "Bias", reason))
         return turn.table
 
     Walk(program, chunks, memory=ctx.memory, total=len(ctx.calibration)).run(visit)
     yield from found
+
+
+def _against(turn: Turn, reader: Reader, site: Site) -> str | None:
+    """What speaks against a layer's bias."""
+    codes, bias = turn.table.get(Site(site.at, "weight"), Codes), turn.table.get(site, Bias)
+    if codes is None:
+        return None
+    if bias is None:
+        return "the layer's bias is not corrected, and no refusal says why"
+    left, size = _left(turn, reader, codes, bias)
+    channel = int((left / size).argmax())
+    share = float(left[channel] / size[channel])
+    return None if share <= _LEFT else f"the mean of channel {channel} is off by {share:.2g} of its size"
 
 
 def _left(turn: Turn, reader: Reader, codes: Codes, bias: Bias) -> tuple[Tensor, Tensor]:
@@ -67,7 +63,7 @@ def _left(turn: Turn, reader: Reader, codes: Codes, bias: Bias) -> tuple[Tensor,
     spec = turn.table.get(Site(reader.site.at, "weight"), Planned)
     assert spec is not None
     assert spec.spec is not None  # there are codes
-    weight = real(unpacked(codes, spec.spec.bits), _rows(codes.qparams), None)
+    weight = real(unpacked(codes, spec.spec.bits), replace(codes.qparams, axis=0), None)
     own = turn.bias(reader)
     means: dict[float, list[Tensor]] = {}
     squares: list[Tensor] = []
@@ -81,10 +77,6 @@ def _left(turn: Turn, reader: Reader, codes: Codes, bias: Bias) -> tuple[Tensor,
             squares.append(want[row].square().mean(0))
     left = torch.stack([torch.stack(rows).mean(0) for rows in means.values()]).mean(0)
     return left.abs(), torch.stack(squares).mean(0).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def _rows(params: QParams) -> QParams:
-    return replace(params, axis=0)
 
 
 def _arriving(turn: Turn, reader: Reader, batch: Batch) -> Tensor:
