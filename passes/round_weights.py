@@ -73,6 +73,11 @@ class RoundWeights(SweepPass):
         """Only `nearest` looks at no activations."""
         return self.method != "nearest"
 
+    @property
+    def budgeted(self) -> frozenset[str]:
+        """Iterations only where they are made."""
+        return frozenset({"rows", "iterations"} if self.method == "adaround" else {"rows"})
+
     def cost(self, reader: Reader) -> float:
         """Normal equations and what follows; a step of learning costs two products in single precision."""
         if not self.needs_calibration or reader.weight_spec is None:

@@ -27,6 +27,7 @@ from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.quant import QuantSpec
 from dmqfx.numbers.rounding import Reconstruction
 from dmqfx.passes import round_weights
+from dmqfx.sweep.budget import scaled
 
 SPEC = QuantSpec(4, "symmetric", "channel", "mse")
 QUICK = Annealing(iterations=60, rate=0.1)
@@ -211,6 +212,12 @@ def test_honest_codes_pass_verification_and_the_journal_tells_the_gain(start: st
     assert len(told) == len(learned)
     for application in told:
         assert f"of the loss of {start}" in application.what or f"no gain over {start}" in application.what
+
+
+def test_a_time_budget_changes_iterations_only_where_they_are_made() -> None:
+    gptq, learned = create("round-weights", {"method": "gptq"}), create("round-weights", LEARNED)
+    assert scaled(gptq, 4.0) == gptq
+    assert scaled(learned, 4.0) == create("round-weights", {**LEARNED, "iterations": 160})
 
 
 @pytest.mark.parametrize("at", ["conv3/conv2d:input", "time/linear:input"])

@@ -38,6 +38,11 @@ class SweepPass(JointPass):
         """Whether it looks at activations; a sweep in which nobody does runs no forward pass."""
         return True
 
+    @property
+    def budgeted(self) -> frozenset[str]:
+        """The fields that a time budget multiplies, as far as it has them."""
+        return frozenset({"rows", "iterations"})
+
     def cost(self, reader: Reader) -> float:
         """About how many double-precision multiply-adds it spends on a reader.
 
