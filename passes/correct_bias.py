@@ -85,7 +85,8 @@ def _uniform(rows: Tensor, timestep: Tensor) -> Tensor:
     Shapes: rows [N, O]; timestep [N]; returns [O].
     """
     _, index, count = torch.unique(timestep, return_inverse=True, return_counts=True)
-    return (rows / count[index, None]).sum(0) / len(count)
+    mean: Tensor = (rows / count[index, None]).sum(0) / len(count)
+    return mean
 
 
 def _current(turn: Turn, reader: Reader, site: Site, like: Tensor) -> Tensor:

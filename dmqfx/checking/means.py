@@ -100,5 +100,5 @@ def _layer(turn: Turn, reader: Reader, x: Tensor, weight: Tensor, bias: Tensor) 
     if ops.is_call(node, "linear"):
         return F.linear(x, weight, bias).reshape(len(x), -1, len(weight))
     named = ops.args(node)
-    out = F.conv2d(x, weight, bias, *(named[k] for k in ("stride", "padding", "dilation", "groups")))  # type: ignore[call-overload]  # canonical
+    out = F.conv2d(x, weight, bias, *(named[k] for k in ("stride", "padding", "dilation", "groups")))  # type: ignore[arg-type]  # canonical
     return out.flatten(2).movedim(1, 2)

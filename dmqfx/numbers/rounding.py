@@ -47,7 +47,8 @@ class Reconstruction:
             return target
         x, y = self._centred
         lacking = x.T @ y - x.T @ x @ target.T
-        return target + self.asymmetric * torch.linalg.solve(self.gram, lacking).T
+        best: Tensor = target + self.asymmetric * torch.linalg.solve(self.gram, lacking).T
+        return best
 
     @cached_property
     def gram(self) -> Tensor:
