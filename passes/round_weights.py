@@ -10,14 +10,16 @@ from torch import Tensor
 
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import PLANNED, ROUNDED, Fact
+from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, Fact
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.table import Bias, Codes, Entry, Sensitivity
+from dmqfx.numbers.adaround import Annealing, annealed
+from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.packing import pack
 from dmqfx.numbers.quant import QuantSpec, quantize
 from dmqfx.numbers.ranges import search_range
-from dmqfx.numbers.rounding import Reconstruction, reconstruct
-from dmqfx.sweep.sweep import SweepPass
+from dmqfx.numbers.rounding import Reconstruction
+from dmqfx.sweep.sweep import SweepPass, solution_cost
 from dmqfx.sweep.turn import Reader, Turn
 
 
@@ -25,24 +27,64 @@ from dmqfx.sweep.turn import Reader, Turn
 class RoundWeights(SweepPass):
     """Write Codes for every planned weight; the float weight stays in the graph until insert-qdq.
 
-    Where measure-sensitivity has run, `gptq` minds the UNet's output through the layer's, else the layer's
-    alone; `damping` and `asymmetric` are those of Reconstruction.
+    Where measure-sensitivity has run, `gptq` and `adaround` mind the UNet's output through the layer's, else
+    the layer's alone; `damping` and `asymmetric` are those of Reconstruction. `adaround` begins with the codes
+    of the method `start` and keeps those where it ends with a greater loss; `iterations`, `warmup`, the `beta`s,
+    `settling` and `rate` are those of Annealing.
 
     Units: `rows` output positions make up a layer's local problem.
-    Source: `nearest` rounds to the nearest code; `gptq` hands each error on (arXiv 2210.17323).
+    Source: `nearest` rounds to the nearest code; `gptq` hands each error on (arXiv 2210.17323); `adaround` learns
+    the side of each weight (arXiv 2004.10568).
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
-    method: Literal["nearest", "gptq"] = "nearest"
+    clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
+    method: Literal["nearest", "gptq", "adaround"] = "nearest"
     rows: int = 8192
     damping: float = 0.1
     asymmetric: float = 0.0
+    start: Literal["nearest", "gptq"] = "nearest"
+    iterations: int = Annealing.iterations
+    warmup: float = Annealing.warmup
+    beta_start: float = Annealing.beta_start
+    beta_end: float = Annealing.beta_end
+    settling: float = Annealing.settling
+    rate: float = Annealing.rate
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("asymmetric", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        for name in ("damping", "settling"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("beta_start", "beta_end"):
+            if not getattr(self, name) > 1:
+                raise ValueError(f"{name} must be above 1, not {getattr(self, name)}")
+        if not self.rate > 0:
+            raise ValueError(f"rate must be above 0, not {self.rate}")
 
     @property
     def needs_calibration(self) -> bool:
         """Only `nearest` looks at no activations."""
         return self.method != "nearest"
+
+    @property
+    def budgeted(self) -> frozenset[str]:
+        """Iterations only where they are made."""
+        return frozenset({"rows", "iterations"} if self.method == "adaround" else {"rows"})
+
+    def cost(self, reader: Reader) -> float:
+        """Normal equations and what follows; a step of learning costs two products in single precision."""
+        if not self.needs_calibration or reader.weight_spec is None:
+            return 0.0
+        columns, out = reader.columns, reader.shape[0]
+        steps = self.iterations if self.method == "adaround" else 0
+        return solution_cost(self.rows, columns, out) + steps * out * columns * (columns + out) / 2
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """Search the range, round, pack.
@@ -52,37 +94,66 @@ class RoundWeights(SweepPass):
         for reader in turn.readers:
             if reader.weight is None or reader.weight_spec is None:
                 continue
-            if not ctx.journal.apply(reader.weight, self.method, str(reader.weight_spec)):
+            if ctx.journal.exhausted:
                 return
             try:
                 if self.method == "nearest" or reader.groups > 1:
+                    ctx.journal.apply(reader.weight, "nearest", str(reader.weight_spec))
                     yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec)
+                    yield from _own_bias(turn, reader)
                 else:
-                    yield from self._reconstructed(turn, reader, reader.weight, reader.weight_spec)
+                    yield from self._reconstructed(turn, reader, reader.weight, ctx)
             except CalibrationError as error:
                 raise CalibrationError(f"{reader.weight}: {error}") from error
 
     def _reconstructed(
-        self, turn: Turn, reader: Reader, at: Site, spec: QuantSpec
+        self, turn: Turn, reader: Reader, at: Site, ctx: PassContext
     ) -> Iterator[tuple[Site, Entry]]:
-        weight, bias = turn.scaled_weight(reader), turn.bias(reader)
+        problem, spec = self._problem(turn, reader), reader.weight_spec
+        assert spec is not None  # the caller looked
+        codes, told = self._codes(problem)
+        ctx.journal.apply(at, self.method, f"{spec}{told}")
+        found, adjacent = problem.rounded(codes), self.method == "adaround" and self.start == "nearest"
+        shape = tuple(problem.weight.shape)
+        yield at, Codes(pack(found.codes, spec.bits), shape, found.params, nearest=False, adjacent=adjacent)
+        bias, offset = turn.bias(reader), found.offset.to(problem.weight.dtype)
+        yield Site(reader.site.at, "bias"), Bias(offset if bias is None else bias + offset)
+
+    def _codes(self, problem: Reconstruction) -> tuple[Tensor, str]:
+        """Codes [O, K], and what became of learning them, in words."""
+        by_gptq = "gptq" in (self.method, self.start)
+        start = handed_on(problem) if by_gptq else problem.nearest
+        if self.method == "gptq":
+            return start, ""
+        how = Annealing(
+            self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate
+        )
+        codes = annealed(problem, start, how)
+        if codes is start:
+            return start, f"; no gain over {self.start}, whose codes are kept"
+        return codes, f"; {problem.loss(codes) / problem.loss(start):.2g} of the loss of {self.start}"
+
+    def _problem(self, turn: Turn, reader: Reader) -> Reconstruction:
+        assert reader.weight_spec is not None  # the caller looked
         rows = turn.rows(reader, self.rows)
         felt = turn.table.get(Site(reader.site.at, "out"), Sensitivity)
-        found = reconstruct(
-            Reconstruction(
-                given=turn.deployed(reader, rows),
-                wanted=rows.real.double() @ turn.weight(reader).flatten(1).double().T,
-                weight=weight,
-                spec=spec,
-                damping=self.damping,
-                asymmetric=self.asymmetric,
-                importance=None if felt is None else felt.of(rows.timestep),
-                metric=None if felt is None else felt.metric,
-            )
+        return Reconstruction(
+            given=turn.deployed(reader, rows),
+            wanted=rows.real.double() @ turn.weight(reader).flatten(1).double().T,
+            weight=turn.scaled_weight(reader),
+            spec=reader.weight_spec,
+            damping=self.damping,
+            asymmetric=self.asymmetric,
+            importance=None if felt is None else felt.of(rows.timestep),
+            metric=None if felt is None else felt.metric,
         )
-        yield at, Codes(pack(found.codes, spec.bits), tuple(weight.shape), found.params, nearest=False)
-        offset = found.offset.to(weight.dtype)
-        yield Site(reader.site.at, "bias"), Bias(offset if bias is None else bias + offset)
+
+
+def _own_bias(turn: Turn, reader: Reader) -> Iterator[tuple[Site, Entry]]:
+    """The layer's own bias instead of one that came with other codes."""
+    site, bias = Site(reader.site.at, "bias"), turn.bias(reader)
+    if (stale := turn.table.get(site, Bias)) is not None:
+        yield site, Bias(stale.value.new_zeros(stale.value.shape) if bias is None else bias)
 
 
 def nearest(weight: Tensor, spec: QuantSpec) -> Codes:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from mutants_bias import MUTANTS as OF_BIAS
 from mutants_sensitivity import MUTANTS as OF_SENSITIVITY
 from mutants_skips import MUTANTS as OF_SKIPS
 from planting import (
@@ -871,6 +872,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     *OF_SKIPS,
     *OF_SENSITIVITY,
+    *OF_BIAS,
 )
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.quant import QuantSpec, dequantize, quantize
 from dmqfx.numbers.ranges import search_range
-from dmqfx.numbers.rounding import Reconstruction, Rounded, reconstruct
+from dmqfx.numbers.rounding import Reconstruction, Rounded
 
 SPEC = QuantSpec(4, "symmetric", "channel", "mse")
 
@@ -23,6 +24,11 @@ def drawn(seed: int, rows: int = 400, columns: int = 24, out: int = 16) -> tuple
 
 def problem(x: Tensor, weight: Tensor, **changed: object) -> Reconstruction:
     return Reconstruction(x, x @ weight.T, weight, **{"spec": SPEC, "damping": 0.01, **changed})  # type: ignore[arg-type]
+
+
+def reconstruct(problem: Reconstruction) -> Rounded:
+    """As `gptq` rounds."""
+    return problem.rounded(handed_on(problem))
 
 
 def real(found: Rounded) -> Tensor:

@@ -16,7 +16,7 @@ from dmqfx.graph.address import Address, Site
 from dmqfx.graph.pipeline import run_step
 from dmqfx.graph.registry import create
 from dmqfx.graph.table import Planned, Sensitivity
-from dmqfx.numbers import rounding
+from dmqfx.passes import round_weights
 
 AT = Address.parse("up.0.conv1/conv2d")
 
@@ -98,10 +98,10 @@ def test_rounding_that_minds_it_passes_verification_and_a_shuffled_weight_does_n
     before = program_before("round-weights", "shifts")
     step = create("round-weights", {"method": "gptq", "rows": 256})
     assert dmqfx.verify(before, step, ctx=ctx).error == 0
-    honest = rounding._by_rows
+    honest = round_weights.handed_on
 
     def shuffled(*given: object) -> Tensor:
         return honest(*given).roll(1, 0)  # type: ignore[arg-type]
 
-    with patch.object(rounding, "_by_rows", shuffled), pytest.raises(VerifyError, match="Codes of"):
+    with patch.object(round_weights, "handed_on", shuffled), pytest.raises(VerifyError, match="Codes of"):
         dmqfx.verify(before, step, ctx=ctx)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dmqfx.calibration.calibration import Calibration
+from dmqfx.checking.means import uncorrected
 from dmqfx.checking.recount import miscounted
 from dmqfx.checking.seen import Seen, seen_at
 from dmqfx.checking.tablecheck import Broken
 from dmqfx.checking.unevenness import misjudged
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, FITTED, FLAGGED, PLANNED, SHIFTED
+from dmqfx.graph.facts import CALIBRATED, CORRECTED, FITTED, FLAGGED, PLANNED, SHIFTED
 from dmqfx.graph.pipeline import Pass, PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import operations
@@ -36,6 +37,8 @@ def contradictions(before: Program, after: Program, step: Pass, ctx: PassContext
         yield from miscounted(after, step, ctx)
     if ctx.calibration is None:
         return
+    if CORRECTED in step.provides:
+        yield from uncorrected(after, ctx)
     if FLAGGED in step.provides:
         rows = getattr(step, "rows", len(ctx.calibration))  # a pass may measure on fewer, and then says so
         yield from misjudged(after, ctx.calibration.select(rows, ctx.generator()))

@@ -16,7 +16,7 @@ from dmqfx.checking.probes import unobserved
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Codes, Planned, Shift
+from dmqfx.graph.table import Bias, Codes, Planned, Shift
 from dmqfx.numbers.quant import QParams
 
 __all__ = [
@@ -128,7 +128,7 @@ class Faked(fx.Interpreter):
     """Runs a float program with its plan carried out; notes how far `got` is from what arrives at each site.
 
     Each site goes on with what was got, so that a difference is found where it is made and nowhere after.
-    `params` are the activations' parameters; weights come from the Codes in the program's table.
+    `params` are the activations' parameters; weights and biases come from the program's table.
     """
 
     def __init__(
@@ -158,6 +158,8 @@ class Faked(fx.Interpreter):
         for arg, (site, plan) in planned.items():
             if isinstance(x := named.get(arg), Tensor):
                 named[arg] = self._at(site, plan, x)
+                if (bias := self._table.get(Site(site.at, "bias"), Bias)) is not None:
+                    named["bias"] = bias.value.to(x)
         return self.call_function(n.target, tuple(named.values()), kwargs)
 
     def _at(self, site: Site, planned: Planned, x: Tensor) -> Tensor:

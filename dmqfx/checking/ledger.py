@@ -8,7 +8,18 @@ from types import MappingProxyType
 from dmqfx.checking.structure import is_quantized_layer, skip_of
 from dmqfx.checking.tablecheck import Broken
 from dmqfx.graph.address import Address, Site
-from dmqfx.graph.facts import FITTED, FLAGGED, LEARNED, PAIRED, PLANNED, QDQ, ROUNDED, SHIFTED, Fact
+from dmqfx.graph.facts import (
+    CORRECTED,
+    FITTED,
+    FLAGGED,
+    LEARNED,
+    PAIRED,
+    PLANNED,
+    QDQ,
+    ROUNDED,
+    SHIFTED,
+    Fact,
+)
 from dmqfx.graph.journal import Journal
 from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import Pass
@@ -27,7 +38,7 @@ _BEHIND: Mapping[type, Collection[Fact]] = MappingProxyType(
         ChannelScale: {LEARNED},
         Shift: {SHIFTED, FITTED, QDQ},
         Codes: {ROUNDED},
-        Bias: {ROUNDED},
+        Bias: {ROUNDED, CORRECTED},
         QParams: {FITTED, QDQ},
     }
 )

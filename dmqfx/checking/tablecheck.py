@@ -19,6 +19,7 @@ from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, unplanned, without_codes, without_range
 from dmqfx.graph.table import (
+    Bias,
     ChannelScale,
     Codes,
     LayerPair,
@@ -121,6 +122,8 @@ def _against(program: Program, site: Site, entry: object) -> Iterator[str]:
             return _scale(program, site, entry)
         case Codes():
             return _codes(program, site, entry)
+        case Bias():
+            return _bias(program, site, entry)
         case Sensitivity():
             return _sensitivity(program, site, entry)
         case QParams():
@@ -190,6 +193,21 @@ def _sensitivity(program: Program, site: Site, entry: Sensitivity) -> Iterator[s
         yield "the metric is not positive semidefinite"
 
 
+def _bias(program: Program, site: Site, entry: Bias) -> Iterator[str]:
+    node = program.node(site.at)
+    rows = node.meta["val"].shape[CHANNEL_AXIS[site.at.op]]  # of an integer layer too
+    if tuple(entry.value.shape) != (rows,):
+        yield f"the bias is {list(entry.value.shape)}, the layer has {rows} output channels"
+    elif not bool(torch.isfinite(entry.value).all()):
+        yield "the bias is not finite"
+    elif QDQ in program.facts and INTEGER not in program.facts:
+        there = ops.args(node).get("bias")
+        fixed = isinstance(there, fx.Node) and there.op == "get_attr"
+        value = constant(program.gm, str(there.target)) if fixed and isinstance(there, fx.Node) else None
+        if value is None or not torch.equal(value.cpu(), entry.value.cpu()):
+            yield f"the layer has {'no' if value is None else 'another'} bias"
+
+
 def _codes(program: Program, site: Site, entry: Codes) -> Iterator[str]:
     params, planned = entry.qparams, program.table.get(site, Planned)
     if planned is None or planned.spec is None:
@@ -213,7 +231,7 @@ def _codes(program: Program, site: Site, entry: Codes) -> Iterator[str]:
             yield from scale_claims(weight, params, planned.spec)
             yield from _rounding(weight, codes, params, planned.spec)
         else:
-            yield from _learned(weight, codes, params)
+            yield from _learned(weight, codes, params, entry.adjacent)
 
 
 def _rounding(weight: Tensor, codes: Tensor, params: QParams, spec: QuantSpec) -> Iterator[str]:
@@ -233,13 +251,19 @@ def _rounding(weight: Tensor, codes: Tensor, params: QParams, spec: QuantSpec) -
         yield f"output channel {row} is clipped by {float(clipped[row]):.3g} steps; minmax clips nothing"
 
 
-def _learned(weight: Tensor, codes: Tensor, params: QParams) -> Iterator[str]:
-    """Whether codes that were moved from the nearest ones still spell the weight."""
+def _learned(weight: Tensor, codes: Tensor, params: QParams, adjacent: bool) -> Iterator[str]:
+    """Whether codes that were moved from the nearest ones still spell the weight, or are the next ones to it."""
     if weight.shape != codes.shape:
         yield f"codes are {list(codes.shape)}, the weight is {list(weight.shape)}"
         return
     grid = QParams(params.scale, params.zero_point, params.qmin, params.qmax, 0)
     exact = steps(weight, grid, None)
+    if adjacent:
+        off = (codes - exact.clamp(params.qmin, params.qmax)).abs().flatten(1).amax(1)
+        if float(off.max()) > 2 * HALF_STEP:
+            row = int(off.argmax())
+            yield f"output channel {row} is rounded by {float(off[row]):.3g} steps, past the next code"
+        return
     centred = exact.double().flatten(1) - params.zero_point.double().T
     moved = (codes.double() - exact.double()).flatten(1).square().sum(1)
     allowed = _FARTHEST**2 * centred.square().sum(1) + exact[0].numel()

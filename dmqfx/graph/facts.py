@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CALIBRATED",
     "CANONICAL",
+    "CORRECTED",
     "FITTED",
     "FLAGGED",
     "INTEGER",
@@ -97,5 +98,6 @@ LEARNED = Fact("learned", "pairs have their equivalent scale in the table")
 SCALED = Fact("scaled", "x / gamma stands before scaled layers and gamma in their weights")
 SHIFTED = Fact("shifted", "channels that want finer steps have their shifts in the table")
 ROUNDED = Fact("rounded", "planned weights have their integer codes in the table", _no_codes)
+CORRECTED = Fact("corrected", "biases make up for what quantization takes from the mean of outputs")
 QDQ = Fact("qdq", "planned sites are quantized and dequantized in the graph", _no_dequantize)
 INTEGER = Fact("integer", "the graph was lowered for a target")

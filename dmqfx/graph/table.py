@@ -160,7 +160,9 @@ class Sensitivity:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """Integer codes of a weight and their meaning; `nearest` says that each is the one next to its weight.
+    """Integer codes of a weight and their meaning.
+
+    `nearest` says that each is the one next to its weight, `adjacent` that it is one of the two beside it.
 
     Shapes: packed uint8 [ceil(numel * width / 8)] (width 4 for <= 4 bits, else 8); qparams.scale [1, O].
     """
@@ -169,6 +171,7 @@ class Codes:
     shape: tuple[int, ...]
     qparams: QParams
     nearest: bool = True
+    adjacent: bool = False
 
 
 Entry: TypeAlias = (

@@ -1,13 +1,14 @@
 """Integer codes of a weight that keep what the network's output feels of a layer, not the weight itself.
 
-With X the layer's inputs, M the metric of its output and E = V - W the change of the weight, the codes V
-make tr(M E X'X E') small. Both factors are minded by handing an error on: the error of a column to the
-columns not yet rounded (X'X), the error of a block of rows to the rows not yet rounded (M).
+With X the layer's inputs, M the metric of its output and E = V - T what the codes V lack of a target T (the
+weight, or what gives the wanted outputs best), they should make tr(M E X'X E') small. That quadratic is the
+local problem of a layer; `gptq` and `adaround` are two ways to go about it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,10 +16,7 @@ from torch import Tensor
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.numbers.ranges import search_range
 
-__all__ = ["Reconstruction", "Rounded", "reconstruct"]
-
-_COLUMNS = 128  # columns whose errors are handed on together: a matrix product instead of many vector ones
-_ROW_BLOCKS = 8  # blocks of rows: more follow the metric closer and take longer, for a gain that levels off
+__all__ = ["Grid", "Reconstruction", "Rounded"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +39,77 @@ class Reconstruction:
     importance: Tensor | None = None
     metric: Tensor | None = None
 
+    @cached_property
+    def target(self) -> Tensor:
+        """The weight that the codes should stand for, float64 [O, K]."""
+        target = self.weight.flatten(1).double()
+        if not self.asymmetric:
+            return target
+        x, y = self._centred
+        lacking = x.T @ y - x.T @ x @ target.T
+        best: Tensor = target + self.asymmetric * torch.linalg.solve(self.gram, lacking).T
+        return best
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """X'X of the centred inputs by the rows' shares, damped, float64 [K, K]."""
+        x, _ = self._centred
+        return _damped(x.T @ x, self.damping)
+
+    @cached_property
+    def felt(self) -> Tensor | None:
+        """The metric, damped, float64 [O, O]; None for all channels alike."""
+        return None if self.metric is None else _damped(self.metric.double(), self.damping)
+
+    @cached_property
+    def params(self) -> QParams:
+        """The searched range of the target."""
+        return search_range(self.target.to(self.weight.dtype).view_as(self.weight), self.spec)
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The same as a matrix needs it."""
+        return Grid.of(self.params, len(self.weight))
+
+    @property
+    def nearest(self) -> Tensor:
+        """The codes nearest to the weight, float64 [O, K]."""
+        return self.grid.exact(self.weight.flatten(1).double()).round()
+
+    def loss(self, codes: Tensor) -> float:
+        """The energy of the output's error, in the metric.
+
+        Shapes: codes float64 [O, K].
+        """
+        error = self.grid.real(codes) - self.target
+        felt = error if self.felt is None else self.felt @ error
+        return float((felt * (error @ self.gram)).sum())
+
+    def rounded(self, codes: Tensor) -> Rounded:
+        """The result with these codes [O, K]; the means, which codes do not see, are left to the offset."""
+        mean_x, mean_y = self._means
+        offset = mean_y - self.grid.real(codes) @ mean_x
+        dtype = torch.int8 if self.params.qmin < 0 else torch.uint8
+        return Rounded(codes.to(dtype).view(self.weight.shape), self.params, offset)
+
+    @cached_property
+    def _share(self) -> Tensor:
+        """Each row's share of the mean [N]; they add up to 1."""
+        if self.importance is None or not bool((self.importance > 0).any()):
+            return self.given.new_full((len(self.given),), 1 / len(self.given), dtype=torch.float64)
+        weight = self.importance.double()
+        return weight / weight.sum()
+
+    @cached_property
+    def _means(self) -> tuple[Tensor, Tensor]:
+        return self._share @ self.given.double(), self._share @ self.wanted.double()
+
+    @property
+    def _centred(self) -> tuple[Tensor, Tensor]:
+        """Inputs and outputs without their means, times the root of the share."""
+        (mean_x, mean_y), root = self._means, self._share.sqrt()[:, None]
+        return (self.given.double() - mean_x) * root, (self.wanted.double() - mean_y) * root
+
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
@@ -51,30 +120,8 @@ class Rounded:
     offset: Tensor
 
 
-def reconstruct(problem: Reconstruction) -> Rounded:
-    """Codes of the weight; means are left to the offset, the codes see centred columns only.
-
-    Source: GPTQ (arXiv 2210.17323) for the columns; its elimination once more, by blocks, for the rows.
-    """
-    x, y = problem.given.double(), problem.wanted.double()
-    share = _shares(problem)
-    mean_x, mean_y = share @ x, share @ y
-    scaled = (x - mean_x) * share.sqrt()[:, None]
-    gram = _damped(scaled.T @ scaled, problem.damping)
-    target = problem.weight.flatten(1).double()
-    if problem.asymmetric:
-        lacking = scaled.T @ ((y - mean_y) * share.sqrt()[:, None]) - scaled.T @ scaled @ target.T
-        target = target + problem.asymmetric * torch.linalg.solve(gram, lacking).T
-    params = search_range(target.to(problem.weight.dtype).view_as(problem.weight), problem.spec)
-    grid = _Grid.of(params, len(target))
-    codes = _by_rows(target, gram, grid, problem)
-    offset = mean_y - grid.real(codes) @ mean_x
-    dtype = torch.int8 if params.qmin < 0 else torch.uint8
-    return Rounded(codes.to(dtype).view(problem.weight.shape), params, offset)
-
-
 @dataclass(frozen=True, eq=False)
-class _Grid:
+class Grid:
     """Scales and zero points [O] in float64, and the range of codes."""
 
     scale: Tensor
@@ -83,74 +130,30 @@ class _Grid:
     qmax: int
 
     @staticmethod
-    def of(params: QParams, rows: int) -> _Grid:
+    def of(params: QParams, rows: int) -> Grid:
+        """That of a weight's parameters, which may be one set for all of its rows."""
         scale, zero_point = (each.double()[0].expand(rows) for each in (params.scale, params.zero_point))
-        return _Grid(scale, zero_point, params.qmin, params.qmax)
+        return Grid(scale, zero_point, params.qmin, params.qmax)
 
-    def rows(self, index: Tensor | slice) -> _Grid:
-        return _Grid(self.scale[index], self.zero_point[index], self.qmin, self.qmax)
+    def rows(self, index: Tensor | slice) -> Grid:
+        """That of some rows."""
+        return Grid(self.scale[index], self.zero_point[index], self.qmin, self.qmax)
 
     def nearest(self, column: Tensor) -> Tensor:
+        """The codes of one number for each row."""
         return (torch.round(column / self.scale) + self.zero_point).clamp(self.qmin, self.qmax)
 
+    def exact(self, weight: Tensor) -> Tensor:
+        """Where a weight [O, K] lies between the codes, none beyond the last."""
+        exact = weight / self.scale[:, None] + self.zero_point[:, None]
+        return exact.clamp(self.qmin, self.qmax)
+
     def real(self, codes: Tensor) -> Tensor:
+        """What codes [O, K] stand for."""
         return (codes - self.zero_point[:, None]) * self.scale[:, None]
-
-
-def _shares(problem: Reconstruction) -> Tensor:
-    """Each row's share of the mean [N]; they add up to 1."""
-    if problem.importance is None or not bool((problem.importance > 0).any()):
-        return problem.given.new_full((len(problem.given),), 1 / len(problem.given), dtype=torch.float64)
-    weight = problem.importance.double()
-    return weight / weight.sum()
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
     """The matrix with damping times its mean diagonal added to the diagonal; the identity if it is all 0."""
     ridge = damping * gram.diagonal().mean()
-    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (
-        ridge if float(ridge) > 0 else 1.0
-    )
-
-
-def _elimination(gram: Tensor) -> Tensor:
-    """Upper triangular U with U'U the inverse: what rounding one variable does to those after it."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
-
-
-def _by_rows(target: Tensor, gram: Tensor, grid: _Grid, problem: Reconstruction) -> Tensor:
-    """Codes [O, K], block of rows by block of rows where there is a metric."""
-    by_energy = gram.diagonal().argsort(descending=True)
-    columns = _elimination(gram[by_energy][:, by_energy])
-    if problem.metric is None:
-        return _by_columns(target[:, by_energy], columns, grid)[:, by_energy.argsort()]
-    metric = _damped(problem.metric.double(), problem.damping)
-    order = metric.diagonal().argsort(descending=True)
-    rows, left = _elimination(metric[order][:, order]), target[order][:, by_energy]
-    codes, height = torch.empty_like(left), -(-len(order) // _ROW_BLOCKS)
-    for start in range(0, len(order), height):
-        block, rest = slice(start, start + height), slice(start + height, None)
-        part = grid.rows(order[block])
-        codes[block] = _by_columns(left[block], columns, part)
-        change = part.real(codes[block]) - left[block]
-        handed = torch.linalg.solve_triangular(rows[block, block].T, change, upper=False)
-        left[rest] += rows[block, rest].T @ handed
-    return codes[order.argsort()][:, by_energy.argsort()]
-
-
-def _by_columns(target: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
-    """Codes [R, K] of some rows, column by column in the given order."""
-    left, codes = target.clone(), torch.empty_like(target)
-    for start in range(0, left.shape[1], _COLUMNS):
-        end = min(start + _COLUMNS, left.shape[1])
-        block, local = left[:, start:end], factor[start:end, start:end]
-        errors = torch.empty_like(block)
-        for k in range(end - start):
-            column = block[:, k]
-            codes[:, start + k] = code = grid.nearest(column)
-            errors[:, k] = error = (column - (code - grid.zero_point) * grid.scale) / local[k, k]
-            block[:, k + 1 :] -= torch.outer(error, local[k, k + 1 :])
-        left[:, end:] -= errors @ factor[start:end, end:]
-    return codes
+    return gram + torch.eye(len(gram)).to(gram) * (ridge if float(ridge) > 0 else 1.0)

@@ -16,7 +16,7 @@ from dmqfx.graph.table import Entry
 from dmqfx.sweep.joint import sweep
 from dmqfx.sweep.turn import Reader, Turn
 
-__all__ = ["SweepPass"]
+__all__ = ["SweepPass", "solution_cost"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class SweepPass(JointPass):
         """Whether it looks at activations; a sweep in which nobody does runs no forward pass."""
         return True
 
+    @property
+    def budgeted(self) -> frozenset[str]:
+        """The fields that a time budget multiplies, as far as it has them."""
+        return frozenset({"rows", "iterations"})
+
     def cost(self, reader: Reader) -> float:
         """About how many double-precision multiply-adds it spends on a reader.
 
@@ -52,8 +57,7 @@ class SweepPass(JointPass):
         out, columns = reader.shape[0], math.prod(reader.shape[1:])
         if iterations := getattr(self, "iterations", 0):
             return float(3 * iterations * rows * columns * out)
-        solution = 2 * columns**3 + 3 * out * columns * (columns + 100)
-        return float(rows * columns * (columns + out) + 200 * rows * (columns + out) + solution)
+        return solution_cost(rows, columns, out)
 
     def problem_rows(self) -> int:
         """Output positions of one local problem; 0 where there is none."""
@@ -66,3 +70,9 @@ class SweepPass(JointPass):
         Raises: CalibrationError without calibration data, if some step needs it.
         """
         return sweep(program, [(step, ctx) for step, ctx in steps if isinstance(step, SweepPass)])
+
+
+def solution_cost(rows: int, columns: int, out: int) -> float:
+    """Multiply-adds of normal equations, their solution and a rounding that is searched."""
+    solution = 2 * columns**3 + 3 * out * columns * (columns + 100)
+    return float(rows * columns * (columns + out) + 200 * rows * (columns + out) + solution)
