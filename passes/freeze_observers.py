@@ -19,6 +19,7 @@ from dmqfx.graph.sites import readers
 from dmqfx.graph.table import Range, Shift
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams
+from dmqfx.sweep.streaming import streamed
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class FreezeObservers(Pass):
             torch.no_grad(),
             tqdm(total=len(ctx.calibration), desc="observe", unit="row", disable=quiet) as bar,
         ):
-            for batch in ctx.calibration.batches(self.batch, program.inputs, dtype=program.dtype):
+            batches = ctx.calibration.batches(self.batch, program.inputs, dtype=program.dtype)
+            for batch in streamed(batches, len(ctx.calibration), self.name()):
                 program(**{name: value.to(program.device) for name, value in batch.items()})
                 bar.update(len(batch["sample"]))
 

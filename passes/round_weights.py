@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,11 +13,14 @@ from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import PLANNED, ROUNDED, Fact
 from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, Codes, Entry, Sensitivity
+from dmqfx.numbers import effort
 from dmqfx.numbers.packing import pack
 from dmqfx.numbers.quant import QuantSpec, quantize
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Reconstruction, reconstruct
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Reader, Turn
 
@@ -43,6 +47,16 @@ class RoundWeights(SweepPass):
     def needs_calibration(self) -> bool:
         """Only `nearest` looks at no activations."""
         return self.method != "nearest"
+
+    def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
+        """Seconds of `reconstruct`, or of the search of a range alone."""
+        if self.problem_rows(reader):
+            return super().cost(program, reader, values, speeds)
+        return effort.weight_range(speeds, math.prod(reader.shape)) if reader.weight_spec else 0.0
+
+    def problem_rows(self, reader: Reader) -> int:
+        """None for `nearest`, and for convolutions in groups, which are rounded so."""
+        return super().problem_rows(reader) if reader.groups == 1 else 0
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """Search the range, round, pack.

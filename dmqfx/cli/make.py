@@ -168,11 +168,27 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--verify", action="store_true", help="check every pass as it runs")
     parser.add_argument("--seed", type=whole(0), default=0, help="of everything random [0]")
     parser.add_argument(
+        "--budget",
+        type=_time,
+        metavar="TIME",
+        help="what a sweep may take: 90s, 5min, 1h, overnight; fits rows and iterations [as the policy says]",
+    )
+    parser.add_argument(
         "--rows", type=whole(0), default=16, help="calibration rows the report is measured on; 0: none [16]"
     )
     parser.add_argument(
         "--min-sqnr", type=float, metavar="DB", help="exit with 3 if the output's SQNR is lower"
     )
+
+
+def _time(text: str) -> float:
+    """The type of --budget, in seconds."""
+    from dmqfx.sweep.budget import seconds_of
+
+    try:
+        return seconds_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def compile_(options: argparse.Namespace) -> int:
@@ -208,6 +224,7 @@ def compile_(options: argparse.Namespace) -> int:
             seed=options.seed,
             progress=bars(),
             report_rows=options.rows,
+            budget=options.budget,
         )
     q.save_pretrained(out)
     report = q.report

@@ -15,10 +15,20 @@ from torch import Tensor
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.numbers.ranges import search_range
 
-__all__ = ["Reconstruction", "Rounded", "reconstruct"]
+__all__ = [
+    "COLUMNS",
+    "ROW_BLOCKS",
+    "Reconstruction",
+    "Rounded",
+    "RowGrid",
+    "by_columns",
+    "damped",
+    "elimination",
+    "reconstruct",
+]
 
-_COLUMNS = 128  # columns whose errors are handed on together: a matrix product instead of many vector ones
-_ROW_BLOCKS = 8  # blocks of rows: more follow the metric closer and take longer, for a gain that levels off
+COLUMNS = 128  # columns whose errors are handed on together: a matrix product instead of many vector ones
+ROW_BLOCKS = 8  # blocks of rows: more follow the metric closer and take longer, for a gain that levels off
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +70,13 @@ def reconstruct(problem: Reconstruction) -> Rounded:
     share = _shares(problem)
     mean_x, mean_y = share @ x, share @ y
     scaled = (x - mean_x) * share.sqrt()[:, None]
-    gram = _damped(scaled.T @ scaled, problem.damping)
+    gram = damped(scaled.T @ scaled, problem.damping)
     target = problem.weight.flatten(1).double()
     if problem.asymmetric:
         lacking = scaled.T @ ((y - mean_y) * share.sqrt()[:, None]) - scaled.T @ scaled @ target.T
         target = target + problem.asymmetric * torch.linalg.solve(gram, lacking).T
     params = search_range(target.to(problem.weight.dtype).view_as(problem.weight), problem.spec)
-    grid = _Grid.of(params, len(target))
+    grid = RowGrid.of(params, len(target))
     codes = _by_rows(target, gram, grid, problem)
     offset = mean_y - grid.real(codes) @ mean_x
     dtype = torch.int8 if params.qmin < 0 else torch.uint8
@@ -74,7 +84,7 @@ def reconstruct(problem: Reconstruction) -> Rounded:
 
 
 @dataclass(frozen=True, eq=False)
-class _Grid:
+class RowGrid:
     """Scales and zero points [O] in float64, and the range of codes."""
 
     scale: Tensor
@@ -83,12 +93,12 @@ class _Grid:
     qmax: int
 
     @staticmethod
-    def of(params: QParams, rows: int) -> _Grid:
+    def of(params: QParams, rows: int) -> RowGrid:
         scale, zero_point = (each.double()[0].expand(rows) for each in (params.scale, params.zero_point))
-        return _Grid(scale, zero_point, params.qmin, params.qmax)
+        return RowGrid(scale, zero_point, params.qmin, params.qmax)
 
-    def rows(self, index: Tensor | slice) -> _Grid:
-        return _Grid(self.scale[index], self.zero_point[index], self.qmin, self.qmax)
+    def rows(self, index: Tensor | slice) -> RowGrid:
+        return RowGrid(self.scale[index], self.zero_point[index], self.qmin, self.qmax)
 
     def nearest(self, column: Tensor) -> Tensor:
         return (torch.round(column / self.scale) + self.zero_point).clamp(self.qmin, self.qmax)
@@ -105,44 +115,46 @@ def _shares(problem: Reconstruction) -> Tensor:
     return weight / weight.sum()
 
 
-def _damped(gram: Tensor, damping: float) -> Tensor:
+def damped(gram: Tensor, damping: float) -> Tensor:
     """The matrix with damping times its mean diagonal added to the diagonal; the identity if it is all 0."""
     ridge = damping * gram.diagonal().mean()
-    return gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge if float(ridge) > 0 else 1.0)
+    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (
+        ridge if float(ridge) > 0 else 1.0
+    )
 
 
-def _elimination(gram: Tensor) -> Tensor:
+def elimination(gram: Tensor) -> Tensor:
     """Upper triangular U with U'U the inverse: what rounding one variable does to those after it."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor
 
 
-def _by_rows(target: Tensor, gram: Tensor, grid: _Grid, problem: Reconstruction) -> Tensor:
+def _by_rows(target: Tensor, gram: Tensor, grid: RowGrid, problem: Reconstruction) -> Tensor:
     """Codes [O, K], block of rows by block of rows where there is a metric."""
     by_energy = gram.diagonal().argsort(descending=True)
-    columns = _elimination(gram[by_energy][:, by_energy])
+    columns = elimination(gram[by_energy][:, by_energy])
     if problem.metric is None:
-        return _by_columns(target[:, by_energy], columns, grid)[:, by_energy.argsort()]
-    metric = _damped(problem.metric.double(), problem.damping)
+        return by_columns(target[:, by_energy], columns, grid)[:, by_energy.argsort()]
+    metric = damped(problem.metric.double(), problem.damping)
     order = metric.diagonal().argsort(descending=True)
-    rows, left = _elimination(metric[order][:, order]), target[order][:, by_energy]
-    codes, height = torch.empty_like(left), -(-len(order) // _ROW_BLOCKS)
+    rows, left = elimination(metric[order][:, order]), target[order][:, by_energy]
+    codes, height = torch.empty_like(left), -(-len(order) // ROW_BLOCKS)
     for start in range(0, len(order), height):
         block, rest = slice(start, start + height), slice(start + height, None)
         part = grid.rows(order[block])
-        codes[block] = _by_columns(left[block], columns, part)
+        codes[block] = by_columns(left[block], columns, part)
         change = part.real(codes[block]) - left[block]
         handed = torch.linalg.solve_triangular(rows[block, block].T, change, upper=False)
         left[rest] += rows[block, rest].T @ handed
     return codes[order.argsort()][:, by_energy.argsort()]
 
 
-def _by_columns(target: Tensor, factor: Tensor, grid: _Grid) -> Tensor:
+def by_columns(target: Tensor, factor: Tensor, grid: RowGrid) -> Tensor:
     """Codes [R, K] of some rows, column by column in the given order."""
     left, codes = target.clone(), torch.empty_like(target)
-    for start in range(0, left.shape[1], _COLUMNS):
-        end = min(start + _COLUMNS, left.shape[1])
+    for start in range(0, left.shape[1], COLUMNS):
+        end = min(start + COLUMNS, left.shape[1])
         block, local = left[:, start:end], factor[start:end, start:end]
         errors = torch.empty_like(block)
         for k in range(end - start):

@@ -12,6 +12,7 @@ from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
+from dmqfx.sweep.estimate import tell
 from dmqfx.sweep.finite import refuse_broken_weights
 from dmqfx.sweep.key import key_of
 from dmqfx.sweep.plan import Steps, planned
@@ -46,7 +47,9 @@ def sweep(program: Program, steps: Steps) -> Program:
             walk = Walk(
                 program, plan.chunks, memory=plan.room, total=plan.rows, seed=ctx.seed, folder=ctx.run_dir
             )
-            return program.with_table(walk.run(partial(visits.visit, steps=plan.steps, bar=bar)))
+            after = program.with_table(walk.run(partial(visits.visit, steps=plan.steps, bar=bar)))
+        tell(title, bar.elapsed, sum(plan.seconds))
+        return after
 
 
 class _Visits:

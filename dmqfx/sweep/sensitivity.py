@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,7 @@ from dmqfx.graph.sites import CHANNEL_AXIS
 from dmqfx.graph.table import Planned, Sensitivity
 from dmqfx.numbers.ranges import search_range
 from dmqfx.runtime.operators import timestep_group
+from dmqfx.sweep.streaming import streamed
 
 __all__ = ["LARGEST_METRIC", "measure"]
 
@@ -109,7 +111,9 @@ def measure(
     layers = {layer.node: layer for layer in _layers(program, len(boundaries) + 1)}
     edges, groups = torch.tensor(boundaries), len(boundaries) + 1
     seen = torch.zeros(groups, dtype=torch.float64)
-    for batch in batches:
+    rows = sum(len(batch["timestep"]) for batch in batches)
+    looks = streamed((*batches, *batches), 2 * rows, "measure-sensitivity")
+    for batch in islice(looks, len(batches)):
         group = timestep_group(batch["timestep"].cpu(), edges)
         seen += torch.bincount(group, minlength=groups)
         for layer, gradient, energy in _Look(program, layers, batch, generator).gradients():
@@ -119,13 +123,13 @@ def measure(
             layer.noise.index_add_(0, group, noise.double().cpu())
     total = torch.stack([layer.noise for layer in layers.values()]).sum(0) / seen.clamp(min=1)
     importance = torch.where(total > 0, 1 / total.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    for batch in batches:
+    for batch in looks:
         group = timestep_group(batch["timestep"].cpu(), edges)
         for layer, gradient, _ in _Look(program, layers, batch, generator).gradients():
             if layer.metric is not None:
                 weight = importance[group].sqrt().to(gradient).view(-1, *[1] * (gradient.dim() - 1))
-                rows = (gradient * weight).flatten(0, -2)
-                layer.metric += rows.T @ rows
+                each = (gradient * weight).flatten(0, -2)
+                layer.metric += each.T @ each
     return {
         Site(layer.node.meta["address"], "out"): _entry(layer, importance, seen, boundaries)
         for layer in layers.values()

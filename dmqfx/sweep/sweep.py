@@ -11,7 +11,9 @@ from typing import ClassVar
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import JointPass, Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Entry
+from dmqfx.graph.table import Entry, Sensitivity
+from dmqfx.numbers import effort
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.sweep.joint import sweep
 from dmqfx.sweep.turn import Reader, Turn
 
@@ -38,24 +40,25 @@ class SweepPass(JointPass):
         """Whether it looks at activations; a sweep in which nobody does runs no forward pass."""
         return True
 
-    def cost(self, reader: Reader) -> float:
-        """About how many double-precision multiply-adds it spends on a reader.
+    def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
+        """About how many seconds it spends on a reader of a tensor of so many values over all rows.
 
-        Without `rows` none. With them, as much as normal equations, their solution and a rounding that is
-        searched; with `iterations`, that many steps forward and back instead.
+        Drawing `problem_rows` is not counted. Without them none; with `iterations`, that many steps forward
+        and back, else as much as `reconstruct` takes.
         """
-        rows = self.problem_rows()
+        rows = self.problem_rows(reader)
         if not rows or not reader.shape or reader.weight_spec is None:
             return 0.0
         out, columns = reader.shape[0], math.prod(reader.shape[1:])
         if iterations := getattr(self, "iterations", 0):
-            return float(3 * iterations * rows * columns * out)
-        solution = 2 * columns**3 + 3 * out * columns * (columns + 100)
-        return float(rows * columns * (columns + out) + 200 * rows * (columns + out) + solution)
+            return 3 * iterations * effort.product(speeds, rows, columns, out)
+        felt = program.table.get(Site(reader.site.at, "out"), Sensitivity)
+        metric = felt is not None and felt.metric is not None
+        return effort.reconstruction(speeds, rows, columns, out, metric=metric)
 
-    def problem_rows(self) -> int:
-        """Output positions of one local problem; 0 where there is none."""
-        return int(getattr(self, "rows", 0)) if self.needs_calibration else 0
+    def problem_rows(self, reader: Reader) -> int:
+        """Output positions of a reader's local problem that it draws; 0 where there is none."""
+        return int(getattr(self, "rows", 0)) if self.needs_calibration and reader.weight_spec else 0
 
     @classmethod
     def run_jointly(cls, steps: Sequence[tuple[Pass, PassContext]], program: Program) -> Program:
