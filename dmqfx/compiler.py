@@ -10,6 +10,7 @@ from os import PathLike
 
 import torch
 
+from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.verify import checking
 from dmqfx.errors import CaptureError, PipelineError, PolicyError
@@ -25,7 +26,7 @@ from dmqfx.runtime import targets
 from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.report import Report
-from dmqfx.storage.provenance import provenance, weights_digest
+from dmqfx.storage.provenance import fingerprint, provenance, weights_digest
 from dmqfx.sweep.budget import seconds_of
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def compile(
     """
     refuse(unet)
     seconds = None if budget is None else seconds_of(budget)
-    bars = sys.stderr.isatty() if progress is None else progress
+    bars = processes.is_first() and (sys.stderr.isatty() if progress is None else progress)
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
     check_pipeline(chosen)
@@ -86,9 +87,12 @@ def compile(
     before = computing(capture(unet, residuals=data is not None and has_residuals(data)))
     if data is not None:
         data.check(before.inputs)
+        if processes.count() > 1:
+            processes.same("calibration rows", fingerprint(data.columns()))
     ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data), budget=seconds)
     scaled, after = quantize(before, ctx, verify=verify)
-    report = Report.measure(scaled, after, data, rows=report_rows, progress=bars)
+    measured = report_rows if processes.is_first() else 0
+    report = Report.measure(scaled, after, data, rows=measured, progress=bars)
     _warn(chosen, report)
     origin = {
         **provenance(before),

@@ -106,7 +106,7 @@ class FitRanges(SweepPass):
             x = batch.quantized.movedim(turn.axis, -1)
             x = (x if gamma is None else x / gamma.to(x)).flatten(1)
             found.append((x.amin(1), x.amax(1), _groups(spec, batch.timestep)))
-        low, high, group = (torch.cat(each) for each in zip(*found, strict=True))
+        low, high, group = (turn.batches.gather(torch.cat(each)) for each in zip(*found, strict=True))
         return low, high, group
 
 

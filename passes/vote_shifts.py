@@ -125,7 +125,7 @@ class VoteShifts(SweepPass):
                 ballot.add(errors, group)
             except ValueError as error:
                 raise CalibrationError(f"vote-shifts: {reader.site}: {error}") from error
-        return ballot
+        return ballot.joined(turn.batches.gather)
 
 
 def _told(shift: Shift) -> str:

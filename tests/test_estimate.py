@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sweeping import SWEEP, chain, context, planned, recorded, swept
+from sweeping import chain, context, planned, recorded, swept
 
 from dmqfx import emoji
 from dmqfx.cli import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import warnings
 from typing import TYPE_CHECKING
 
@@ -192,7 +193,15 @@ def _time(text: str) -> float:
 
 
 def compile_(options: argparse.Namespace) -> int:
-    """dmqfx compile."""
+    """dmqfx compile; under torchrun by all its processes together."""
+    from dmqfx import processes
+
+    with processes.torchrun():
+        return _compiled(options)
+
+
+def _compiled(options: argparse.Namespace) -> int:
+    from dmqfx import processes
     from dmqfx.compiler import QualityWarning, check_pipeline, needs_calibration
     from dmqfx.compiler import compile as compile_unet
     from dmqfx.errors import DmqfxError
@@ -201,6 +210,8 @@ def compile_(options: argparse.Namespace) -> int:
     from dmqfx.policy.policy import Expect, Policy
     from dmqfx.storage.store import refuse_foreign
 
+    if not processes.is_first():
+        logging.getLogger("dmqfx").setLevel(logging.ERROR)
     policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
     check_pipeline(policy)
     out = files.to_be_folder(options.out)
@@ -212,7 +223,7 @@ def compile_(options: argparse.Namespace) -> int:
     unet = sources.load_unet(options.model)
     wanted = options.rows > 0 or needs_calibration(policy)
     if calibration is None and wanted and sources.is_emoji(options.model):
-        calibration = emoji_calibration(seed=options.seed, progress=bars())
+        calibration = emoji_calibration(seed=options.seed, progress=bars() and processes.is_first())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)  # the gate says it
         q = compile_unet(
@@ -222,10 +233,12 @@ def compile_(options: argparse.Namespace) -> int:
             target=sources.unlowered(),  # it is saved and not run, so its weights need not be unpacked
             verify=options.verify,
             seed=options.seed,
-            progress=bars(),
+            progress=bars() and processes.is_first(),
             report_rows=options.rows,
             budget=options.budget,
         )
+    if not processes.is_first():
+        return terminal.OK
     q.save_pretrained(out)
     report = q.report
     assert report is not None  # every compilation makes one

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
@@ -14,7 +15,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
 from dmqfx.sweep.estimate import tell
 from dmqfx.sweep.finite import refuse_broken_weights
-from dmqfx.sweep.key import key_of
+from dmqfx.sweep.key import key_of, of_table
 from dmqfx.sweep.plan import Steps, planned
 from dmqfx.sweep.progress import Progress
 from dmqfx.sweep.run import NoRun, Written, running
@@ -45,10 +46,12 @@ def sweep(program: Program, steps: Steps) -> Program:
         title = ", ".join(step.name() for step, _ in steps)
         with Progress(title, plan.seconds, shown=ctx.progress) as bar:
             walk = Walk(
-                program, plan.chunks, memory=plan.room, total=plan.rows, seed=ctx.seed, folder=ctx.run_dir
-            )
+                program, plan.chunks, memory=plan.room, total=plan.rows, seed=ctx.seed, folder=ctx.run_dir,
+                gather=processes.gathered,
+            )  # fmt: skip
             after = program.with_table(walk.run(partial(visits.visit, steps=plan.steps, bar=bar)))
         tell(title, bar.elapsed, sum(plan.seconds))
+        processes.same("table", of_table(after.table))
         return after
 
 
@@ -56,7 +59,10 @@ class _Visits:
     """The turns of a sweep: those that a run directory knows are taken from there."""
 
     def __init__(self, run: NoRun, sites: Sequence[Site]) -> None:
-        self._run, self._done = run, run.finished(sites)
+        self._run = run
+        known = run.finished(sites) if processes.is_first() else []
+        number = int(processes.agreed(len(known)))
+        self._done = known if processes.is_first() else run.finished(sites[:number])
         self._number = 0
         self.complete = len(self._done) == len(sites) > 0
         if self._done:

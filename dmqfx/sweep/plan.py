@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
@@ -20,7 +21,7 @@ from dmqfx.graph.table import Entry
 from dmqfx.numbers.speeds import Speeds
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.budget import fitting, scaled
-from dmqfx.sweep.chunks import Chunk, chunked
+from dmqfx.sweep.chunks import Chunk, chunked, own_rows, shared
 from dmqfx.sweep.estimate import Costly, Costs, Estimate, duration
 from dmqfx.sweep.schedule import Schedule
 from dmqfx.sweep.trial import Trial
@@ -57,6 +58,8 @@ Steps: TypeAlias = Sequence[tuple[Visitor, PassContext]]
 class Plan:
     """Passes and calibration rows as a time budget wants them.
 
+    Where processes share the rows, `chunks` are those of this one and `rows` counts all.
+
     Units: room in bytes for values that are kept; seconds by turn; factor as in `budget`.
     """
 
@@ -86,16 +89,16 @@ def planned(
     size, costs = _tried(program, schedule, data, steps)
     if factor is None and ctx.budget is not None:
         factor = fitting(lambda f: _estimate(costs, data, steps, f).seconds, ctx.budget)
-    factor = 1.0 if factor is None else factor
+    factor = processes.agreed(1.0 if factor is None else factor)
     estimate = _estimate(costs, data, steps, factor)
     told = _options(steps, factor)
     _log.info("%s, %s%s", title, estimate, told, extra={"memory": estimate.memory})
     if ctx.budget is not None and estimate.seconds > ctx.budget:
         _log.warning("that is more than the budget of %s, and the least there is", duration(ctx.budget))
     some, fewer = _scaled(steps, factor), _fewer(data, factor, ctx)
-    seconds = costs.turns([step for step, _ in some], len(fewer))
-    room = ctx.memory - costs.working()
-    return Plan(some, chunked(fewer, program, size), len(fewer), room, factor, seconds)
+    seconds = costs.turns([step for step, _ in some], own_rows(fewer))
+    room, chunks = ctx.memory - costs.working(), shared(chunked(fewer, program, size), fewer, size)
+    return Plan(some, chunks, len(fewer), room, factor, seconds)
 
 
 def _tried(program: Program, schedule: Schedule, data: Calibration, steps: Steps) -> tuple[int, Costs]:
@@ -129,7 +132,7 @@ def _warn_of_gaps(schedule: Schedule, timesteps: Tensor) -> None:
 
 def _estimate(costs: Costs, data: Calibration, steps: Steps, factor: float) -> Estimate:
     some, fewer = _scaled(steps, factor), _fewer(data, factor, steps[0][1])
-    return costs.estimate([step for step, _ in some], len(fewer), steps[0][1].memory)
+    return costs.estimate([step for step, _ in some], own_rows(fewer), steps[0][1].memory)
 
 
 def _scaled(steps: Steps, factor: float) -> Steps:

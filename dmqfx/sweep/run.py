@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dmqfx import processes
 from dmqfx.errors import StoreError
 from dmqfx.graph.address import Site
 from dmqfx.graph.journal import Application, Refusal
@@ -25,7 +26,7 @@ from dmqfx.storage.codec import Json, decode, dump, encode, parse
 from dmqfx.storage.lock import locked
 from dmqfx.storage.manifest import read_manifest, write_manifest
 
-__all__ = ["NoRun", "Run", "Written", "running"]
+__all__ = ["NoRun", "OtherRun", "Run", "Written", "running"]
 
 _RECORD, _TENSORS, _PLAN = "record.json", "tensors.safetensors", "plan"
 _DAMAGED = "%s\n  it is computed again, and so is what came after it"
@@ -131,9 +132,33 @@ class Run(NoRun):
             return None
 
 
+class OtherRun(Run):
+    """What the first of several processes keeps: another one reads it, and writes nothing."""
+
+    def begin(self, factor: float) -> None:
+        """The first process notes it."""
+
+    def finished(self, sites: Sequence[Site]) -> list[Written]:
+        """The turns of these sites.
+
+        Raises: StoreError if they are not to be seen from here.
+        """
+        found = [self._read(_name(k)) for k in range(len(sites))]
+        if None in found:
+            raise StoreError(
+                f"{self._folder} is not seen by all processes\n  mend: a run directory on a disk that they share"
+            )
+        return [Written(r["entries"], r["applied"], r["refused"]) for r in found if r is not None]
+
+    def write(self, number: int, site: Site, written: Written) -> None:
+        """The first process writes."""
+
+
 @contextmanager
 def running(directory: Path, title: str, key: Mapping[str, str], device: torch.device) -> Iterator[Run]:
-    """The run of this key in a directory, held for this process. Runs of other keys are spoken of, and left.
+    """The run of this key in a directory, held for this process; where there are several, for the first.
+
+    Runs of other keys are spoken of, and left.
 
     Raises: StoreError if the directory cannot be used, or another process is at work there.
     """
@@ -143,6 +168,9 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"cannot keep a run in {directory}: {error}") from error
+    if not processes.is_first():
+        yield OtherRun(folder, whole, device)
+        return
     for other in sorted(directory.glob(f"{title}-*")):
         if other != folder:
             _log.warning("the run in %s %s; it is not used", other, _difference(other, whole))

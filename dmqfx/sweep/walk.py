@@ -29,6 +29,8 @@ Visit: TypeAlias = Callable[[Turn], Table]
 class Walk:
     """One pass over a program's graph with the float and the quantized-so-far value of every live tensor.
 
+    Where processes share the chunks, `total` counts the rows of all, and `gather` joins their tensors.
+
     Units: memory in bytes, for values that are kept from one operation to a later segment's; what is beyond
     it is set aside in a file in `folder`. The result does not depend on it.
     """
@@ -42,11 +44,12 @@ class Walk:
         total: int = 0,
         seed: int = 0,
         folder: Path | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         self._program, self._chunks, self._seed = program, chunks, seed
         self.schedule = Schedule(program)
         self.table = program.table
-        self._total = total
+        self._total, self._gather = total, gather
         self._now: Moment = (0, 0)
         self._rows: list[tuple[Tensor, int]] = []
         self.values = Values(memory, self._next_use, folder)
@@ -112,7 +115,7 @@ class Walk:
         self._now = (number, TURN)
         if segment.source is None:
             return
-        tensor = _Tensor(self.values, segment.source, self._rows, self._total)
+        tensor = _Tensor(self.values, segment.source, self._rows, self._total, self._gather)
         for axis, readers in segment.turns:
             turn = Turn(self._program, self.table, segment.source, axis, readers, tensor, self._seed)
             self.table = visit(turn)
@@ -165,9 +168,16 @@ class _Step:
 class _Tensor:
     """The tensor of a turn, read chunk by chunk from what is kept."""
 
-    def __init__(self, values: Values, node: fx.Node, rows: Sequence[tuple[Tensor, int]], total: int) -> None:
+    def __init__(
+        self,
+        values: Values,
+        node: fx.Node,
+        rows: Sequence[tuple[Tensor, int]],
+        total: int,
+        gather: Callable[[Tensor], Tensor],
+    ) -> None:
         self._values, self._node, self._rows = values, node, rows
-        self.total = total
+        self.total, self.gather = total, gather
         self.reserve = values.reserve
 
     def __iter__(self) -> Iterator[Batch]:
