@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from sweeping import SWEEP, Stop, chain, context, recorded, swept, tensors
+from sweeping import SWEEP, VOTED, Stop, chain, context, recorded, swept, tensors
 from torch import Tensor
 
 from dmqfx import processes
@@ -27,8 +27,6 @@ from dmqfx.graph.table import Entry, Planned, Table
 from dmqfx.numbers.quant import RangeMethod
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Turn
-
-VOTED = (SWEEP[0], ("vote-shifts", {"where": "all", "agree": 0.3}), SWEEP[1])
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ POLICY = Policy.load(
     }
 )
 SWEEP = (("fit-ranges", {}), ("round-weights", {"method": "gptq", "rows": 64}))
+VOTED = (SWEEP[0], ("vote-shifts", {"where": "all", "agree": 0.3}), SWEEP[1])
 
 
 @cache

@@ -13,6 +13,7 @@ from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
+from dmqfx.storage.codec import RECORDS
 from dmqfx.sweep.estimate import tell
 from dmqfx.sweep.finite import refuse_broken_weights
 from dmqfx.sweep.key import key_of, of_table
@@ -89,6 +90,7 @@ class _Visits:
 def _written(turn: Turn, steps: Steps) -> Written:
     """Let every pass see the turn; an entry counts as soon as it is handed out."""
     entries: list[tuple[Site, Entry]] = []
+    table = turn.table
     before = [(len(own.journal.applied), len(own.journal.refused)) for _, own in steps]
     for step, own in steps:
         for site, entry in step.visit(turn, own):
@@ -97,7 +99,10 @@ def _written(turn: Turn, steps: Steps) -> Written:
     journals = [(own.journal, at) for (_, own), at in zip(steps, before, strict=True)]
     applied = tuple(tuple(journal.applied[start:]) for journal, (start, _) in journals)
     refused = tuple(tuple(journal.refused[start:]) for journal, (_, start) in journals)
-    return Written(tuple(entries), applied, refused)
+    left = {(site, type(entry)) for site, entry in turn.table}
+    gone = ((site, type(entry)) for site, entry in table if (site, type(entry)) not in left)
+    dropped = tuple((site, kind.__name__) for site, kind in gone)
+    return Written(tuple(entries), dropped, applied, refused)
 
 
 def _taken(written: Written, table: Table, steps: Steps) -> Table:
@@ -105,6 +110,8 @@ def _taken(written: Written, table: Table, steps: Steps) -> Table:
     for (_, own), applied, refused in zip(steps, written.applied, written.refused, strict=True):
         own.journal.applied.extend(applied)
         own.journal.refused.extend(refused)
+    for site, kind in written.dropped:
+        table = table.drop(site, RECORDS[kind])
     for site, entry in written.entries:
         table = table.put(site, entry)
     return table

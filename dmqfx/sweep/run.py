@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """What one turn left: entries in their order, and what each pass put in its journal."""
+    """What one turn left: entries in their order, the kinds that it dropped, and what each pass put in its journal."""
 
     entries: tuple[tuple[Site, Entry], ...]
+    dropped: tuple[tuple[Site, str], ...]
     applied: tuple[tuple[Application, ...], ...]
     refused: tuple[tuple[Refusal, ...], ...]
 
@@ -88,7 +89,7 @@ class Run(NoRun):
             if record["site"] != site:
                 _log.warning(_DAMAGED, f"{self._folder / _name(len(found))} is not of {site}")
                 break
-            found.append(Written(record["entries"], record["applied"], record["refused"]))
+            found.append(_written(record))
         for later in self._folder.glob("turn-*"):
             if later.name >= _name(len(found)):
                 shutil.rmtree(later)
@@ -148,7 +149,7 @@ class OtherRun(Run):
             raise StoreError(
                 f"{self._folder} is not seen by all processes\n  mend: a run directory on a disk that they share"
             )
-        return [Written(r["entries"], r["applied"], r["refused"]) for r in found if r is not None]
+        return [_written(record) for record in found if record is not None]
 
     def write(self, number: int, site: Site, written: Written) -> None:
         """The first process writes."""
@@ -178,6 +179,10 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
         for torn in folder.glob(".*"):
             shutil.rmtree(torn)
         yield Run(folder, whole, device)
+
+
+def _written(record: Mapping[str, Any]) -> Written:
+    return Written(**{field.name: record[field.name] for field in fields(Written)})
 
 
 def _difference(other: Path, key: Mapping[str, Json]) -> str:
