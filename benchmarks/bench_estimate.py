@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 from machine import write
-from models import sd15_half
+from models import sd15_narrow
 
 from dmqfx import emoji
 from dmqfx.calibration.calibration import Calibration
@@ -29,7 +29,7 @@ from dmqfx.numbers import speeds
 from dmqfx.policy.policy import Policy
 
 POLICIES = ("w4a6", "w4a6-aware", "w4a8-aware")
-CASES = ("emoji", "sd15-half")
+CASES = ("emoji", "sd15-narrow")
 
 
 class Seen(logging.Handler):
@@ -73,7 +73,7 @@ def main() -> None:
     seen = Seen()
     logging.getLogger("dmqfx").addHandler(seen)
     logging.getLogger("dmqfx").setLevel(logging.INFO)
-    rows = []
+    rows, counted = [], "processor seconds" if options.processor else "seconds"
     for case in options.case or CASES:
         program, data = _case(case)
         for name in options.policy or POLICIES:
@@ -81,15 +81,14 @@ def main() -> None:
             policy = Policy.load(name, check_step=registry.problems_with)
             quantize(program, PassContext(policy=policy, calibration=data))
             rows += [{"case": case, "policy": name, **row} for row in seen.found]
-    counted = "processor seconds" if options.processor else "seconds"
-    write("estimate", {"what": f"estimated and taken, in {counted}", "rows": rows})
+            write("estimate", {"what": f"estimated and taken, in {counted}", "rows": rows})
 
 
 def _case(name: str) -> tuple[Program, Calibration]:
     if name == "emoji":
         return capture(emoji.load_unet()), emoji_calibration()
-    unet = sd15_half()
-    return capture(unet), Calibration.synthesize(unet, steps=8, trajectories=1)
+    unet = sd15_narrow()
+    return capture(unet), Calibration.synthesize(unet, steps=8, trajectories=2)
 
 
 def _peak() -> int:

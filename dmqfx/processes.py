@@ -174,7 +174,7 @@ def _summed(x: Tensor) -> Tensor:
 
 def _carrier(x: Tensor) -> torch.device:
     """Where the process group can take a tensor from: where it is, or else the one place that it serves."""
-    served = str(dist.distributed_c10d._world.pg_backend_config[dist.group.WORLD])
+    served = dist.get_backend_config()
     if f"{x.device.type}:" in served:
         return x.device
     return torch.device("cuda", torch.cuda.current_device()) if "cuda:" in served else torch.device("cpu")

@@ -54,7 +54,7 @@ def fitted_range(speeds: Speeds, size: int, groups: int) -> float:
     return counted + groups * speeds.seconds(_range_search, 1, at=(1,), exponent=0)
 
 
-def votes(speeds: Speeds, size: int, largest: int) -> float:
+def votes(speeds: Speeds, size: float, largest: int) -> float:
     """Seconds of `step_errors` over so many numbers, for steps down to 1/2^largest."""
     return speeds.seconds(_voting(largest), size, at=(2**12, 2**20), exponent=1)
 

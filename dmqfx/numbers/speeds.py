@@ -43,13 +43,13 @@ class Speeds:
         """
         below, above = at[0], at[-1]
         if size >= above:
-            return self._at(prepare, above) * (size / above) ** exponent
+            return self._at(prepare, above) * math.pow(size / above, exponent)
         if size <= below:
             return self._at(prepare, below)
         k = next(k for k, end in enumerate(at) if size <= end)
         low, high = self._at(prepare, at[k - 1]), self._at(prepare, at[k])
         share = math.log(size / at[k - 1]) / math.log(at[k] / at[k - 1])
-        return low ** (1 - share) * high**share
+        return math.pow(low, 1 - share) * math.pow(high, share)
 
     def _at(self, prepare: Prepare, size: int) -> float:
         if (prepare, size) not in self._timed:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from dmqfx.graph.modules import computed, constant
 from dmqfx.graph.program import Program
 from dmqfx.numbers import speeds
 from dmqfx.numbers.quant import params_from_range
@@ -58,38 +59,52 @@ class Trial:
     @staticmethod
     def _once(program: Program, chunk: Chunk, steps: Sequence[Sampling], total: int) -> Trial:
         looking = _Looking(program, chunk, steps, total)
-        inputs = [n for n in program.graph.nodes if n.op == "placeholder"]
         with torch.no_grad():
-            looking.run(*(chunk.inputs[str(node.target)] for node in inputs))
+            looking.run()
         return Trial(len(chunk.timestep), looking.forward, looking.seconds, looking.nbytes)
 
 
-class _Looking(fx.Interpreter):
-    """Runs a graph, letting go of values as soon as it can; notes sizes and seconds."""
+class _Looking:
+    """Runs a graph as a walk does, letting go of values as soon as it can; notes sizes and seconds."""
 
     def __init__(self, program: Program, chunk: Chunk, steps: Sequence[Sampling], total: int) -> None:
-        super().__init__(program.gm)
         self._program, self._turns = program, turns(program)
         self._chunk, self._steps, self._total = chunk, steps, total
         self.forward: dict[fx.Node, float] = {}
         self.seconds: dict[fx.Node, float] = {}
         self.nbytes: dict[fx.Node, int] = {}
 
-    def run_node(self, n: fx.Node) -> object:
-        started = speeds.clock()
-        value = super().run_node(n)
-        finish(self._program.device)
-        self.forward[n] = speeds.clock() - started
-        self.nbytes[n] = sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-        if (
-            n in self._turns and isinstance(value, Tensor) and finite(value)
-        ):  # what is not, the walk will name
+    def run(self) -> None:
+        """From the inputs to the output."""
+        values, device = dict[fx.Node, object](), self._chunk.timestep.device
+        last = {read: node for node in self._program.graph.nodes for read in node.all_input_nodes}
+        for node in self._program.graph.nodes:
             started = speeds.clock()
-            for axis, readers in self._turns[n]:
-                self._look(n, value, axis, readers)
-            finish(value.device)
-            self.seconds[n] = speeds.clock() - started
-        return value
+            values[node] = self._computed(node, values)
+            finish(device)
+            self.forward[node] = speeds.clock() - started
+            leaves = tree_leaves(values[node])
+            self.nbytes[node] = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+            self._looked_at(node, values[node])
+            for read in node.all_input_nodes:
+                if last[read] is node:
+                    del values[read]
+
+    def _computed(self, node: fx.Node, values: Mapping[fx.Node, object]) -> object:
+        if node.op == "placeholder":
+            return self._chunk.inputs[str(node.target)]
+        if node.op == "get_attr":
+            return constant(self._program.gm, str(node.target))
+        return computed(node, values.__getitem__)
+
+    def _looked_at(self, node: fx.Node, value: object) -> None:
+        if node not in self._turns or not isinstance(value, Tensor) or not finite(value):
+            return  # what is not finite, the walk will name
+        started = speeds.clock()
+        for axis, readers in self._turns[node]:
+            self._look(node, value, axis, readers)
+        finish(value.device)
+        self.seconds[node] = speeds.clock() - started
 
     def _look(self, node: fx.Node, x: Tensor, axis: int, readers: tuple[Reader, ...]) -> None:
         batch = Batch(x, x.view_as(x), self._chunk.timestep, self._chunk.first)

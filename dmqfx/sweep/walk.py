@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx
 
-from dmqfx.graph.modules import call_with, constant, constant_of
+from dmqfx.graph.modules import computed, constant, constant_of
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Table
 from dmqfx.sweep.chunks import Chunk
@@ -151,12 +151,12 @@ class _Step:
     def _pair(self, node: fx.Node, local: Mapping[fx.Node, Pair], timestep: Tensor) -> Pair:
         pairs = {read: local.get(read) or self._constant(read) for read in node.all_input_nodes}
         deployed = self._deployed[node]
-        real = _call(node, lambda read: pairs[read].real)
+        real = computed(node, lambda read: pairs[read].real)
         if not deployed.differs and all(pair.same for pair in pairs.values()):
             return Pair(real, real)
         if deployed.differs:
             return Pair(real, deployed(timestep, lambda read: pairs[read].quantized))
-        return Pair(real, _call(node, lambda read: pairs[read].quantized))
+        return Pair(real, computed(node, lambda read: pairs[read].quantized))
 
     def _constant(self, node: fx.Node) -> Pair:
         if node not in self._constants:
@@ -186,12 +186,3 @@ class _Tensor:
             assert isinstance(pair.real, Tensor)
             assert isinstance(pair.quantized, Tensor)
             yield Batch(pair.real, pair.quantized, timestep, first)
-
-
-def _call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
-    if node.op == "output":
-        return call_with(lambda value: value, node.args, {}, value_of)
-    if node.op == "call_module":  # an observer, which is an identity and sees nothing of a sweep
-        return call_with(lambda x, *_: x, node.args, {}, value_of)
-    assert callable(node.target)
-    return call_with(node.target, node.args, node.kwargs, value_of)
