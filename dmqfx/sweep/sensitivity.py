@@ -117,7 +117,7 @@ def measure(
     """
     layers = {layer.node: layer for layer in _layers(program, len(boundaries) + 1)}
     edges, groups = torch.tensor(boundaries), len(boundaries) + 1
-    first, second = torch.randint(2**62, (2,), generator=generator).tolist()
+    first, second = torch.randint(2**31, (2,), generator=generator).tolist()
     seen = torch.zeros(groups, dtype=torch.float64)
     rows = sum(len(chunk.timestep) for chunk in chunks)
     looks = streamed((*chunks, *chunks), 2 * rows, "measure-sensitivity")
