@@ -205,7 +205,6 @@ def _compiled(options: argparse.Namespace) -> int:
     from dmqfx.compiler import QualityWarning, check_pipeline, needs_calibration
     from dmqfx.compiler import compile as compile_unet
     from dmqfx.errors import DmqfxError
-    from dmqfx.evaluation import emoji_calibration
     from dmqfx.graph import registry
     from dmqfx.policy.policy import Expect, Policy
     from dmqfx.storage.store import refuse_foreign
@@ -219,11 +218,8 @@ def _compiled(options: argparse.Namespace) -> int:
     floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]
     if floors and not options.rows:
         raise DmqfxError(f"--rows 0 measures nothing, and {max(floors):g} dB SQNR are wanted; leave it out")
-    calibration = sources.load_calibration(options.calibration)
+    calibration = _given(options, wanted=options.rows > 0 or needs_calibration(policy))
     unet = sources.load_unet(options.model)
-    wanted = options.rows > 0 or needs_calibration(policy)
-    if calibration is None and wanted and sources.is_emoji(options.model):
-        calibration = emoji_calibration(seed=options.seed, progress=bars() and processes.is_first())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)  # the gate says it
         q = compile_unet(
@@ -245,3 +241,14 @@ def _compiled(options: argparse.Namespace) -> int:
     text = f"{report}\n\nwritten to {out}"
     terminal.say(options, text, {"folder": str(out.resolve()), "report": report.to_data()})
     return terminal.gate(report.misses(Expect(max(floors, default=None))))
+
+
+def _given(options: argparse.Namespace, *, wanted: bool) -> Calibration | None:
+    """The calibration that was named, or the bundled model's own."""
+    from dmqfx import processes
+    from dmqfx.evaluation import emoji_calibration
+
+    calibration = sources.load_calibration(options.calibration)
+    if calibration is None and wanted and sources.is_emoji(options.model):
+        return emoji_calibration(seed=options.seed, progress=bars() and processes.is_first())
+    return calibration
