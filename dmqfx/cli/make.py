@@ -233,13 +233,12 @@ def _compiled(options: argparse.Namespace) -> int:
             report_rows=options.rows,
             budget=options.budget,
         )
-    if not processes.is_first():
+    report = q.report
+    if not processes.is_first() or report is None:  # every compilation makes one
         return terminal.OK
     q.save_pretrained(out)
-    report = q.report
-    assert report is not None  # every compilation makes one
-    text = f"{report}\n\nwritten to {out}"
-    terminal.say(options, text, {"folder": str(out.resolve()), "report": report.to_data()})
+    about = {"folder": str(out.resolve()), "report": report.to_data()}
+    terminal.say(options, f"{report}\n\nwritten to {out}", about)
     return terminal.gate(report.misses(Expect(max(floors, default=None))))
 
 
