@@ -10,6 +10,7 @@ from os import PathLike
 
 import torch
 
+from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.verify import checking
 from dmqfx.errors import CaptureError, PipelineError, PolicyError
@@ -25,7 +26,8 @@ from dmqfx.runtime import targets
 from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.report import Report
-from dmqfx.storage.provenance import provenance, weights_digest
+from dmqfx.storage.provenance import fingerprint, provenance, weights_digest
+from dmqfx.sweep.budget import seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +53,19 @@ def compile(
     seed: int = 0,
     progress: bool | None = None,
     report_rows: int = MEASURED_ROWS,
+    budget: str | float | None = None,
 ) -> CompiledUNet:
     """Quantize a diffusers UNet by a policy; the result goes where the UNet went (`pipe.unet = q`).
 
     The UNet is not changed. `policy` is a shipped name (with or without .yaml), a path, a dict or a Policy;
     `overrides` are `a.b=c` strings. Without `calibration`, trajectories are made from the model itself.
-    `verify` checks every pass as it runs. `target` says what the layers run as, see `TARGETS`.
+    `verify` checks every pass as it runs. `budget` is a time such as 90s, 5min, 1h or overnight that each
+    sweep of the policy should take, by what this machine is measured to need: it gets fewer rows, or more
+    iterations. `target` says what the layers run as, see `TARGETS`.
 
     Units: seed starts every generator; the report measures SQNR on report_rows calibration rows (0: none).
     Raises: PolicyError, CaptureError, CalibrationError, PipelineError; VerifyError if `verify` finds a
-        wrong pass.
+        wrong pass; ValueError for a budget that is no time.
     Example:
         >>> from dmqfx import emoji
         >>> q = compile(emoji.load_unet(), "w8a16", report_rows=0)
@@ -68,7 +73,8 @@ def compile(
         8
     """
     refuse(unet)
-    bars = sys.stderr.isatty() if progress is None else progress
+    seconds = None if budget is None else seconds_of(budget)
+    bars = processes.is_first() and (sys.stderr.isatty() if progress is None else progress)
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
     check_pipeline(chosen)
@@ -81,9 +87,12 @@ def compile(
     before = computing(capture(unet, residuals=data is not None and has_residuals(data)))
     if data is not None:
         data.check(before.inputs)
-    ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data))
+        if processes.count() > 1:
+            processes.same("calibration rows", fingerprint(data.columns()))
+    ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data), budget=seconds)
     scaled, after = quantize(before, ctx, verify=verify)
-    report = Report.measure(scaled, after, data, rows=report_rows, progress=bars)
+    measured = report_rows if processes.is_first() else 0
+    report = Report.measure(scaled, after, data, rows=measured, progress=bars)
     _warn(chosen, report)
     origin = {
         **provenance(before),

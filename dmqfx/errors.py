@@ -41,6 +41,10 @@ class CalibrationError(DmqfxError):
     """Calibration data that is empty, does not fit the model or is not finite."""
 
 
+class ProcessError(DmqfxError):
+    """Another process of the same calibration failed or is gone; what it said itself is the reason."""
+
+
 class VerifyError(DmqfxError):
     """A rewrite changed what it promised to keep: says which one, where, by how much, and how to see it again.
 

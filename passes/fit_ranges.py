@@ -12,9 +12,12 @@ from torch import Tensor
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import FITTED, PLANNED, SHIFTED, Fact
 from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Range, Shift
+from dmqfx.numbers import effort
 from dmqfx.numbers.fitting import Ends, Sample, percentile, row_average, search
 from dmqfx.numbers.quant import QuantSpec, params_from_range
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Reader, Turn
@@ -49,10 +52,16 @@ class FitRanges(SweepPass):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
 
-    def cost(self, reader: Reader) -> float:
-        """About ten operations for every sampled value."""
-        searched = reader.spec is not None and reader.spec.range in ("mse", "percentile")
-        return 10.0 * self.rows * reader.columns if searched else 0.0
+    def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
+        """Seconds of the histograms and of the search."""
+        rows = self.problem_rows(reader)
+        if not rows or reader.spec is None:
+            return 0.0
+        return effort.fitted_range(speeds, rows * reader.columns, len(reader.spec.boundaries) + 1)
+
+    def problem_rows(self, reader: Reader) -> int:
+        """None where the extremes tell."""
+        return self.rows if reader.spec is not None and reader.spec.range in ("mse", "percentile") else 0
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """The ends of every timestep group, and the finest grid between them."""
@@ -97,7 +106,7 @@ class FitRanges(SweepPass):
             x = batch.quantized.movedim(turn.axis, -1)
             x = (x if gamma is None else x / gamma.to(x)).flatten(1)
             found.append((x.amin(1), x.amax(1), _groups(spec, batch.timestep)))
-        low, high, group = (torch.cat(each) for each in zip(*found, strict=True))
+        low, high, group = (turn.batches.gather(torch.cat(each)) for each in zip(*found, strict=True))
         return low, high, group
 
 

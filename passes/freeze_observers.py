@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from tqdm import tqdm
 
+from dmqfx import processes
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, FITTED, OBSERVED, SHIFTED, Fact
@@ -19,6 +20,8 @@ from dmqfx.graph.sites import readers
 from dmqfx.graph.table import Range, Shift
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams
+from dmqfx.sweep.chunks import own_rows, shared
+from dmqfx.sweep.streaming import streamed
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class FreezeObservers(Pass):
             if not isinstance(observer, Observer) or not ctx.journal.apply(node.meta["address"], "freeze"):
                 continue
             sites = [Site(user.meta["address"], arg) for user, arg in readers(node)]
+            observer.join(processes.gathered)
             seen = observer.result()
             table = table.put_all(dict.fromkeys(sites, seen))
             for site in sites:  # parameters of the range before
@@ -71,9 +75,11 @@ class FreezeObservers(Pass):
         quiet = not ctx.progress
         with (
             torch.no_grad(),
-            tqdm(total=len(ctx.calibration), desc="observe", unit="row", disable=quiet) as bar,
+            tqdm(total=own_rows(ctx.calibration), desc="observe", unit="row", disable=quiet) as bar,
         ):
-            for batch in ctx.calibration.batches(self.batch, program.inputs, dtype=program.dtype):
+            every = ctx.calibration.batches(self.batch, program.inputs, dtype=program.dtype)
+            batches = shared(every, ctx.calibration, self.batch)
+            for batch in streamed(batches, own_rows(ctx.calibration), self.name()):
                 program(**{name: value.to(program.device) for name, value in batch.items()})
                 bar.update(len(batch["sample"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,8 +13,11 @@ from torch import Tensor
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, FITTED, LEARNED, PAIRED, ROUNDED, Fact
 from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import ChannelScale, Entry, LayerPair, Range, Sensitivity
+from dmqfx.numbers import effort
 from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn, surrogate
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.numbers.weighting import TimestepWeights, Weighting
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.rows import Rows
@@ -78,12 +82,15 @@ class LearnScaling(SweepPass):
         """All but the closed form look at activations."""
         return self.method != "smoothquant"
 
-    def cost(self, reader: Reader) -> float:
-        """Three products for every step, and a few for the starts."""
-        if not self.needs_calibration or reader.weight_spec is None or reader.spec is None:
+    def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
+        """Seconds of the starts and of the steps from the best of them."""
+        if not self.problem_rows(reader) or reader.spec is None or not reader.shape:
             return 0.0
-        steps = 3 * self.iterations * self.batch + (len(STARTS) + 1) * self.rows
-        return float(steps * reader.columns * reader.shape[0])
+        columns, out = math.prod(reader.shape[1:]), reader.shape[0]
+        looks = 2 * (len(STARTS) + 2)  # a start's ranges are searched, which takes as long as its loss
+        tried = effort.learned_scale(speeds, looks, self.rows, columns, out)
+        steps = self.iterations if self.method == "les" else 0
+        return tried + effort.learned_scale(speeds, steps, self.batch, columns, out)
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """One scale for all that read the tensor."""

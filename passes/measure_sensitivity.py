@@ -9,6 +9,7 @@ from dmqfx.errors import CalibrationError
 from dmqfx.graph.facts import PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
+from dmqfx.sweep.chunks import chunked, shared
 from dmqfx.sweep.sensitivity import measure
 
 
@@ -43,12 +44,9 @@ class MeasureSensitivity(Pass):
             )
         ctx.calibration.check(program.inputs)
         chosen = ctx.calibration.select(self.rows, ctx.generator())
-        batches = [
-            {name: value.to(program.device) for name, value in batch.items()}
-            for batch in chosen.batches(ctx.chunk, program.inputs, dtype=program.dtype)
-        ]
+        chunks = list(shared(chunked(chosen, program, ctx.chunk), chosen, ctx.chunk))
         edges = tuple(ctx.train_timesteps * k / self.groups for k in range(1, self.groups))
-        found = measure(program, batches, edges, ctx.generator())
+        found = measure(program, chunks, edges, ctx.generator())
         kept = {
             site: entry
             for site, entry in ctx.journal.fuelled(found.items())

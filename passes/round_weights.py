@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,14 +13,17 @@ from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, Fact
 from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, Codes, Entry, Sensitivity
+from dmqfx.numbers import effort
 from dmqfx.numbers.adaround import Annealing, annealed
 from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.packing import pack
 from dmqfx.numbers.quant import QuantSpec, quantize
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Reconstruction
-from dmqfx.sweep.sweep import SweepPass, solution_cost
+from dmqfx.numbers.speeds import Speeds
+from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Reader, Turn
 
 
@@ -78,13 +82,17 @@ class RoundWeights(SweepPass):
         """Iterations only where they are made."""
         return frozenset({"rows", "iterations"} if self.method == "adaround" else {"rows"})
 
-    def cost(self, reader: Reader) -> float:
-        """Normal equations and what follows; a step of learning costs two products in single precision."""
-        if not self.needs_calibration or reader.weight_spec is None:
-            return 0.0
-        columns, out = reader.columns, reader.shape[0]
+    def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
+        """Seconds of a solution and of the steps of learning, or of the search of a range alone."""
+        if not self.problem_rows(reader):
+            return effort.weight_range(speeds, math.prod(reader.shape)) if reader.weight_spec else 0.0
         steps = self.iterations if self.method == "adaround" else 0
-        return solution_cost(self.rows, columns, out) + steps * out * columns * (columns + out) / 2
+        columns, out = math.prod(reader.shape[1:]), reader.shape[0]
+        return self.solution(program, reader, speeds) + effort.learned_codes(speeds, steps, columns, out)
+
+    def problem_rows(self, reader: Reader) -> int:
+        """None for `nearest`, and for convolutions in groups, which are rounded so."""
+        return super().problem_rows(reader) if reader.groups == 1 else 0
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """Search the range, round, pack.

@@ -14,10 +14,13 @@ from dmqfx.globs import matcher
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import FITTED, FLAGGED, SHIFTED, Fact
 from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse
 from dmqfx.graph.sites import fed_by_skip, is_weight
 from dmqfx.graph.table import Entry, Planned, Shift
+from dmqfx.numbers import effort
 from dmqfx.numbers.quant import QParams
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.numbers.voting import Ballot, step_errors
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.sweep import SweepPass
@@ -55,6 +58,11 @@ class VoteShifts(SweepPass):
             raise ValueError(f"largest must be from 1 to 7, not {self.largest}")
         matcher(self.at)
 
+    def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
+        """Seconds of the errors of all steps, over all rows."""
+        chosen = reader.spec is not None and self._chosen(program, reader.site)
+        return effort.votes(speeds, values, self.largest) if chosen else 0.0
+
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """Hold the vote at each chosen reader.
 
@@ -62,7 +70,7 @@ class VoteShifts(SweepPass):
         """
         self._check(turn)
         for reader in turn.readers:
-            if reader.spec is None or not self._chosen(turn, reader.site):
+            if reader.spec is None or not self._chosen(turn.program, reader.site):
                 continue
             found = self._shift(turn, reader)
             if isinstance(found, Refuse):
@@ -75,8 +83,8 @@ class VoteShifts(SweepPass):
         if self.at != EVERYWHERE and not any(self._fits(site) for site in planned):
             raise PipelineError(f"vote-shifts: at: {self.at} fits no input that is to be quantized")
 
-    def _chosen(self, turn: Turn, site: Site) -> bool:
-        return (self.where == "all" or fed_by_skip(turn.program, site)) and self._fits(site)
+    def _chosen(self, program: Program, site: Site) -> bool:
+        return (self.where == "all" or fed_by_skip(program, site)) and self._fits(site)
 
     def _fits(self, site: Site) -> bool:
         return any(map(matcher(self.at), site.at.names))
@@ -117,7 +125,7 @@ class VoteShifts(SweepPass):
                 ballot.add(errors, group)
             except ValueError as error:
                 raise CalibrationError(f"vote-shifts: {reader.site}: {error}") from error
-        return ballot
+        return ballot.joined(turn.batches.gather)
 
 
 def _told(shift: Shift) -> str:

@@ -52,6 +52,7 @@ POLICY = Policy.load(
     }
 )
 SWEEP = (("fit-ranges", {}), ("round-weights", {"method": "gptq", "rows": 64}))
+VOTED = (SWEEP[0], ("vote-shifts", {"where": "all", "agree": 0.3}), SWEEP[1])
 
 
 @cache
@@ -157,16 +158,17 @@ def bits(table: Table) -> dict[str, bytes]:
     return {
         f"{type(entry).__name__} {site} {name} {list(value.shape)}": value.contiguous().numpy().tobytes()
         for site, entry in table
-        for name, value in _tensors(entry)
+        for name, value in tensors(entry)
     }
 
 
-def _tensors(entry: object) -> Iterable[tuple[str, Tensor]]:
+def tensors(entry: object) -> Iterable[tuple[str, Tensor]]:
+    """The tensors of an entry, by name."""
     for name, value in vars(entry).items():
         if isinstance(value, Tensor):
             yield name, value
         elif hasattr(value, "__dict__"):
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sweeping import SWEEP, Stop, Tell, bits, chain, context, recorded, swept
+from sweeping import SWEEP, VOTED, Stop, Tell, bits, chain, context, recorded, swept
 
 from dmqfx.errors import StoreError
+from dmqfx.graph.facts import FLAGGED
 from dmqfx.graph.journal import Journal
 from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Planned
+from dmqfx.graph.table import Planned, Shift
 from dmqfx.sweep.walk import Walk
 
 SITES = [f"conv{k}/conv2d:input" for k in range(4)] + ["conv4/conv2d:input", "time/linear:input"]
@@ -78,6 +80,24 @@ def test_an_interrupted_run_goes_on_where_it_was_and_ends_with_the_same_bits(tmp
     assert bits(after.table) == bits(whole.table)
     assert [record.applied for record in after.log] == [record.applied for record in whole.log]
     assert [record.refused for record in after.log] == [record.refused for record in whole.log]
+
+
+@pytest.mark.parametrize("at", [SITES[4], None])
+def test_what_a_turn_drops_is_dropped_again_by_a_run_that_goes_on(tmp_path: Path, at: str | None) -> None:
+    """Ranges that are fitted anew take away the shifts that were voted on other steps: of finished turns too."""
+    flagged = replace(chain(), facts=chain().facts | {FLAGGED})
+    voted = swept(flagged, context(recorded(chain(), 9)), VOTED)
+    assert {str(site) for site in voted.table.of(Shift)} & set(SITES[:4])
+    whole = swept(voted, context(recorded(chain(), 9)), SWEEP, Stop())
+    kept = ready(tmp_path)
+    with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Stop, "at", at)  # None: to its end, and nothing is left to compute
+        swept(voted, kept, SWEEP, Stop())
+    assert len(turn_folders(tmp_path)) == (4 if at else len(SITES))
+    after = swept(voted, kept, SWEEP, Stop())
+    assert not whole.table.of(Shift)
+    assert bits(after.table) == bits(whole.table)
+    assert len(after.table) == len(whole.table)
 
 
 def test_a_finished_run_is_read_and_nothing_is_computed(

@@ -228,6 +228,15 @@ class Calibration:
         """
         return torch.cat([torch.empty(0, dtype=torch.int64), *(group.step for group in self.groups)])
 
+    def columns(self) -> dict[str, Tensor]:
+        """Everything that a UNet is called with, by names of their own: for digests."""
+        found: dict[str, Tensor] = {}
+        for k, group in enumerate(self.groups):
+            for name, column in group.columns.items():
+                found |= {f"{k}/{name}": column.values, f"{k}/{name}/index": column.index}
+            found |= {f"{k}/{name}": torch.tensor(value) for name, value in group.scalars.items()}
+        return found
+
     def select(self, rows: int, generator: torch.Generator) -> Calibration:
         """A random subset in which timesteps have shares as equal as can be; all rows if there are no more.
 

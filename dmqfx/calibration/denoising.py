@@ -13,6 +13,7 @@ import torch
 from diffusers import ControlNetModel, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
+from dmqfx import processes
 from dmqfx.calibration.recording import Tape
 from dmqfx.errors import CalibrationError
 from dmqfx.frontend.signature import UNet, signature
@@ -65,7 +66,8 @@ class Denoising:
         """As much of it as one timed call says will fit, but at least eight steps of one trajectory."""
         begun = time.perf_counter()
         self._first()
-        rows = int(seconds / (time.perf_counter() - begun)) - 2  # this call and the one that warmed up
+        one = processes.agreed(time.perf_counter() - begun)
+        rows = int(seconds / one) - 2  # this call and the one that warmed up
         chosen = trajectories or min(max(rows // (steps or _MOST_STEPS), 1), MOST_TRAJECTORIES)
         length = steps or min(max(rows // chosen, _FEWEST_STEPS), _MOST_STEPS)
         return replace(

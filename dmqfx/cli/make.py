@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import warnings
 from typing import TYPE_CHECKING
 
@@ -168,6 +169,12 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--verify", action="store_true", help="check every pass as it runs")
     parser.add_argument("--seed", type=whole(0), default=0, help="of everything random [0]")
     parser.add_argument(
+        "--budget",
+        type=_time,
+        metavar="TIME",
+        help="what a sweep may take: 90s, 5min, 1h, overnight; fits rows and iterations [as the policy says]",
+    )
+    parser.add_argument(
         "--rows", type=whole(0), default=16, help="calibration rows the report is measured on; 0: none [16]"
     )
     parser.add_argument(
@@ -175,16 +182,35 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
     )
 
 
+def _time(text: str) -> float:
+    """The type of --budget, in seconds."""
+    from dmqfx.sweep.budget import seconds_of
+
+    try:
+        return seconds_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def compile_(options: argparse.Namespace) -> int:
-    """dmqfx compile."""
+    """dmqfx compile; under torchrun by all its processes together."""
+    from dmqfx import processes
+
+    with processes.torchrun():
+        return _compiled(options)
+
+
+def _compiled(options: argparse.Namespace) -> int:
+    from dmqfx import processes
     from dmqfx.compiler import QualityWarning, check_pipeline, needs_calibration
     from dmqfx.compiler import compile as compile_unet
     from dmqfx.errors import DmqfxError
-    from dmqfx.evaluation import emoji_calibration
     from dmqfx.graph import registry
     from dmqfx.policy.policy import Expect, Policy
     from dmqfx.storage.store import refuse_foreign
 
+    if not processes.is_first():
+        logging.getLogger("dmqfx").setLevel(logging.ERROR)
     policy = Policy.load(options.policy, options.overrides, check_step=registry.problems_with)
     check_pipeline(policy)
     out = files.to_be_folder(options.out)
@@ -192,11 +218,8 @@ def compile_(options: argparse.Namespace) -> int:
     floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]
     if floors and not options.rows:
         raise DmqfxError(f"--rows 0 measures nothing, and {max(floors):g} dB SQNR are wanted; leave it out")
-    calibration = sources.load_calibration(options.calibration)
+    calibration = _given(options, wanted=options.rows > 0 or needs_calibration(policy))
     unet = sources.load_unet(options.model)
-    wanted = options.rows > 0 or needs_calibration(policy)
-    if calibration is None and wanted and sources.is_emoji(options.model):
-        calibration = emoji_calibration(seed=options.seed, progress=bars())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)  # the gate says it
         q = compile_unet(
@@ -206,12 +229,25 @@ def compile_(options: argparse.Namespace) -> int:
             target=sources.unlowered(),  # it is saved and not run, so its weights need not be unpacked
             verify=options.verify,
             seed=options.seed,
-            progress=bars(),
+            progress=bars() and processes.is_first(),
             report_rows=options.rows,
+            budget=options.budget,
         )
-    q.save_pretrained(out)
     report = q.report
-    assert report is not None  # every compilation makes one
-    text = f"{report}\n\nwritten to {out}"
-    terminal.say(options, text, {"folder": str(out.resolve()), "report": report.to_data()})
+    if not processes.is_first() or report is None:  # every compilation makes one
+        return terminal.OK
+    q.save_pretrained(out)
+    about = {"folder": str(out.resolve()), "report": report.to_data()}
+    terminal.say(options, f"{report}\n\nwritten to {out}", about)
     return terminal.gate(report.misses(Expect(max(floors, default=None))))
+
+
+def _given(options: argparse.Namespace, *, wanted: bool) -> Calibration | None:
+    """The calibration that was named, or the bundled model's own."""
+    from dmqfx import processes
+    from dmqfx.evaluation import emoji_calibration
+
+    calibration = sources.load_calibration(options.calibration)
+    if calibration is None and wanted and sources.is_emoji(options.model):
+        return emoji_calibration(seed=options.seed, progress=bars() and processes.is_first())
+    return calibration

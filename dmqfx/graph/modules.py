@@ -63,6 +63,16 @@ def call_with(
     return target(*positional, **keywords)
 
 
+def computed(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
+    """What an operation or the output makes of the values that it reads; an observer is the identity."""
+    if node.op == "output":
+        return call_with(lambda value: value, node.args, {}, value_of)
+    if node.op == "call_module":
+        return call_with(lambda x, *_: x, node.args, {}, value_of)
+    assert callable(node.target)
+    return call_with(node.target, node.args, node.kwargs, value_of)
+
+
 def build(
     graph: fx.Graph, constants: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
 ) -> fx.GraphModule:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from dmqfx import processes
 from dmqfx.errors import PipelineError, RewriteError
 from dmqfx.graph.facts import CALIBRATED, Fact
 from dmqfx.graph.invariants import check_facts, check_structure
@@ -210,13 +211,16 @@ def run_steps(
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
     first = steps[0]
-    if isinstance(first, JointPass) and len(steps) > 1:
-        joint = [
-            (step, local) for step, local in zip(steps, locals_, strict=True) if isinstance(step, JointPass)
-        ]
-        after = first.run_jointly(joint, program)
-    else:
-        after = first.run(program, locals_[0])
+    with processes.together():
+        if isinstance(first, JointPass) and len(steps) > 1:
+            joint = [
+                (step, local)
+                for step, local in zip(steps, locals_, strict=True)
+                if isinstance(step, JointPass)
+            ]
+            after = first.run_jointly(joint, program)
+        else:
+            after = first.run(program, locals_[0])
     names = ", ".join(step.name() for step in steps)
     for name, version in _versions(program).items():
         if version != versions[name]:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dmqfx.numbers.rounding import Grid, Reconstruction
 
-__all__ = ["handed_on"]
+__all__ = ["COLUMNS", "ROW_BLOCKS", "by_columns", "elimination", "handed_on"]
 
-_COLUMNS = 128  # columns whose errors are handed on together: a matrix product instead of many vector ones
-_ROW_BLOCKS = 8  # blocks of rows: more follow the metric closer and take longer, for a gain that levels off
+COLUMNS = 128  # columns whose errors are handed on together: a matrix product instead of many vector ones
+ROW_BLOCKS = 8  # blocks of rows: more follow the metric closer and take longer, for a gain that levels off
 
 
 def handed_on(problem: Reconstruction) -> Tensor:
@@ -22,34 +22,34 @@ def handed_on(problem: Reconstruction) -> Tensor:
     """
     target, gram, grid = problem.target, problem.gram, problem.grid
     by_energy = gram.diagonal().argsort(descending=True)
-    columns = _elimination(gram[by_energy][:, by_energy])
+    columns = elimination(gram[by_energy][:, by_energy])
     if problem.felt is None:
-        return _by_columns(target[:, by_energy], columns, grid)[:, by_energy.argsort()]
+        return by_columns(target[:, by_energy], columns, grid)[:, by_energy.argsort()]
     order = problem.felt.diagonal().argsort(descending=True)
-    rows, left = _elimination(problem.felt[order][:, order]), target[order][:, by_energy]
-    codes, height = torch.empty_like(left), -(-len(order) // _ROW_BLOCKS)
+    rows, left = elimination(problem.felt[order][:, order]), target[order][:, by_energy]
+    codes, height = torch.empty_like(left), -(-len(order) // ROW_BLOCKS)
     for start in range(0, len(order), height):
         block, rest = slice(start, start + height), slice(start + height, None)
         part = grid.rows(order[block])
-        codes[block] = _by_columns(left[block], columns, part)
+        codes[block] = by_columns(left[block], columns, part)
         change = part.real(codes[block]) - left[block]
         handed = torch.linalg.solve_triangular(rows[block, block].T, change, upper=False)
         left[rest] += rows[block, rest].T @ handed
     return codes[order.argsort()][:, by_energy.argsort()]
 
 
-def _elimination(gram: Tensor) -> Tensor:
+def elimination(gram: Tensor) -> Tensor:
     """Upper triangular U with U'U the inverse: what rounding one variable does to those after it."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor
 
 
-def _by_columns(target: Tensor, factor: Tensor, grid: Grid) -> Tensor:
+def by_columns(target: Tensor, factor: Tensor, grid: Grid) -> Tensor:
     """Codes [R, K] of some rows, column by column in the given order."""
     left, codes = target.clone(), torch.empty_like(target)
-    for start in range(0, left.shape[1], _COLUMNS):
-        end = min(start + _COLUMNS, left.shape[1])
+    for start in range(0, left.shape[1], COLUMNS):
+        end = min(start + COLUMNS, left.shape[1])
         block, local = left[:, start:end], factor[start:end, start:end]
         errors = torch.empty_like(block)
         for k in range(end - start):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,16 @@ class Observer(nn.Module):
                 new = _Moments.of(x[start : start + height], self.axis, index, len(self.boundaries) + 1)
                 self._seen = new if self._seen is None else self._seen.merge(new)
         return x
+
+    def join(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Take in what the observers of this site saw in other processes: the same in all of them.
+
+        `gather` maps [1, ...] to [processes, ...]. Extremes and counts are those of one observer of all rows;
+        means and variances differ from its in the last digits of float64.
+        """
+        if self._seen is not None:
+            first, *others = self._seen.joined(gather)
+            self._seen = reduce(_Moments.merge, others, first)
 
     def result(self) -> Range:
         """What has been seen; a group without rows takes the numbers of the nearest group that has some.
@@ -121,6 +133,11 @@ class _Moments:
         mean = self.mean.new_zeros(shape).index_add_(0, group, self.mean * self.count) / count.clamp(min=1)
         spread = self.spread + (self.mean - mean[group]).square() * self.count
         return _Moments(count, low, high, mean, self.mean.new_zeros(shape).index_add_(0, group, spread))
+
+    def joined(self, gather: Callable[[Tensor], Tensor]) -> Sequence[_Moments]:
+        """Those of every process, in order."""
+        parts = [gather(value[None]) for value in vars(self).values()]
+        return [_Moments(*each) for each in zip(*parts, strict=True)]
 
     def merge(self, other: _Moments) -> _Moments:
         """Of both together."""

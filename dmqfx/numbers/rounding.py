@@ -16,7 +16,7 @@ from torch import Tensor
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.numbers.ranges import search_range
 
-__all__ = ["Grid", "Reconstruction", "Rounded"]
+__all__ = ["Grid", "Reconstruction", "Rounded", "damped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +54,12 @@ class Reconstruction:
     def gram(self) -> Tensor:
         """X'X of the centred inputs by the rows' shares, damped, float64 [K, K]."""
         x, _ = self._centred
-        return _damped(x.T @ x, self.damping)
+        return damped(x.T @ x, self.damping)
 
     @cached_property
     def felt(self) -> Tensor | None:
         """The metric, damped, float64 [O, O]; None for all channels alike."""
-        return None if self.metric is None else _damped(self.metric.double(), self.damping)
+        return None if self.metric is None else damped(self.metric.double(), self.damping)
 
     @cached_property
     def params(self) -> QParams:
@@ -153,7 +153,7 @@ class Grid:
         return (codes - self.zero_point[:, None]) * self.scale[:, None]
 
 
-def _damped(gram: Tensor, damping: float) -> Tensor:
+def damped(gram: Tensor, damping: float) -> Tensor:
     """The matrix with damping times its mean diagonal added to the diagonal; the identity if it is all 0."""
     ridge = damping * gram.diagonal().mean()
     return gram + torch.eye(len(gram)).to(gram) * (ridge if float(ridge) > 0 else 1.0)

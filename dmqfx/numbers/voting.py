@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -79,6 +81,12 @@ class Ballot:
         Shapes: uint8 [G, C].
         """
         return self._filled(_coarsest_least(self.errors))
+
+    def joined(self, gather: Callable[[Tensor], Tensor]) -> Ballot:
+        """One ballot of all processes; `gather` maps [1, ...] to [processes, ...]."""
+        one = Ballot(self.votes.shape[0], self.votes.shape[1], self.votes.shape[2] - 1, self.votes.device)
+        one.votes, one.errors = gather(self.votes[None]).sum(0), gather(self.errors[None]).sum(0)
+        return one
 
     def pooled(self) -> Ballot:
         """One group of all rows."""

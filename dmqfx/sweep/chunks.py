@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
+from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.graph.program import Program
 
-__all__ = ["Chunk", "chunked"]
+__all__ = ["Chunk", "chunked", "own_rows", "shared"]
+
+_Batch = TypeVar("_Batch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,3 +37,18 @@ def chunked(data: Calibration, program: Program, size: int) -> Iterator[Chunk]:
         rows = len(batch["sample"])
         yield Chunk(inputs, timesteps[first : first + rows].to(device), first)
         first += rows
+
+
+def shared(batches: Iterable[_Batch], data: Calibration, size: int) -> Iterator[_Batch]:
+    """Of all batches of so many rows those of this process: whole ones, so that each is computed as by one alone.
+
+    Raises: CalibrationError if there are fewer batches than processes.
+    """
+    total = sum(-(-len(group) // size) for group in data.groups)
+    part = processes.share(total, f"batches of at most {size} calibration rows") if total else range(0)
+    return (batch for k, batch in enumerate(batches) if k in part)
+
+
+def own_rows(data: Calibration) -> int:
+    """About how many rows are this process's."""
+    return -(-len(data) // processes.count())

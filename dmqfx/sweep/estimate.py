@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import fx
 
+from dmqfx.graph.program import Program
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.sweep.schedule import TURN, Schedule, Segment
-from dmqfx.sweep.trial import Trial
+from dmqfx.sweep.trial import Sampling, Trial
 from dmqfx.sweep.turn import Reader
 from dmqfx.sweep.values import megabytes
 
-__all__ = ["Costly", "Costs", "Estimate", "duration"]
+__all__ = ["Costly", "Costs", "Estimate", "duration", "tell"]
+
+_log = logging.getLogger(__name__)
 
 
-class Costly(Protocol):
+class Costly(Sampling, Protocol):
     """What an estimate asks of a pass."""
 
-    def cost(self, reader: Reader) -> float:
-        """Multiply-adds of the local problem of one reader."""
-
-    def problem_rows(self) -> int:
-        """Output positions of one local problem."""
+    def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
+        """Seconds for one reader of a tensor that has so many numbers on all calibration rows."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Estimate:
     disk: int = 0
 
     def __str__(self) -> str:
+        if not self.rows:
+            return f"no forward pass, about {duration(self.seconds)}"
         aside = f" and {megabytes(self.disk)} of disk" if self.disk else ""
         took = f"about {duration(self.seconds)}, {megabytes(self.memory)} of memory{aside}"
         return f"{self.rows} calibration rows, {took}"
@@ -46,14 +50,12 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """What the parts of a sweep cost.
+    """What the parts of a sweep cost; the trial is an empty one where no pass looks at activations."""
 
-    Units: rate in multiply-adds per second.
-    """
-
+    program: Program
     schedule: Schedule
     trial: Trial
-    rate: float
+    speeds: Speeds
 
     def estimate(self, steps: Sequence[Costly], rows: int, memory: int) -> Estimate:
         """Of passes over so many calibration rows in a memory budget."""
@@ -67,14 +69,21 @@ class Costs:
 
     def turns(self, steps: Sequence[Costly], rows: int) -> list[float]:
         """Seconds until each turn is over, counted from the one before."""
-        walk = (2 * self.trial.forward + self.trial.rounding) * rows / self.trial.rows
-        moved = [sum(map(self._size, segment.nodes)) for segment in self.schedule.segments]
-        found, waiting = [], 0.0
-        for segment, share in zip(self.schedule.segments, moved, strict=True):
-            waiting += walk * share / max(1, sum(moved))
+        differing, share = self.schedule.differing, rows / self.trial.rows
+        found, waiting = list[float](), 0.0
+        for segment in self.schedule.segments:
+            values = 0.0
+            for node in segment.nodes:
+                waiting += self.trial.forward.get(node, 0.0) * (2 if node in differing else 1) * share
+            if segment.source is not None:
+                waiting += self.trial.looking.get(segment.source, 0.0) * share
+                values = self._size(segment.source) * share / self.program.dtype.itemsize
             for _, readers in segment.turns:
-                local = sum(step.cost(reader) for step in steps for reader in readers)
-                found.append(waiting + local / self.rate)
+                asked = ((step, reader) for step in steps for reader in readers)
+                found.append(
+                    waiting
+                    + sum(step.cost(self.program, reader, values, self.speeds) for step, reader in asked)
+                )
                 waiting = 0.0
         return [*found[:-1], found[-1] + waiting] if found else []
 
@@ -88,11 +97,10 @@ class Costs:
     def kept(self) -> int:
         """The most bytes of the trial's chunk that wait for a later segment or a turn."""
         differing = self.schedule.differing
-        sizes = {node: self._size(node) * (2 if node in differing else 1) for node in self.trial.nbytes}
         most = 0
         for k in range(len(self.schedule.segments)):
             waiting = (node for node in self.schedule.before(k) if self.schedule.next_use(node, 0, (k, TURN)))
-            most = max(most, sum(sizes[node] for node in waiting))
+            most = max(most, sum(self._size(node) * (2 if node in differing else 1) for node in waiting))
         return most
 
     def _of_segment(self, segment: Segment) -> int:
@@ -110,13 +118,19 @@ class Costs:
         return self.trial.nbytes.get(node, 0)
 
 
+def tell(what: str, took: float, estimated: float) -> None:
+    """Say how long something took, beside the estimate; the record has both numbers, in seconds."""
+    numbers = {"what": what, "took": took, "estimated": estimated}
+    _log.info("%s took %s, %s estimated", what, duration(took), duration(estimated), extra=numbers)
+
+
 def duration(seconds: float) -> str:
     """Seconds in words."""
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _nbytes(step: Costly, reader: Reader) -> int:
     """Memory of a problem's rows: both values in float32, in parts and joined."""
-    return 16 * step.problem_rows() * reader.columns
+    return 16 * step.problem_rows(reader) * reader.columns

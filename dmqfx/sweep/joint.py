@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
+from dmqfx.storage.codec import RECORDS
+from dmqfx.sweep.estimate import tell
 from dmqfx.sweep.finite import refuse_broken_weights
-from dmqfx.sweep.key import key_of
+from dmqfx.sweep.key import key_of, of_table
 from dmqfx.sweep.plan import Steps, planned
 from dmqfx.sweep.progress import Progress
 from dmqfx.sweep.run import NoRun, Written, running
@@ -44,16 +47,23 @@ def sweep(program: Program, steps: Steps) -> Program:
         title = ", ".join(step.name() for step, _ in steps)
         with Progress(title, plan.seconds, shown=ctx.progress) as bar:
             walk = Walk(
-                program, plan.chunks, memory=plan.room, total=plan.rows, seed=ctx.seed, folder=ctx.run_dir
-            )
-            return program.with_table(walk.run(partial(visits.visit, steps=plan.steps, bar=bar)))
+                program, plan.chunks, memory=plan.room, total=plan.rows, seed=ctx.seed, folder=ctx.run_dir,
+                gather=processes.gathered,
+            )  # fmt: skip
+            after = program.with_table(walk.run(partial(visits.visit, steps=plan.steps, bar=bar)))
+        tell(title, bar.elapsed, sum(plan.seconds))
+        processes.same("table", of_table(after.table))
+        return after
 
 
 class _Visits:
     """The turns of a sweep: those that a run directory knows are taken from there."""
 
     def __init__(self, run: NoRun, sites: Sequence[Site]) -> None:
-        self._run, self._done = run, run.finished(sites)
+        self._run = run
+        known = run.finished(sites) if processes.is_first() else []
+        number = int(processes.agreed(len(known)))
+        self._done = known if processes.is_first() else run.finished(sites[:number])
         self._number = 0
         self.complete = len(self._done) == len(sites) > 0
         if self._done:
@@ -80,6 +90,7 @@ class _Visits:
 def _written(turn: Turn, steps: Steps) -> Written:
     """Let every pass see the turn; an entry counts as soon as it is handed out."""
     entries: list[tuple[Site, Entry]] = []
+    table = turn.table
     before = [(len(own.journal.applied), len(own.journal.refused)) for _, own in steps]
     for step, own in steps:
         for site, entry in step.visit(turn, own):
@@ -88,7 +99,10 @@ def _written(turn: Turn, steps: Steps) -> Written:
     journals = [(own.journal, at) for (_, own), at in zip(steps, before, strict=True)]
     applied = tuple(tuple(journal.applied[start:]) for journal, (start, _) in journals)
     refused = tuple(tuple(journal.refused[start:]) for journal, (_, start) in journals)
-    return Written(tuple(entries), applied, refused)
+    left = {(site, type(entry)) for site, entry in turn.table}
+    gone = ((site, type(entry)) for site, entry in table if (site, type(entry)) not in left)
+    dropped = tuple((site, kind.__name__) for site, kind in gone)
+    return Written(tuple(entries), dropped, applied, refused)
 
 
 def _taken(written: Written, table: Table, steps: Steps) -> Table:
@@ -96,6 +110,8 @@ def _taken(written: Written, table: Table, steps: Steps) -> Table:
     for (_, own), applied, refused in zip(steps, written.applied, written.refused, strict=True):
         own.journal.applied.extend(applied)
         own.journal.refused.extend(refused)
+    for site, kind in written.dropped:
+        table = table.drop(site, RECORDS[kind])
     for site, entry in written.entries:
         table = table.put(site, entry)
     return table

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import dmqfx
@@ -19,7 +18,7 @@ from dmqfx.storage.codec import Json, dump, encode
 from dmqfx.storage.graphfile import write_graph
 from dmqfx.storage.provenance import PACKAGES, fingerprint
 
-__all__ = ["key_of"]
+__all__ = ["key_of", "of_table"]
 
 
 def key_of(
@@ -30,11 +29,11 @@ def key_of(
     The number of threads is left out: on another number of cores a run goes on, though sums may then differ
     in their last digits.
     """
-    columns = {} if data is None else dict(_columns(data))
+    columns = {} if data is None else data.columns()
     return {
         "graph": _digest(dump(write_graph(program))),
         "weights": fingerprint(program.weights()),
-        "plan": _of_table(program.table),
+        "plan": of_table(program.table),
         "calibration rows": fingerprint(columns),
         "passes": ", ".join(map(repr, passes)),
         "settings": ", ".join(f"{name} {value}" for name, value in settings.items()),
@@ -43,16 +42,9 @@ def key_of(
     }
 
 
-def _columns(data: Calibration) -> Iterator[tuple[str, Tensor]]:
-    for k, group in enumerate(data.groups):
-        for name, column in group.columns.items():
-            yield f"{k}/{name}", column.values
-            yield f"{k}/{name}/index", column.index
-        for name, value in group.scalars.items():
-            yield f"{k}/{name}", torch.tensor(value)
+def of_table(table: Table) -> str:
+    """A digest of all entries, bit for bit."""
 
-
-def _of_table(table: Table) -> str:
     def tag(value: object) -> Json:
         return {"tensor": fingerprint({"": value})} if isinstance(value, Tensor) else None
 

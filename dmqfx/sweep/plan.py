@@ -11,18 +11,20 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.budget import fitting, scaled
-from dmqfx.sweep.chunks import Chunk, chunked
+from dmqfx.sweep.chunks import Chunk, chunked, own_rows, shared
 from dmqfx.sweep.estimate import Costly, Costs, Estimate, duration
 from dmqfx.sweep.schedule import Schedule
-from dmqfx.sweep.trial import Trial, multiply_adds_per_second
+from dmqfx.sweep.trial import Trial
 from dmqfx.sweep.turn import Turn
 from dmqfx.sweep.values import megabytes
 
@@ -56,6 +58,8 @@ Steps: TypeAlias = Sequence[tuple[Visitor, PassContext]]
 class Plan:
     """Passes and calibration rows as a time budget wants them.
 
+    Where processes share the rows, `chunks` are those of this one and `rows` counts all.
+
     Units: room in bytes for values that are kept; seconds by turn; factor as in `budget`.
     """
 
@@ -77,34 +81,38 @@ def planned(
     ctx, layers = steps[0][1], len(schedule.sites)
     title = f"{', '.join(step.name() for step, _ in steps)} over {layers} tensors"
     if data is None:
-        _log.info("%s: no forward pass", title)
-        return Plan(steps, (), 0, ctx.memory, 1.0, [1.0] * layers)
+        costs = Costs(program, schedule, Trial(1, {}, {}, {}), Speeds(program.device))
+        estimate = costs.estimate([step for step, _ in steps], 0, ctx.memory)
+        _log.info("%s, %s", title, estimate, extra={"memory": estimate.memory})
+        return Plan(steps, (), 0, ctx.memory, 1.0, costs.turns([step for step, _ in steps], 0))
     _warn_of_gaps(schedule, data.timesteps())
-    size, costs = _tried(program, schedule, data, ctx)
+    size, costs = _tried(program, schedule, data, steps)
     if factor is None and ctx.budget is not None:
         factor = fitting(lambda f: _estimate(costs, data, steps, f).seconds, ctx.budget)
-    factor = 1.0 if factor is None else factor
+    factor = processes.agreed(1.0 if factor is None else factor)
     estimate = _estimate(costs, data, steps, factor)
-    _log.info("%s, %s%s", title, estimate, _options(steps, factor))
+    told = _options(steps, factor)
+    _log.info("%s, %s%s", title, estimate, told, extra={"memory": estimate.memory})
     if ctx.budget is not None and estimate.seconds > ctx.budget:
         _log.warning("that is more than the budget of %s, and the least there is", duration(ctx.budget))
     some, fewer = _scaled(steps, factor), _fewer(data, factor, ctx)
-    seconds = costs.turns([step for step, _ in some], len(fewer))
-    room = ctx.memory - costs.working()
-    return Plan(some, chunked(fewer, program, size), len(fewer), room, factor, seconds)
+    seconds = costs.turns([step for step, _ in some], own_rows(fewer))
+    room, chunks = ctx.memory - costs.working(), shared(chunked(fewer, program, size), fewer, size)
+    return Plan(some, chunks, len(fewer), room, factor, seconds)
 
 
-def _tried(program: Program, schedule: Schedule, data: Calibration, ctx: PassContext) -> tuple[int, Costs]:
+def _tried(program: Program, schedule: Schedule, data: Calibration, steps: Steps) -> tuple[int, Costs]:
     """The rows of a chunk, and what such a chunk costs where the rows are largest."""
+    ctx, speeds = steps[0][1], Speeds(program.device)
     largest = max(data.groups, key=lambda group: prod(group.columns["sample"].values.shape[1:]))
     sample = replace(data, groups=(largest,))
     one = Trial.of(program, next(chunked(sample, program, 1)))
-    size = max(1, min(ctx.chunk, WORKING // max(1, Costs(schedule, one, 1.0).working())))
-    trial = Trial.of(program, next(chunked(sample, program, size)))
-    costs = Costs(schedule, trial, multiply_adds_per_second(program.device))
+    size = max(1, min(ctx.chunk, WORKING // max(1, Costs(program, schedule, one, speeds).working())))
+    chunk, looking = next(chunked(sample, program, size)), [step for step, _ in steps]
+    costs = Costs(program, schedule, Trial.of(program, chunk, looking, len(data)), speeds)
     if ctx.memory < costs.working():
         raise CalibrationError(
-            f"a memory budget of {megabytes(ctx.memory)} has no room for {trial.rows} calibration rows at a time,"
+            f"a memory budget of {megabytes(ctx.memory)} has no room for {costs.trial.rows} calibration rows at a time,"
             f" which take {megabytes(costs.working())}\n  mend: memory= of at least that"
         )
     return size, costs
@@ -124,7 +132,7 @@ def _warn_of_gaps(schedule: Schedule, timesteps: Tensor) -> None:
 
 def _estimate(costs: Costs, data: Calibration, steps: Steps, factor: float) -> Estimate:
     some, fewer = _scaled(steps, factor), _fewer(data, factor, steps[0][1])
-    return costs.estimate([step for step, _ in some], len(fewer), steps[0][1].memory)
+    return costs.estimate([step for step, _ in some], own_rows(fewer), steps[0][1].memory)
 
 
 def _scaled(steps: Steps, factor: float) -> Steps:

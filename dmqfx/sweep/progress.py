@@ -8,6 +8,7 @@ from typing import Final
 from tqdm import tqdm
 
 from dmqfx.graph.address import Site
+from dmqfx.numbers import speeds
 
 __all__ = ["Progress"]
 
@@ -23,6 +24,7 @@ class Progress:
     def __init__(self, title: str, seconds: Sequence[float], *, shown: bool) -> None:
         self._seconds = [max(each, 1e-6) for each in seconds]
         self._number = 0
+        self._started = speeds.clock()
         self._bar = tqdm(
             total=sum(self._seconds), desc=title, bar_format=_FORMAT, smoothing=0, disable=not shown
         )
@@ -32,6 +34,11 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return speeds.clock() - self._started
 
     def begin(self, site: Site) -> None:
         """A turn begins."""

@@ -77,6 +77,8 @@ class Batch:
 class Batches(Protocol):
     """The tensor of a turn, chunk by chunk; may be gone through several times.
 
+    Where several processes share the rows, it holds those of this one, and `gather` joins what was made of them.
+
     Units: total is the number of calibration rows, those of other processes included.
     """
 
@@ -85,6 +87,12 @@ class Batches(Protocol):
         """Calibration rows in all."""
 
     def __iter__(self) -> Iterator[Batch]: ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """From one row or more of every process those of all, in their order.
+
+        Shapes: [n, ...] -> [n of all, ...].
+        """
 
     def reserve(self, nbytes: int, what: str) -> None:
         """Room in memory until the turn ends.
@@ -125,7 +133,7 @@ def sampled(batches: Batches, geometry: Geometry, count: int, seed: int, what: s
         part = _of_batch(batch, geometry, each, seed)
         batches.reserve(2 * part.nbytes, what)  # once more when parts are joined
         parts.append(part)
-    return _joined(parts)
+    return _gathered(_joined(parts), batches, what)
 
 
 def _of_batch(batch: Batch, geometry: Geometry, each: int, seed: int) -> Rows:
@@ -143,6 +151,21 @@ def _drawn(possible: int, count: int, seed: int) -> Tensor:
     """Some of the positions, none twice."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(possible, generator=generator)[:count].sort().values
+
+
+def _gathered(own: Rows, batches: Batches, what: str) -> Rows:
+    """The rows of all processes."""
+    real, same = batches.gather(own.real), own.quantized is own.real
+    if real is own.real:
+        return own
+    batches.reserve((1 if same else 2) * real.nbytes, what)
+    return Rows(
+        real,
+        real if same else batches.gather(own.quantized),
+        batches.gather(own.timestep),
+        batches.gather(own.sample),
+        own.taps,
+    )
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:

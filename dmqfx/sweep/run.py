@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dmqfx import processes
 from dmqfx.errors import StoreError
 from dmqfx.graph.address import Site
 from dmqfx.graph.journal import Application, Refusal
@@ -25,7 +26,7 @@ from dmqfx.storage.codec import Json, decode, dump, encode, parse
 from dmqfx.storage.lock import locked
 from dmqfx.storage.manifest import read_manifest, write_manifest
 
-__all__ = ["NoRun", "Run", "Written", "running"]
+__all__ = ["NoRun", "OtherRun", "Run", "Written", "running"]
 
 _RECORD, _TENSORS, _PLAN = "record.json", "tensors.safetensors", "plan"
 _DAMAGED = "%s\n  it is computed again, and so is what came after it"
@@ -34,9 +35,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Written:
-    """What one turn left: entries in their order, and what each pass put in its journal."""
+    """What one turn left: entries in their order, the kinds that it dropped, and what each pass put in its journal."""
 
     entries: tuple[tuple[Site, Entry], ...]
+    dropped: tuple[tuple[Site, str], ...]
     applied: tuple[tuple[Application, ...], ...]
     refused: tuple[tuple[Refusal, ...], ...]
 
@@ -87,7 +89,7 @@ class Run(NoRun):
             if record["site"] != site:
                 _log.warning(_DAMAGED, f"{self._folder / _name(len(found))} is not of {site}")
                 break
-            found.append(Written(record["entries"], record["applied"], record["refused"]))
+            found.append(_written(record))
         for later in self._folder.glob("turn-*"):
             if later.name >= _name(len(found)):
                 shutil.rmtree(later)
@@ -131,9 +133,33 @@ class Run(NoRun):
             return None
 
 
+class OtherRun(Run):
+    """What the first of several processes keeps: another one reads it, and writes nothing."""
+
+    def begin(self, factor: float) -> None:
+        """The first process notes it."""
+
+    def finished(self, sites: Sequence[Site]) -> list[Written]:
+        """The turns of these sites.
+
+        Raises: StoreError if they are not to be seen from here.
+        """
+        found = [self._read(_name(k)) for k in range(len(sites))]
+        if None in found:
+            raise StoreError(
+                f"{self._folder} is not seen by all processes\n  mend: a run directory on a disk that they share"
+            )
+        return [_written(record) for record in found if record is not None]
+
+    def write(self, number: int, site: Site, written: Written) -> None:
+        """The first process writes."""
+
+
 @contextmanager
 def running(directory: Path, title: str, key: Mapping[str, str], device: torch.device) -> Iterator[Run]:
-    """The run of this key in a directory, held for this process. Runs of other keys are spoken of, and left.
+    """The run of this key in a directory, held for this process; where there are several, for the first.
+
+    Runs of other keys are spoken of, and left.
 
     Raises: StoreError if the directory cannot be used, or another process is at work there.
     """
@@ -143,6 +169,9 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"cannot keep a run in {directory}: {error}") from error
+    if not processes.is_first():
+        yield OtherRun(folder, whole, device)
+        return
     for other in sorted(directory.glob(f"{title}-*")):
         if other != folder:
             _log.warning("the run in %s %s; it is not used", other, _difference(other, whole))
@@ -150,6 +179,10 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
         for torn in folder.glob(".*"):
             shutil.rmtree(torn)
         yield Run(folder, whole, device)
+
+
+def _written(record: Mapping[str, Any]) -> Written:
+    return Written(**{field.name: record[field.name] for field in fields(Written)})
 
 
 def _difference(other: Path, key: Mapping[str, Json]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from dmqfx import processes
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.modules import call_with, constant
@@ -17,6 +19,8 @@ from dmqfx.graph.sites import CHANNEL_AXIS
 from dmqfx.graph.table import Planned, Sensitivity
 from dmqfx.numbers.ranges import search_range
 from dmqfx.runtime.operators import timestep_group
+from dmqfx.sweep.chunks import Chunk
+from dmqfx.sweep.streaming import streamed
 
 __all__ = ["LARGEST_METRIC", "measure"]
 
@@ -41,20 +45,21 @@ class _Look:
 
     program: Program
     layers: Mapping[fx.Node, _Layer]
-    batch: Mapping[str, Tensor]
-    generator: torch.Generator
+    chunk: Chunk
+    seed: int
     outputs: dict[fx.Node, Tensor] = field(default_factory=dict)
     energies: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     def gradients(self) -> Iterator[tuple[_Layer, Tensor, Tensor]]:
         """(layer, gradient [B, ..., O], energy of what each output position reads [B, ..., 1]).
 
-        The gradient is that of a random direction of the output, each row relative to its own norm.
+        The gradient is that of a random direction of the output, each row relative to its own norm, and drawn
+        for it alone: it does not depend on the rows beside it.
         """
         with torch.enable_grad():
             out = self._forward()
             norm = out.detach().flatten(1).norm(dim=1).clamp(min=torch.finfo(out.dtype).tiny)
-            drawn = torch.randn(out.shape, generator=self.generator).to(out)
+            drawn = torch.stack([self._drawn(row, out.shape[1:]) for row in range(len(out))]).to(out)
             direction = drawn / norm.view(-1, *[1] * (out.dim() - 1))
             wanted = [node for node in self.layers if self.outputs[node].requires_grad]
             found = torch.autograd.grad(
@@ -68,11 +73,15 @@ class _Look:
                     self.energies[node],
                 )
 
+    def _drawn(self, row: int, shape: Sequence[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + self.chunk.first + row)
+        return torch.randn(shape, generator=generator)
+
     def _forward(self) -> Tensor:
         values: dict[fx.Node, object] = {}
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
-                values[node] = self.batch[str(node.target)]
+                values[node] = self.chunk.inputs[str(node.target)]
             elif node.op == "get_attr":
                 values[node] = constant(self.program.gm, str(node.target)).detach()
             elif node.op == "output":
@@ -96,7 +105,7 @@ class _Look:
 
 def measure(
     program: Program,
-    batches: Sequence[Mapping[str, Tensor]],
+    chunks: Sequence[Chunk],
     boundaries: tuple[float, ...],
     generator: torch.Generator,
 ) -> dict[Site, Sensitivity]:
@@ -104,28 +113,36 @@ def measure(
 
     The expected output noise of each timestep group is predicted from the planned weights' steps; every
     group then counts by the inverse of its noise, so that none drowns the others. The first look finds the
-    noise, the second the metric.
+    noise, the second the metric. Where processes share the rows, `chunks` are those of this one.
     """
     layers = {layer.node: layer for layer in _layers(program, len(boundaries) + 1)}
     edges, groups = torch.tensor(boundaries), len(boundaries) + 1
+    first, second = torch.randint(2**31, (2,), generator=generator).tolist()
     seen = torch.zeros(groups, dtype=torch.float64)
-    for batch in batches:
-        group = timestep_group(batch["timestep"].cpu(), edges)
+    rows = sum(len(chunk.timestep) for chunk in chunks)
+    looks = streamed((*chunks, *chunks), 2 * rows, "measure-sensitivity")
+    for chunk in islice(looks, len(chunks)):
+        group = timestep_group(chunk.timestep.cpu(), edges)
         seen += torch.bincount(group, minlength=groups)
-        for layer, gradient, energy in _Look(program, layers, batch, generator).gradients():
+        for layer, gradient, energy in _Look(program, layers, chunk, first).gradients():
             felt = gradient.square().flatten(1).sum(1)
             noise = ((gradient.square() @ (layer.step.square() / 12))[..., None] * energy).flatten(1).sum(1)
             layer.felt.index_add_(0, group, felt.double().cpu())
             layer.noise.index_add_(0, group, noise.double().cpu())
+    seen = processes.summed(seen)
+    for layer in layers.values():
+        layer.felt, layer.noise = processes.summed(torch.stack([layer.felt, layer.noise]))
     total = torch.stack([layer.noise for layer in layers.values()]).sum(0) / seen.clamp(min=1)
     importance = torch.where(total > 0, 1 / total.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    for batch in batches:
-        group = timestep_group(batch["timestep"].cpu(), edges)
-        for layer, gradient, _ in _Look(program, layers, batch, generator).gradients():
+    for chunk in looks:
+        group = timestep_group(chunk.timestep.cpu(), edges)
+        for layer, gradient, _ in _Look(program, layers, chunk, second).gradients():
             if layer.metric is not None:
                 weight = importance[group].sqrt().to(gradient).view(-1, *[1] * (gradient.dim() - 1))
-                rows = (gradient * weight).flatten(0, -2)
-                layer.metric += rows.T @ rows
+                each = (gradient * weight).flatten(0, -2)
+                layer.metric += each.T @ each
+    for layer in layers.values():
+        layer.metric = None if layer.metric is None else processes.summed(layer.metric)
     return {
         Site(layer.node.meta["address"], "out"): _entry(layer, importance, seen, boundaries)
         for layer in layers.values()

@@ -12,11 +12,13 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.facts import QDQ, Fact
 from dmqfx.graph.pipeline import JointPass, Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Entry
+from dmqfx.graph.table import Entry, Sensitivity
+from dmqfx.numbers import effort
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.sweep.joint import sweep
 from dmqfx.sweep.turn import Reader, Turn
 
-__all__ = ["SweepPass", "solution_cost"]
+__all__ = ["SweepPass"]
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,30 @@ class SweepPass(JointPass):
         """The fields that a time budget multiplies, as far as it has them."""
         return frozenset({"rows", "iterations"})
 
-    def cost(self, reader: Reader) -> float:
-        """About how many double-precision multiply-adds it spends on a reader.
+    def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
+        """About how many seconds it spends on a reader of a tensor of so many values over all rows.
 
-        Without `rows` none. With them, as much as normal equations, their solution and a rounding that is
-        searched; with `iterations`, that many steps forward and back instead.
+        Drawing `problem_rows` is not counted. Without them none; with `iterations`, that many steps forward
+        and back, else as much as `reconstruct` takes.
         """
-        rows = self.problem_rows()
+        rows = self.problem_rows(reader)
         if not rows or not reader.shape or reader.weight_spec is None:
             return 0.0
         out, columns = reader.shape[0], math.prod(reader.shape[1:])
         if iterations := getattr(self, "iterations", 0):
-            return float(3 * iterations * rows * columns * out)
-        return solution_cost(rows, columns, out)
+            return 3 * iterations * effort.product(speeds, rows, columns, out)
+        return self.solution(program, reader, speeds)
 
-    def problem_rows(self) -> int:
-        """Output positions of one local problem; 0 where there is none."""
-        return int(getattr(self, "rows", 0)) if self.needs_calibration else 0
+    def solution(self, program: Program, reader: Reader, speeds: Speeds) -> float:
+        """Seconds of a reader's normal equations and of codes by handing errors on."""
+        felt = program.table.get(Site(reader.site.at, "out"), Sensitivity)
+        metric = felt is not None and felt.metric is not None
+        out, columns = reader.shape[0], math.prod(reader.shape[1:])
+        return effort.reconstruction(speeds, self.problem_rows(reader), columns, out, metric=metric)
+
+    def problem_rows(self, reader: Reader) -> int:
+        """Output positions of a reader's local problem that it draws; 0 where there is none."""
+        return int(getattr(self, "rows", 0)) if self.needs_calibration and reader.weight_spec else 0
 
     @classmethod
     def run_jointly(cls, steps: Sequence[tuple[Pass, PassContext]], program: Program) -> Program:
@@ -70,9 +79,3 @@ class SweepPass(JointPass):
         Raises: CalibrationError without calibration data, if some step needs it.
         """
         return sweep(program, [(step, ctx) for step, ctx in steps if isinstance(step, SweepPass)])
-
-
-def solution_cost(rows: int, columns: int, out: int) -> float:
-    """Multiply-adds of normal equations, their solution and a rounding that is searched."""
-    solution = 2 * columns**3 + 3 * out * columns * (columns + 100)
-    return float(rows * columns * (columns + out) + 200 * rows * (columns + out) + solution)

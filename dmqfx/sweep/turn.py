@@ -138,6 +138,7 @@ class Turn:
                 edges = torch.tensor(boundaries, device=batch.timestep.device)
                 group = timestep_group(batch.timestep, edges) if boundaries else None
                 observer(batch.quantized, group)
+            observer.join(self.batches.gather)
             self._ranges[boundaries] = observer.result()
         return self._ranges[boundaries]
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx
 
-from dmqfx.graph.modules import call_with, constant, constant_of
+from dmqfx.graph.modules import computed, constant, constant_of
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Table
 from dmqfx.sweep.chunks import Chunk
@@ -29,6 +29,8 @@ Visit: TypeAlias = Callable[[Turn], Table]
 class Walk:
     """One pass over a program's graph with the float and the quantized-so-far value of every live tensor.
 
+    Where processes share the chunks, `total` counts the rows of all, and `gather` joins their tensors.
+
     Units: memory in bytes, for values that are kept from one operation to a later segment's; what is beyond
     it is set aside in a file in `folder`. The result does not depend on it.
     """
@@ -42,11 +44,12 @@ class Walk:
         total: int = 0,
         seed: int = 0,
         folder: Path | None = None,
+        gather: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         self._program, self._chunks, self._seed = program, chunks, seed
         self.schedule = Schedule(program)
         self.table = program.table
-        self._total = total
+        self._total, self._gather = total, gather
         self._now: Moment = (0, 0)
         self._rows: list[tuple[Tensor, int]] = []
         self.values = Values(memory, self._next_use, folder)
@@ -112,7 +115,7 @@ class Walk:
         self._now = (number, TURN)
         if segment.source is None:
             return
-        tensor = _Tensor(self.values, segment.source, self._rows, self._total)
+        tensor = _Tensor(self.values, segment.source, self._rows, self._total, self._gather)
         for axis, readers in segment.turns:
             turn = Turn(self._program, self.table, segment.source, axis, readers, tensor, self._seed)
             self.table = visit(turn)
@@ -148,12 +151,12 @@ class _Step:
     def _pair(self, node: fx.Node, local: Mapping[fx.Node, Pair], timestep: Tensor) -> Pair:
         pairs = {read: local.get(read) or self._constant(read) for read in node.all_input_nodes}
         deployed = self._deployed[node]
-        real = _call(node, lambda read: pairs[read].real)
+        real = computed(node, lambda read: pairs[read].real)
         if not deployed.differs and all(pair.same for pair in pairs.values()):
             return Pair(real, real)
         if deployed.differs:
             return Pair(real, deployed(timestep, lambda read: pairs[read].quantized))
-        return Pair(real, _call(node, lambda read: pairs[read].quantized))
+        return Pair(real, computed(node, lambda read: pairs[read].quantized))
 
     def _constant(self, node: fx.Node) -> Pair:
         if node not in self._constants:
@@ -165,9 +168,16 @@ class _Step:
 class _Tensor:
     """The tensor of a turn, read chunk by chunk from what is kept."""
 
-    def __init__(self, values: Values, node: fx.Node, rows: Sequence[tuple[Tensor, int]], total: int) -> None:
+    def __init__(
+        self,
+        values: Values,
+        node: fx.Node,
+        rows: Sequence[tuple[Tensor, int]],
+        total: int,
+        gather: Callable[[Tensor], Tensor],
+    ) -> None:
         self._values, self._node, self._rows = values, node, rows
-        self.total = total
+        self.total, self.gather = total, gather
         self.reserve = values.reserve
 
     def __iter__(self) -> Iterator[Batch]:
@@ -176,12 +186,3 @@ class _Tensor:
             assert isinstance(pair.real, Tensor)
             assert isinstance(pair.quantized, Tensor)
             yield Batch(pair.real, pair.quantized, timestep, first)
-
-
-def _call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
-    if node.op == "output":
-        return call_with(lambda value: value, node.args, {}, value_of)
-    if node.op == "call_module":  # an observer, which is an identity and sees nothing of a sweep
-        return call_with(lambda x, *_: x, node.args, {}, value_of)
-    assert callable(node.target)
-    return call_with(node.target, node.args, node.kwargs, value_of)

@@ -1,0 +1,103 @@
+"""What a compilation is estimated to take beside what it takes: seconds and memory of every sweep and stream of rows.
+
+    python benchmarks/bench_estimate.py [--case emoji] [--policy w4a6-aware] [--processor]
+
+Both may be repeated. `--processor` counts processor seconds in place of the clock's, for a machine that is shared;
+run it with one thread. The peak of memory is that of the process above what it was when the estimate was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from pathlib import Path
+
+from machine import write
+from models import sd15_narrow
+
+from dmqfx import emoji
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.compiler import quantize
+from dmqfx.evaluation import emoji_calibration
+from dmqfx.frontend.capture import capture
+from dmqfx.graph import registry
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
+from dmqfx.numbers import speeds
+from dmqfx.policy.policy import Policy
+
+POLICIES = ("w4a6", "w4a6-aware", "w4a8-aware")
+CASES = ("emoji", "sd15-narrow")
+
+
+class Seen(logging.Handler):
+    """Keeps the estimates that are told, with the peak of memory until the work is done."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.found: list[dict[str, object]] = []
+        self._before, self._memory = 0, 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note what a record says beside its words."""
+        said = vars(record)
+        if "memory" in said:
+            self._memory = said["memory"]
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
+            self._before = _peak()
+        elif "took" in said:
+            took, estimated = said["took"], said["estimated"]
+            row = {"what": said["what"], "estimated": round(estimated, 2), "took": round(took, 2)}
+            row["took_over_estimated"] = round(took / estimated, 2)
+            if self._memory:
+                row["megabytes_estimated"] = round(self._memory / 2**20)
+                row["megabytes_taken"] = round((_peak() - self._before) / 2**20)
+            self.found.append(row)
+            self._memory = 0
+
+
+def main() -> None:
+    """Compile, and write results/estimate.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", action="append", choices=CASES)
+    parser.add_argument("--policy", action="append")
+    parser.add_argument("--processor", action="store_true")
+    options = parser.parse_args()
+    if options.processor:
+        speeds.clock = time.process_time
+    warnings.simplefilter("ignore")
+    seen = Seen()
+    logging.getLogger("dmqfx").addHandler(seen)
+    logging.getLogger("dmqfx").setLevel(logging.INFO)
+    rows, counted = [], "processor seconds" if options.processor else "seconds"
+    for case in options.case or CASES:
+        program, data = _case(case)
+        for name in options.policy or POLICIES:
+            seen.found.clear()
+            policy = Policy.load(name, check_step=registry.problems_with)
+            quantize(program, PassContext(policy=policy, calibration=data))
+            rows += [{"case": case, "policy": name, **row} for row in seen.found]
+            write("estimate", {"what": f"estimated and taken, in {counted}", "rows": rows})
+
+
+def _case(name: str) -> tuple[Program, Calibration]:
+    if name == "emoji":
+        return capture(emoji.load_unet()), emoji_calibration()
+    unet = sd15_narrow()
+    return capture(unet), Calibration.synthesize(unet, steps=8, trajectories=2)
+
+
+def _peak() -> int:
+    """The largest resident memory since it was last reset, in bytes."""
+    lines = dict(
+        line.split(":") for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    )
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

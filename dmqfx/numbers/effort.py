@@ -1,0 +1,144 @@
+"""What local problems cost on this machine: their parts, timed as they are, put together by size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dmqfx.numbers.fitting import Sample, search
+from dmqfx.numbers.gptq import COLUMNS, ROW_BLOCKS, by_columns, elimination
+from dmqfx.numbers.quant import QuantSpec, params_from_range
+from dmqfx.numbers.ranges import search_range
+from dmqfx.numbers.rounding import Grid, damped
+from dmqfx.numbers.speeds import Prepare, Speeds
+from dmqfx.numbers.voting import step_errors
+
+__all__ = [
+    "fitted_range",
+    "learned_codes",
+    "learned_scale",
+    "product",
+    "reconstruction",
+    "votes",
+    "weight_range",
+]
+
+_TALL = 1024
+_LOOKS = 1.5  # `Reconstruction` centres its rows; before, they are rounded and made double
+_LEARNING_LOOKS = 2.0  # of the kind of `_centred`, in a step of `equivalent.learn`
+_SPEC = QuantSpec(4, "symmetric", "channel", range="mse")
+
+
+def product(speeds: Speeds, rows: float, columns: float, out: float) -> float:
+    """Seconds of a double-precision product [columns, rows] @ [rows, out]."""
+    narrow = max(1.0, min(columns, out))
+    one = speeds.seconds(_gram, narrow, at=(8, 64, 384), exponent=2)
+    return one * rows * columns * out / (_TALL * narrow**2)
+
+
+def reconstruction(speeds: Speeds, rows: int, columns: int, out: int, *, metric: bool) -> float:
+    """Seconds of gptq's codes and of what makes its operands: the layer's inputs and outputs at `rows` positions."""
+    looked = speeds.seconds(_centred, rows * columns, at=(2**12, 2**17, 2**22), exponent=1)
+    products = product(speeds, rows, columns, columns) + product(speeds, rows, columns, out)
+    blocks = ROW_BLOCKS if metric else 1
+    height = -(-out // blocks)
+    stretch = speeds.seconds(_by_columns, height, at=(4, 32, 256), exponent=1)
+    stepwise = blocks * (stretch * columns / COLUMNS + product(speeds, columns / 2, height, columns))
+    handed = product(speeds, out / 2, out, columns) if metric else 0.0
+    solved = _elimination_of(speeds, columns) + (_elimination_of(speeds, out) if metric else 0.0)
+    return _LOOKS * looked + products + stepwise + handed + solved + weight_range(speeds, out * columns)
+
+
+def learned_codes(speeds: Speeds, steps: int, columns: int, out: int) -> float:
+    """Seconds of so many steps of `adaround`: two products with the Gram and the metric, in single precision."""
+    return steps * product(speeds, out, columns, columns + out) / 2
+
+
+def learned_scale(speeds: Speeds, steps: int, batch: int, columns: int, out: int) -> float:
+    """Seconds of so many steps of `equivalent.learn`: a batch and the weight are rounded, forward and back."""
+    looked = speeds.seconds(_centred, (batch + out) * columns, at=(2**12, 2**17, 2**22), exponent=1)
+    return steps * (_LEARNING_LOOKS * looked + 3 * product(speeds, batch, columns, out))
+
+
+def weight_range(speeds: Speeds, size: int) -> float:
+    """Seconds of `search_range` over a weight of so many numbers."""
+    return speeds.seconds(_searched, size, at=(2**8, 2**13, 2**17), exponent=1)
+
+
+def fitted_range(speeds: Speeds, size: int, groups: int) -> float:
+    """Seconds of `search` over so many sampled numbers, in so many timestep groups."""
+    counted = speeds.seconds(_histogram, size, at=(2**10, 2**16, 2**22), exponent=1)
+    return counted + groups * speeds.seconds(_range_search, 1, at=(1,), exponent=0)
+
+
+def votes(speeds: Speeds, size: float, largest: int) -> float:
+    """Seconds of `step_errors` over so many numbers, for steps down to 1/2^largest."""
+    return speeds.seconds(_voting(largest), size, at=(2**12, 2**20), exponent=1)
+
+
+def _elimination_of(speeds: Speeds, size: int) -> float:
+    return speeds.seconds(_elimination, size, at=(16, 128, 512, 1024), exponent=3)
+
+
+def _noise(*shape: int, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(device)
+
+
+def _gram(size: int, device: torch.device) -> Callable[[], object]:
+    x = _noise(_TALL, size, device=device)
+    return lambda: x.T @ x
+
+
+def _centred(size: int, device: torch.device) -> Callable[[], object]:
+    x = _noise(64, size // 64, device=device, dtype=torch.float32)
+    mean, share = x[0].double(), x[:, :1].double()
+    return lambda: (x.double() - mean) * share
+
+
+def _elimination(size: int, device: torch.device) -> Callable[[], object]:
+    x = _noise(size, size, device=device)
+    gram = damped(x.T @ x, 0.1)
+    return lambda: elimination(gram)
+
+
+def _by_columns(rows: int, device: torch.device) -> Callable[[], object]:
+    target = _noise(rows, COLUMNS, device=device)
+    factor = torch.eye(COLUMNS, dtype=torch.float64, device=device)
+    grid = Grid.of(search_range(target, _SPEC), rows)
+    return lambda: by_columns(target, factor, grid)
+
+
+def _searched(size: int, device: torch.device) -> Callable[[], object]:
+    weight = _noise(math.isqrt(size), math.isqrt(size), device=device, dtype=torch.float32)
+    return lambda: search_range(weight, _SPEC)
+
+
+def _histogram(size: int, device: torch.device) -> Callable[[], object]:
+    sample, ends = _sample(size, device)
+    return lambda: sample.histogram(*ends)
+
+
+def _range_search(size: int, device: torch.device) -> Callable[[], object]:
+    sample, ends = _sample(64 * size, device)
+    return lambda: search(ends, sample, QuantSpec(8))
+
+
+def _sample(size: int, device: torch.device) -> tuple[Sample, tuple[Tensor, Tensor]]:
+    x = _noise(size // 64, 64, device=device, dtype=torch.float32)
+    group = torch.zeros(len(x), dtype=torch.int64, device=device)
+    return Sample(x, group, x.new_ones(64)), (x.amin().view(1), x.amax().view(1))
+
+
+@cache
+def _voting(largest: int) -> Prepare:
+    def prepare(size: int, device: torch.device) -> Callable[[], object]:
+        x = _noise(4, 16, size // 64, device=device, dtype=torch.float32)
+        params = params_from_range(x.amin().view(1, 1), x.amax().view(1, 1), QuantSpec(8), 1)
+        scale, zero_point = (each[0].expand(4) for each in (params.scale, params.zero_point))
+        return lambda: step_errors(x, scale, zero_point, (params.qmin, params.qmax), 1, largest)
+
+    return prepare

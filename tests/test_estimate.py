@@ -1,0 +1,227 @@
+"""What a sweep is said to take: measured on this machine, put together by size, and held against what it took."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from sweeping import chain, context, planned, recorded, swept
+
+from dmqfx import emoji
+from dmqfx.cli import main
+from dmqfx.compiler import compile as compile_unet
+from dmqfx.evaluation import emoji_calibration
+from dmqfx.graph.registry import pipeline
+from dmqfx.numbers import effort, speeds
+from dmqfx.numbers.quant import QuantSpec
+from dmqfx.numbers.rounding import Reconstruction, reconstruct
+from dmqfx.numbers.speeds import Speeds
+from dmqfx.sweep.chunks import chunked
+from dmqfx.sweep.estimate import Costs, duration
+from dmqfx.sweep.schedule import Schedule
+from dmqfx.sweep.streaming import streamed
+from dmqfx.sweep.trial import Trial
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """A clock that stands still unless it is told."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(speeds, "clock", made)
+    return made
+
+
+def working(clock: Clock, seconds: Callable[[int], float], made: list[int]) -> speeds.Prepare:
+    """An operation that takes so many seconds by its size, and notes the sizes that it was made for."""
+
+    def prepare(size: int, device: torch.device) -> Callable[[], object]:
+        made.append(size)
+
+        def run() -> None:
+            clock.now += seconds(size)
+
+        return run
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(5, 10.0), (10, 10.0), (20, 20.0), (50, 50.0), (100, 100.0), (200, 800.0)]
+)
+def test_time_is_a_power_of_the_size_between_what_was_measured_and_beyond(
+    clock: Clock, size: int, expected: float
+) -> None:
+    prepare = working(clock, float, [])
+    assert Speeds(CPU).seconds(prepare, size, at=(10, 100), exponent=3) == pytest.approx(expected)
+
+
+def test_an_operation_is_timed_once_for_a_size_and_only_at_the_sizes_that_are_needed(clock: Clock) -> None:
+    made: list[int] = []
+    prepare, own = working(clock, float, made), Speeds(CPU)
+    for size in (300, 200, 250):
+        own.seconds(prepare, size, at=(10, 100), exponent=1)
+    assert made == [100]
+    own.seconds(prepare, 50, at=(10, 100), exponent=1)
+    assert made == [100, 10]
+
+
+def test_the_best_of_some_short_times_counts_and_a_long_one_is_not_repeated(clock: Clock) -> None:
+    times = iter([0.003, 0.002, 0.004, 5.0])
+    own, prepare = Speeds(CPU), working(clock, lambda size: next(times), [])
+    assert own.seconds(prepare, 1, at=(1,), exponent=1) == pytest.approx(0.002)
+    assert own.seconds(prepare, 2, at=(2,), exponent=1) == 5.0
+
+
+@pytest.mark.parametrize(("columns", "out"), [(576, 64), (256, 512)])
+def test_a_local_problem_takes_about_what_is_estimated(
+    columns: int, out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a factor of 3, in processor time: a test machine does other things too."""
+    monkeypatch.setattr(speeds, "clock", time.process_time)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows, noise = 4096, torch.Generator().manual_seed(0)
+        expected = effort.reconstruction(Speeds(CPU), rows, columns, out, metric=True)
+        x, w = torch.randn(rows, columns, generator=noise), torch.randn(out, columns, generator=noise)
+        started = time.process_time()
+        problem = Reconstruction(
+            given=x,
+            wanted=x.double() @ w.double().T,
+            weight=w,
+            spec=QuantSpec(4, "symmetric", "channel", range="mse"),
+            metric=torch.eye(out),
+        )
+        reconstruct(problem)
+        took = time.process_time() - started
+    finally:
+        torch.set_num_threads(threads)
+    assert expected / 3 < took < expected * 3
+
+
+def costs(rows: int) -> tuple[Costs, Trial]:
+    program = chain()
+    chunk = next(chunked(recorded(program, rows), program, rows))
+    tried = Trial.of(program, chunk)
+    flat = replace(
+        tried,
+        forward=dict.fromkeys(tried.forward, 1.0),
+        looking=dict.fromkeys(tried.looking, 100.0),
+    )
+    return Costs(program, Schedule(program), flat, Speeds(CPU)), flat
+
+
+def test_the_walk_costs_two_forward_passes_where_a_plan_changes_values_and_one_before() -> None:
+    found, tried = costs(4)
+    differing = found.schedule.differing
+    walked = {node for segment in found.schedule.segments for node in segment.nodes}
+    assert 0 < len(differing & walked) < len(walked)
+    expected = len(walked) + len(differing & walked) + 100 * len(tried.looking)
+    assert sum(found.turns((), 4)) == pytest.approx(expected)
+    assert sum(found.turns((), 12)) == pytest.approx(3 * expected)
+    assert len(found.turns((), 4)) == len(found.schedule.sites)
+
+
+def test_every_pass_counts_for_what_it_does() -> None:
+    found, _ = costs(4)
+    alone = sum(found.turns((), 4))
+
+    def added(name: str, **options: object) -> float:
+        steps = pipeline([(name, options)]).steps
+        return sum(found.turns(steps, 4)) - alone  # type: ignore[arg-type]  # all of them are sweep passes
+
+    gptq = added("round-weights", method="gptq", rows=2**18)
+    assert gptq > 1.2 * added("round-weights", method="gptq", rows=64) > 0
+    assert gptq > added("round-weights", method="nearest") > 0
+    assert added("fit-ranges") == 0  # the plan asks for extremes, which are part of the look
+    assert added("vote-shifts") == 0  # no long skip
+    assert added("vote-shifts", where="all") > 0
+
+
+def test_votes_are_counted_at_long_skips() -> None:
+    program = planned("unconditional")
+    schedule = Schedule(program)
+    step = pipeline([("vote-shifts", {})]).steps[0]
+    own = Speeds(CPU)
+    fed = [reader for reader in schedule.readers if step.cost(program, reader, 1e6, own) > 0]  # type: ignore[attr-defined]  # a sweep pass
+    assert 0 < len(fed) < len(schedule.readers)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if hasattr(record, "took")]
+
+
+def test_a_sweep_says_before_what_it_will_take_and_after_what_it_took(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "dmqfx"):
+        swept(chain(), context(recorded(chain(), 6)))
+    lines = [record.getMessage() for record in caplog.records]
+    before = next(k for k, line in enumerate(lines) if "6 calibration rows, about " in line)
+    after = next(k for k, line in enumerate(lines) if " took " in line)
+    assert before < after
+    (record,) = told(caplog)
+    assert record.took > 0
+    assert record.estimated > 0
+    assert lines[after].endswith(f"took {duration(record.took)}, {duration(record.estimated)} estimated")
+
+
+def test_a_sweep_without_forward_pass_is_estimated_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "dmqfx"):
+        swept(chain(), context(recorded(chain(), 6)), (("round-weights", {}),))
+    assert told(caplog)[0].estimated > 0
+    assert "no forward pass, about" in caplog.text
+
+
+def test_a_stream_of_rows_is_estimated_from_its_first_batch(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = [{"timestep": torch.zeros(size)} for size in (4, 4, 2)]
+    with caplog.at_level(logging.INFO, "dmqfx"):
+        for batch in streamed(batches, 10, "look"):
+            clock.now += len(batch["timestep"]) * (1.0 if len(batch["timestep"]) == 4 else 3.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "look: 10 rows, about 10 s",
+        "look took 14 s, 10 s estimated",
+    ]
+
+
+# --- the budget
+
+
+def test_a_budget_reaches_the_sweep_from_compile(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "dmqfx"):
+        q = compile_unet(
+            emoji.load_unet(),
+            "w4a6-aware",
+            calibration=emoji_calibration(count=1, steps=1),
+            overrides=["pipeline.measure-sensitivity.rows=1"],
+            report_rows=0,
+            budget="0.001s",
+        )
+    assert "more than the budget of 0.0 s" in caplog.text
+    notes = {record.name: record.note for record in q.program.log}
+    assert "rows=512" in notes["round-weights"]
+
+
+def test_a_budget_that_is_no_time_is_refused_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["compile", "emoji", "--budget", "soon", "--out", "nowhere"])
+    assert stopped.value.code == 2
+    assert "a budget is a time such as 90s, 5min, 1h or overnight, not 'soon'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a budget is a time"):
+        compile_unet(emoji.load_unet(), budget="soon")

@@ -1,0 +1,155 @@
+"""Two real processes share the rows of a calibration: both end with what one alone ends with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from models import model
+from side import chain, context, error, found, named, recorded, started, work
+from sweeping import SWEEP, swept
+
+from dmqfx import load, processes
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.cli import main
+from dmqfx.errors import ProcessError
+
+FAILING = ("raise", "few", "other")
+SHARED = (*FAILING, "minmax", "mse", "percentile", "ema", "observed", "felt", "resumed")
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes ended with, each in files of its own."""
+    folder = tmp_path_factory.mktemp("both")
+    ended = started(SHARED, folder)
+    assert [code for code, _ in ended] == [0, 0], ended
+    return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def differing(kind: str, both: Path, tmp_path: Path) -> dict[str, float]:
+    """The tensors that one process alone has otherwise, each with the greatest difference, relative to its size."""
+    alone = named(work(kind, tmp_path))
+    shared = [found(kind, both, rank) for rank in (0, 1)]
+    assert shared[0].keys() == shared[1].keys() == alone.keys()
+    assert all(torch.equal(value, shared[1][name]) for name, value in shared[0].items())
+    return {
+        name: float((value.double() - shared[0][name].double()).abs().max() / value.double().abs().max())
+        for name, value in alone.items()
+        if not torch.equal(value, shared[0][name])
+    }
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["minmax", "mse", "percentile", "ema", "resumed"])
+def test_codes_scales_votes_and_extremes_are_those_of_one_process_bit_for_bit(
+    kind: str, both: Path, tmp_path: Path
+) -> None:
+    """Means and variances are sums in another order; no code depends on them."""
+    others = differing(kind, both, tmp_path)
+    assert all(name.startswith("Range ") and name.endswith((" mean", " variance")) for name in others)
+    assert all(off < 1e-6 for off in others.values())
+    kinds = {name.split()[0] for name in found(kind, both, 0)}
+    assert {"Range", "QParams", "Codes", "Bias"} <= kinds
+    assert ("Shift" in kinds) == (kind != "resumed")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("kind", "entry"), [("observed", "Range"), ("felt", "Sensitivity")])
+def test_sums_differ_in_their_last_digits_and_nothing_else_does(
+    kind: str, entry: str, both: Path, tmp_path: Path
+) -> None:
+    others = differing(kind, both, tmp_path)
+    assert all(name.startswith(f"{entry} ") for name in others)
+    assert all(off < 1e-5 for off in others.values())
+    assert not [name for name in others if name.endswith((" low", " high", " count"))]
+
+
+def test_one_process_that_works_on_half_of_the_rows_has_another_result(both: Path) -> None:
+    """The comparison above can fail."""
+    half = context(recorded(chain(), 9), chunk=2)
+    table = named(swept(chain(), half, SWEEP).table)
+    assert any(not torch.equal(value, found("resumed", both, 0)[name]) for name, value in table.items())
+
+
+def test_an_error_in_one_process_is_an_error_in_the_other_which_goes_on_to_live(both: Path) -> None:
+    assert error("raise", both, 1) == "DmqfxError: it broke here"
+    assert error("raise", both, 0).startswith("ProcessError: process 1 of 2 failed")
+    assert found(SHARED[-1], both, 0)  # they did more together afterwards
+
+
+def test_a_process_that_dies_ends_the_other(tmp_path: Path) -> None:
+    (first, _), (second, _) = started(["die"], tmp_path)
+    assert (first, second) == (0, 9)
+    assert error("die", tmp_path, 0).startswith("ProcessError: process 0 of 2 lost another one")
+
+
+def test_more_processes_than_batches_are_refused_in_all(both: Path) -> None:
+    for rank in (0, 1):
+        assert "2 processes cannot share 1 batches of at most 16 cal" in error("few", both, rank)
+
+
+def test_processes_that_have_not_the_same_are_refused_in_all(both: Path) -> None:
+    for rank in (0, 1):
+        assert "process 1 does not have the name of process 0" in error("other", both, rank)
+
+
+def test_a_process_alone_needs_no_group() -> None:
+    x = torch.arange(3)
+    assert processes.gathered(x) is x
+    assert processes.summed(x) is x
+    assert processes.agreed(0.5) == 0.5
+    assert processes.is_first()
+    assert list(processes.share(3, "things")) == [0, 1, 2]
+    processes.same("names", "any")
+    with pytest.raises(ProcessError), processes.together():
+        raise ProcessError("as it is")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_compile_under_torchrun_writes_and_prints_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unet = model("unconditional")
+    unet.save_pretrained(tmp_path / "unet")
+    Calibration.synthesize(unet, steps=4, trajectories=10).save(tmp_path / "cal")
+    arguments = [
+        "compile", str(tmp_path / "unet"), "--calibration", str(tmp_path / "cal"), "--policy", "w4a6",
+        "--out",
+    ]  # fmt: skip
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run(
+        [*runner, "-m", "dmqfx", *arguments, str(tmp_path / "two")], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("written to") == 1
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    assert {file.name for file in (tmp_path / "two").iterdir()} == {
+        file.name for file in (tmp_path / "one").iterdir()
+    }
+    one, two = (load(tmp_path / name).program.weights() for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_the_shares_of_processes_are_each_thing_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for total in (3, 7, 8):
+        taken: list[int] = []
+        for rank in range(3):
+            monkeypatch.setattr(processes, "count", lambda: 3)
+            monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+            taken += processes.share(total, "things")
+        assert taken == list(range(total))
