@@ -21,6 +21,7 @@ from dmqfx.graph import registry
 from dmqfx.graph.facts import FITTED, PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import PassContext, Pipeline, Preserves
 from dmqfx.graph.program import Program
+from dmqfx.policy.mark import Mark, Said
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime import targets
 from dmqfx.runtime.targets import Target
@@ -94,12 +95,8 @@ def compile(
     measured = report_rows if processes.is_first() else 0
     report = Report.measure(scaled, after, data, rows=measured, progress=bars)
     _warn(chosen, report)
-    origin = {
-        **provenance(before),
-        "float_weights": weights_digest(unet),
-        "seed": seed,
-        "calibration": data.describe() if data is not None else None,
-    }
+    made = {"seed": seed, "calibration": data.describe() if data is not None else None}
+    origin = {**provenance(before), "float_weights": weights_digest(unet), **made}
     return CompiledUNet(
         after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
@@ -135,7 +132,7 @@ def check_pipeline(policy: Policy) -> None:
     provided = frozenset[Fact]().union(*(step.provides for step in steps.steps))
     if policy.searched_at and FITTED not in provided:
         words = f"observers keep only extremes, but {policy.searched_at} is asked for; put fit-ranges into the pipeline"
-        raise PolicyError([policy.searched_at.mark.problem(words)])
+        raise PolicyError([_own(policy, policy.searched_at).problem(words)])
     lacking = [fact for fact in (PLANNED, QDQ) if fact not in provided]
     if policy.bits_asked_at and lacking:
         fact = lacking[0]
@@ -144,7 +141,13 @@ def check_pipeline(policy: Policy) -> None:
             f"the policy asks for bits ({policy.bits_asked_at}), but no step of the pipeline provides {fact.name!r} "
             f"({fact.meaning}); put {helpful} into it, or say float"
         )
-        raise PolicyError([policy.bits_asked_at.mark.problem(words)])
+        raise PolicyError([_own(policy, policy.bits_asked_at).problem(words)])
+
+
+def _own(policy: Policy, said: Said) -> Mark:
+    """Of the pipeline and what it does not fit, the one that the user wrote; the pipeline, if both or neither."""
+    marks = policy.pipeline[-1].mark, said.mark
+    return next((mark for mark in marks if not mark.shipped), marks[0])
 
 
 def check_finite(unet: UNet) -> None:

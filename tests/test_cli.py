@@ -398,7 +398,7 @@ def test_a_hub_id_is_a_pipeline_or_a_unet_from_the_cache_or_the_network(
         (
             "compile emoji --out o --set pipeline=[canonicalize]",
             1,
-            "--set:1:11: pipeline: the policy asks for bits (default.weight), but no step provides 'planned'",
+            "--set:1:11: the policy asks for bits (default.weight), but no step of the pipeline provides 'planned'",
         ),
         ("compile unet --out /proc/o", 1, "/proc/o cannot be written: /proc takes no files"),
         ("compile unet --out o --rows 0 --min-sqnr 20", 1, "--rows 0 measures nothing, and 20 dB SQNR"),

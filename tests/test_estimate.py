@@ -17,8 +17,9 @@ from dmqfx.compiler import compile as compile_unet
 from dmqfx.evaluation import emoji_calibration
 from dmqfx.graph.registry import pipeline
 from dmqfx.numbers import effort, speeds
+from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.quant import QuantSpec
-from dmqfx.numbers.rounding import Reconstruction, reconstruct
+from dmqfx.numbers.rounding import Reconstruction
 from dmqfx.numbers.speeds import Speeds
 from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.estimate import Costs, duration
@@ -106,7 +107,7 @@ def test_a_local_problem_takes_about_what_is_estimated(
             spec=QuantSpec(4, "symmetric", "channel", range="mse"),
             metric=torch.eye(out),
         )
-        reconstruct(problem)
+        handed_on(problem)
         took = time.process_time() - started
     finally:
         torch.set_num_threads(threads)

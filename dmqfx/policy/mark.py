@@ -20,6 +20,11 @@ class Mark:
     line: int = 0
     column: int = 0
 
+    @property
+    def shipped(self) -> bool:
+        """Whether a policy of this package says it, which no user can mend."""
+        return self.file.startswith("dmqfx/policies/")
+
     def problem(self, message: str) -> Problem:
         """A mistake at this place."""
         return Problem(message, self.file, self.line, self.column)
