@@ -27,7 +27,8 @@ EVERYTHING = {
         {"measure-sensitivity": {"rows": 8}},
         {"fit-ranges": {"rows": 256}},
         "vote-shifts",
-        {"round-weights": {"method": "gptq", "rows": 128}},
+        {"round-weights": {"method": "adaround", "start": "gptq", "rows": 128, "iterations": 10}},
+        "correct-bias",
         "insert-qdq",
     ],
 }
