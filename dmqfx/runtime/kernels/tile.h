@@ -246,7 +246,7 @@ bool run(const DmqfxLayer& layer, int64_t room, int threads) {
 // 10^9 multiply-adds a second of the tile alone on data in the first cache.
 template <class Isa>
 double peak(int64_t room, double (*seconds)()) {
-  constexpr int64_t kSteps = 64;
+  constexpr int64_t kSteps = 120;  // no power of two: blocks would fall into the same sets of the cache
   alignas(64) static int8_t weights[Isa::kBlocks * kSteps * kStep];
   alignas(64) static uint8_t codes[kSteps * kQuad];
   alignas(64) static int32_t sums[Isa::kRows * Isa::kBlocks * kLane];
