@@ -23,7 +23,9 @@ SOURCES = {
     "avx2.cpp": ["-mavx2"] if X86 else [],
     "avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vnni"] if X86 else [],
 }
-FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes".split()
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes".split()
+)
 
 
 class BuildKernels(build_ext):

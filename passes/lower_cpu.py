@@ -63,7 +63,9 @@ def _operands(
     if why := absent():
         return Refuse(why, root)
     if named["shift"] is not None:
-        return Refuse("its input channels have steps of their own (a shift), which the kernels do not take", root)
+        return Refuse(
+            "its input channels have steps of their own (a shift), which the kernels do not take", root
+        )
     codes = packing.unpack(rw.value(packed), named["bits"], named["signed"], named["weight_shape"])
     zero_point = rw.value(ops.tensor(root, "w_zero_point"))
     centered = integer.centered_weight(codes, zero_point)

@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from dmqfx.numbers.quant import powers_of_two, spread
 from dmqfx.numbers.scaling import column_factor
 
-__all__ = ["centered_weight", "conv2d", "conv2d_accumulators", "linear", "linear_accumulators", "overflow", "rescale"]
+__all__ = [
+    "centered_weight",
+    "conv2d",
+    "conv2d_accumulators",
+    "linear",
+    "linear_accumulators",
+    "overflow",
+    "rescale",
+]
 
 _EXACT_IN_FLOAT32 = 2**24
 _GREATEST_ACTIVATION = 255  # of an 8 bit code minus a zero point that is a code too

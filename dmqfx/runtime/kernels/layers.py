@@ -44,9 +44,7 @@ def conv2d(
     if not _is_native(x_codes):
         codes, zero = unpack(blob, weight_shape, groups), x_zero_point.new_zeros(1, 1)
         where = (stride, padding, dilation, groups)
-        return epilogue.apply(
-            integer.conv2d_accumulators(x_codes, x_zero_point, group, codes, zero, *where)
-        )
+        return epilogue.apply(integer.conv2d_accumulators(x_codes, x_zero_point, group, codes, zero, *where))
     weights = Weights.open(blob, weight_shape, groups)
     batch, channels, height, width = x_codes.shape
     if channels != groups * weights.channels:

@@ -33,7 +33,10 @@ class Layer(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "height", "width", "groups", "channels", "given")),
         ("out_channels", c_int64),
         *((name, c_int64 * 2) for name in ("taps", "stride", "padding", "dilation")),
-        *((name, c_int64) for name in ("out_height", "out_width", "out_image", "out_channel", "out_position")),
+        *(
+            (name, c_int64)
+            for name in ("out_height", "out_width", "out_image", "out_channel", "out_position")
+        ),
         *((name, c_int64) for name in ("nibbles", "pair", "planes", "flip")),
         *((name, c_void_p) for name in ("raw", "codes", "zero_points", "weights", "sums")),
         *((name, c_void_p) for name in ("input_scales", "weight_scales", "biases", "real", "integer")),
@@ -66,9 +69,13 @@ class Library:
         number = INSTRUCTION_SETS.index(instruction_set or self.chosen)
         status = self.handle.dmqfx_run(ctypes.byref(layer), number, torch.get_num_threads())
         if status == 2:
-            raise ValueError("a zero point of the input is not one of its codes; padding could not stand for it")
+            raise ValueError(
+                "a zero point of the input is not one of its codes; padding could not stand for it"
+            )
         if status != 0:
-            raise DmqfxError({1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status)))
+            raise DmqfxError(
+                {1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status))
+            )
 
     def peak(self, instruction_set: str, *, widening: bool = False) -> float:
         """The rate of the innermost instructions alone; `widening` for what W8A8 takes on AVX2."""

@@ -50,10 +50,14 @@ class Weights:
         Raises: StoreError where it is not one, or not for weights of this shape [O, C / groups, ...].
         """
         head = 4 * _HEADER
-        whole = blob.dtype == torch.uint8 and blob.dim() == 1 and blob.numel() >= head and blob.is_contiguous()
+        whole = (
+            blob.dtype == torch.uint8 and blob.dim() == 1 and blob.numel() >= head and blob.is_contiguous()
+        )
         numbers = blob[:head].view(torch.int32).tolist() if whole and blob.storage_offset() % 4 == 0 else [0]
         if numbers[:2] != [_MAGIC, _VERSION]:
-            raise _malformed(f"{blob.dtype} {list(blob.shape)} does not start with the header of version {_VERSION}")
+            raise _malformed(
+                f"{blob.dtype} {list(blob.shape)} does not start with the header of version {_VERSION}"
+            )
         nibbles, *sizes, pair = numbers[2:9]
         high, wide = _taps(shape)
         expected = [groups, shape[0] // max(groups, 1), shape[1], high, wide]
@@ -116,7 +120,9 @@ def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     codes = laid.permute(0, 1, 4, 3, 5, 2).reshape(groups, -1, quads * QUAD, high * wide)
     filled, codes = codes, codes[:, : weights.out_channels, : weights.channels]
     codes = codes.reshape(tuple(shape)).contiguous()
-    if _pair(laid) != weights.pair or not torch.equal(codes.flatten(1).sum(1, dtype=torch.int32), weights.sums):
+    if _pair(laid) != weights.pair or not torch.equal(
+        codes.flatten(1).sum(1, dtype=torch.int32), weights.sums
+    ):
         raise _malformed("its sums do not follow from its codes")
     if int(filled.count_nonzero()) != int(codes.count_nonzero()):
         raise _malformed("what fills it up is not 0")
