@@ -14,6 +14,7 @@ from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.graph.pipeline import Preserves
 from dmqfx.graph.rewrite import Refuse, Rewriter
 from dmqfx.numbers import packing
+from dmqfx.passes.lower_simulate import fold_weight
 from dmqfx.runtime import integer
 from dmqfx.runtime.kernels import weights
 from dmqfx.runtime.kernels.library import absent
@@ -48,11 +49,14 @@ def native_linear(rw: Rewriter, root: fx.Node, packed: fx.Node) -> Outcome:
 
 @dataclass(frozen=True)
 class LowerCpu(RewritePass):
-    """integer layer in plain torch  ->  native kernel, the same bits; what it cannot take stays as it is."""
+    """integer layer in plain torch  ->  native kernel, the same bits; what it cannot take stays as it is.
+
+    Weights that are still dequantized belong to layers that compute in float: that is done once, not at every call.
+    """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
-    rules: ClassVar[tuple[Rule, ...]] = (native_conv2d, native_linear)
+    rules: ClassVar[tuple[Rule, ...]] = (native_conv2d, native_linear, fold_weight)
 
 
 def _operands(
