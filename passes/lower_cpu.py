@@ -13,7 +13,6 @@ from dmqfx.graph.facts import INTEGER, Fact
 from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.graph.pipeline import Preserves
 from dmqfx.graph.rewrite import Refuse, Rewriter
-from dmqfx.numbers import packing
 from dmqfx.passes.lower_simulate import fold_weight
 from dmqfx.runtime import integer
 from dmqfx.runtime.kernels import weights
@@ -70,7 +69,7 @@ def _operands(
         return Refuse(
             "its input channels have steps of their own (a shift), which the kernels do not take", root
         )
-    codes = packing.unpack(rw.value(packed), named["bits"], named["signed"], named["weight_shape"])
+    codes = OPS.unpack(rw.value(packed), named["bits"], named["signed"], named["weight_shape"])
     zero_point = rw.value(ops.tensor(root, "w_zero_point"))
     centered = integer.centered_weight(codes, zero_point)
     if bool(((centered < -128) | (centered > 127)).any()):
