@@ -1,11 +1,12 @@
 """The distinct convolutions and linear layers of SD1.5 at 512 x 512: native kernels beside torch, batch 1.
 
-python benchmarks/bench_layers.py [--repeats 5] [--least 0.2]
+python benchmarks/bench_layers.py [--repeats 5] [--least 0.2] [--processor-time]
 
 All ways of one layer are timed in one turn, one after the other, and a turn is repeated: `ratio` is the median over turns
 of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's linear
 and convolution where this torch still has them. `peak_gops` is
-the rate of the innermost instructions on data in the first cache, times the threads, measured in the same run.
+the rate of the innermost instructions on data in the first cache, times the threads, measured in the same run, and `of_peak`
+a layer's share of it. On a machine that runs other programs too, --processor-time counts what one thread really got.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dmqfx.runtime.kernels import layers, weights
 from dmqfx.runtime.kernels.library import Library, library
 
 Way = Callable[[], object]
+Clock = Callable[[], float]
 FORMATS = {"W4A6": (4, 6), "W4A8": (4, 8), "W8A8": (8, 8)}
 
 
@@ -137,18 +139,20 @@ def onednn(shape: Shape) -> Way | None:
     return way
 
 
-def timed(way: Way, least: float) -> float:
+def timed(way: Way, least: float, clock: Clock) -> float:
     """Seconds of a call: the least of as many as fit the time."""
     best, spent = float("inf"), 0.0
     while spent < least:
-        started = time.perf_counter()
+        started = clock()
         way()
-        took = time.perf_counter() - started
+        took = clock() - started
         best, spent = min(best, took), spent + took
     return best
 
 
-def measure(shape: Shape, found: Library, repeats: int, least: float) -> dict[str, object]:
+def measure(
+    shape: Shape, found: Library, rates: Mapping[str, float], repeats: int, least: float, clock: Clock
+) -> dict[str, object]:
     """One layer, every way."""
     ways = float32(shape)
     for name, bits in FORMATS.items():
@@ -157,18 +161,20 @@ def measure(shape: Shape, found: Library, repeats: int, least: float) -> dict[st
         ways["oneDNN int8"] = theirs
     for way in ways.values():
         way()
-    turns = [{name: timed(way, least) for name, way in ways.items()} for _ in range(repeats)]
-    return row(shape, turns)
+    turns = [{name: timed(way, least, clock) for name, way in ways.items()} for _ in range(repeats)]
+    return row(shape, turns, rates)
 
 
-def row(shape: Shape, turns: list[Mapping[str, float]]) -> dict[str, object]:
-    """GOP/s of each way (two for a multiply-add) and its paired ratio to float32."""
+def row(shape: Shape, turns: list[dict[str, float]], rates: Mapping[str, float]) -> dict[str, object]:
+    """GOP/s of each way (two for a multiply-add), its paired ratio to float32, and its share of the peak."""
     floats = [min(t for name, t in turn.items() if name.startswith("float32")) for turn in turns]
     ways = {}
     for name in turns[0]:
         ratios = [f / turn[name] for f, turn in zip(floats, turns, strict=True)]
         rate = 2e-9 * shape.macs / min(turn[name] for turn in turns)
         ways[name] = {"gops": round(rate, 1), "ratio": round(statistics.median(ratios), 2)}
+        if (peak := rates.get(name) or rates.get(name.rpartition(" ")[2])) is not None:
+            ways[name]["of_peak"] = round(rate / peak, 2)
     return {"layer": str(shape), "megamacs": round(shape.macs / 1e6, 1), "ways": ways}
 
 
@@ -177,7 +183,7 @@ def peaks(found: Library) -> dict[str, float]:
     count = torch.get_num_threads()
     every = {each: found.peak(each) for each in found.instruction_sets}
     if "avx2" in every:
-        every["avx2, widening for W8A8"] = found.peak("avx2", widening=True)
+        every["W8A8 avx2"] = found.peak("avx2", widening=True)
     return {name: round(2 * rate * count, 1) for name, rate in every.items()}
 
 
@@ -191,17 +197,23 @@ def main() -> None:
     parser.add_argument(
         "--first", type=int, default=None, metavar="N", help="only the N layers with most work"
     )
+    parser.add_argument("--processor-time", action="store_true", help="of one thread")
     options = parser.parse_args()
+    if options.processor_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.processor_time else time.perf_counter
     found = library()
     if found is None:
         raise SystemExit("there are no native kernels to measure")
     counted = sorted(shapes().items(), key=lambda each: -each[0].macs * each[1])[: options.first]
+    rates = peaks(found)
     with torch.no_grad():
         rows = [
-            {**measure(shape, found, options.repeats, options.least), "count": count}
+            {**measure(shape, found, rates, options.repeats, options.least, clock), "count": count}
             for shape, count in counted
         ]
-    write("layers_sd15", {"what": (__doc__ or "").split("\n")[0], "peak_gops": peaks(found), "layers": rows})
+    what = (__doc__ or "").partition("\n")[0]
+    write("layers_sd15", {"what": what, "clock": clock.__name__, "peak_gops": rates, "layers": rows})
 
 
 if __name__ == "__main__":
