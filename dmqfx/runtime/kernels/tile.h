@@ -15,6 +15,9 @@
 #include <cstring>
 
 #include "layer.h"
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 
 namespace {
 
@@ -141,6 +144,19 @@ inline void point(const DmqfxLayer& layer, const Strip& strip, Desk& desk) {
   }
 }
 
+// 4 by 4 floats, of 4 positions side by side to 4 channels.
+inline void turn(const int32_t* from, int64_t from_row, float* to, int64_t to_row) {
+#ifdef __SSE2__
+  __m128 rows[kQuad];
+  for (int k = 0; k < kQuad; ++k) rows[k] = _mm_loadu_ps(reinterpret_cast<const float*>(from + k * from_row));
+  _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+  for (int k = 0; k < kQuad; ++k) _mm_storeu_ps(to + k * to_row, rows[k]);
+#else
+  for (int n = 0; n < kQuad; ++n)
+    for (int k = 0; k < kQuad; ++k) std::memcpy(to + n * to_row + k, from + k * from_row + n, sizeof(float));
+#endif
+}
+
 // Sums to results: minus zero point times sum of weights; times both scales, plus bias, rounded one by one.
 inline void finish(const DmqfxLayer& layer, const Strip& strip, int64_t block, int64_t blocks, int32_t* sums) {
   const int64_t width = blocks * kLane;
@@ -149,43 +165,44 @@ inline void finish(const DmqfxLayer& layer, const Strip& strip, int64_t block, i
   const auto zero_point = static_cast<uint32_t>(layer.zero_points[strip.image]);
   const int64_t place = strip.image * layer.out_image + channel * layer.out_channel + strip.first * layer.out_position;
   const int32_t* of_weights = layer.sums + channel;
-  for (int64_t k = 0; k < strip.count; ++k) {
-    int32_t* row = sums + k * width;
-    for (int64_t n = 0; n < used; ++n)
-      row[n] = static_cast<int32_t>(static_cast<uint32_t>(row[n]) -
-                                    zero_point * static_cast<uint32_t>(of_weights[n]));
-  }
+  uint32_t less[64];
+  for (int64_t n = 0; n < used; ++n) less[n] = zero_point * static_cast<uint32_t>(of_weights[n]);
+  const auto total = [&](int64_t k, int64_t n) {
+    return static_cast<int32_t>(static_cast<uint32_t>(sums[k * width + n]) - less[n]);
+  };
   if (layer.real == nullptr) {
     for (int64_t n = 0; n < used; ++n)
       for (int64_t k = 0; k < strip.count; ++k)
-        layer.integer[place + n * layer.out_channel + k * layer.out_position] = sums[k * width + n];
+        layer.integer[place + n * layer.out_channel + k * layer.out_position] = total(k, n);
     return;
   }
   const float input_scale = layer.input_scales[strip.image];
+  const bool biased = layer.biases != nullptr;
   float scales[64], biases[64];
   for (int64_t n = 0; n < used; ++n) {
     scales[n] = input_scale * layer.weight_scales[channel + n];
-    biases[n] = layer.biases != nullptr ? layer.biases[channel + n] : 0.0f;
+    biases[n] = biased ? layer.biases[channel + n] : 0.0f;
   }
-  const bool biased = layer.biases != nullptr;
-  for (int64_t k = 0; k < strip.count; ++k) {
-    int32_t* row = sums + k * width;
+  for (int64_t k = 0; k < strip.count; ++k)
     for (int64_t n = 0; n < used; ++n) {
-      float real = static_cast<float>(row[n]) * scales[n];
-      if (biased) real = real + biases[n];
-      std::memcpy(row + n, &real, sizeof real);
+      const float product = static_cast<float>(total(k, n)) * scales[n];
+      const float real = biased ? product + biases[n] : product;  // -0 + 0 would be another zero
+      std::memcpy(sums + k * width + n, &real, sizeof real);
     }
-  }
-  if (layer.out_channel == 1) {
+  if (layer.out_position != 1) {  // rows: a position's channels lie side by side
     for (int64_t k = 0; k < strip.count; ++k)
       std::memcpy(layer.real + place + k * layer.out_position, sums + k * width,
                   static_cast<size_t>(used) * sizeof(float));
     return;
   }
+  const int64_t squares_wide = used / kQuad * kQuad, squares_high = strip.count / kQuad * kQuad;
+  float* to = layer.real + place;
+  for (int64_t n = 0; n < squares_wide; n += kQuad)
+    for (int64_t k = 0; k < squares_high; k += kQuad)
+      turn(sums + k * width + n, width, to + n * layer.out_channel + k, layer.out_channel);
   for (int64_t n = 0; n < used; ++n)
-    for (int64_t k = 0; k < strip.count; ++k)
-      std::memcpy(layer.real + place + n * layer.out_channel + k * layer.out_position, sums + k * width + n,
-                  sizeof(float));
+    for (int64_t k = n < squares_wide ? squares_high : 0; k < strip.count; ++k)
+      std::memcpy(to + n * layer.out_channel + k, sums + k * width + n, sizeof(float));
 }
 
 // One strip by up to kBlocks blocks of output channels.
