@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmqfx.runtime.kernels import layers, weights
-from dmqfx.runtime.kernels.library import Library, library
+from dmqfx.runtime.kernels.native import Library, library
 
 Way = Callable[[], object]
 Clock = Callable[[], float]

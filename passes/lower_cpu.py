@@ -16,7 +16,7 @@ from dmqfx.graph.rewrite import Refuse, Rewriter
 from dmqfx.passes.lower_simulate import fold_weight
 from dmqfx.runtime import integer
 from dmqfx.runtime.kernels import weights
-from dmqfx.runtime.kernels.library import absent
+from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 
 CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")

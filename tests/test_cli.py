@@ -34,7 +34,7 @@ from dmqfx.cli import build_parser, main, sources, terminal
 from dmqfx.cli.judge import TARGETS
 from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.runtime import targets
-from dmqfx.runtime.kernels.library import library
+from dmqfx.runtime.kernels.native import library
 
 ROOT = Path(__file__).parent.parent
 LAYER = "mid_block.resnets.0.conv1/conv2d"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dmqfx.errors import DmqfxError
 from dmqfx.runtime import integer
-from dmqfx.runtime.kernels import layers, library, weights
-from dmqfx.runtime.kernels.library import INSTRUCTION_SETS
+from dmqfx.runtime.kernels import layers, native, weights
+from dmqfx.runtime.kernels.native import INSTRUCTION_SETS, library
 from dmqfx.runtime.operators import OPS
 
 ZERO = torch.zeros(1, 1, dtype=torch.int32)
@@ -25,7 +25,7 @@ ZERO = torch.zeros(1, 1, dtype=torch.int32)
 
 def here() -> tuple[str, ...]:
     """The instruction sets to compare: there must be a library where these tests run."""
-    found = library.library()
+    found = library()
     assert found is not None, "the kernels were not built"
     return found.instruction_sets
 
@@ -262,7 +262,7 @@ def test_sizes_that_do_not_fit_are_refused_by_name() -> None:
 # --- the environment
 
 
-ASK = "from dmqfx.runtime.kernels.library import library; found = library(); print(found and found.chosen)"
+ASK = "from dmqfx.runtime.kernels.native import library; found = library(); print(found and found.chosen)"
 
 
 def ask(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -284,8 +284,8 @@ def test_an_instruction_set_that_is_not_there_is_refused_with_those_that_are(
 ) -> None:
     monkeypatch.setenv("DMQFX_ISA", "avx512vnni")
     with pytest.raises(DmqfxError, match="no such kernels; there is scalar"):
-        library._chosen(("scalar",))
-    assert library._chosen(INSTRUCTION_SETS) == "avx512vnni"
+        native._chosen(("scalar",))
+    assert native._chosen(INSTRUCTION_SETS) == "avx512vnni"
 
 
 def test_without_the_library_it_is_said_once_and_layers_run_in_plain_torch(
@@ -299,13 +299,13 @@ def test_without_the_library_it_is_said_once_and_layers_run_in_plain_torch(
     rows = (x[:, :, 0, 0], *scales[:3], weights.pack(w[:, :, 0, 0], 1), [4, 8], *scales[5:])
     expected = layers.conv2d(x, *scales), layers.linear(*rows)
     monkeypatch.setenv("DMQFX_KERNELS", "/nowhere.so")
-    library.library.cache_clear()
+    library.cache_clear()
     try:
         assert torch.equal(layers.conv2d(x, *scales), expected[0])
         assert torch.equal(layers.linear(*rows), expected[1])
-        assert "a C++ compiler" in library.absent()
+        assert "a C++ compiler" in native.absent()
     finally:
-        library.library.cache_clear()
+        library.cache_clear()
     told = [record.getMessage() for record in caplog.records if "no native kernels" in record.getMessage()]
     assert len(told) == 1
     assert "/nowhere.so" in told[0]
@@ -315,11 +315,11 @@ def test_without_the_library_it_is_said_once_and_layers_run_in_plain_torch(
 def test_a_library_of_other_sources_is_not_taken(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(library.ctypes, "sizeof", lambda kind: 8)
-    library.library.cache_clear()
+    monkeypatch.setattr(native.ctypes, "sizeof", lambda kind: 8)
+    library.cache_clear()
     try:
-        assert library.library() is None
+        assert library() is None
     finally:
         monkeypatch.undo()
-        library.library.cache_clear()
+        library.cache_clear()
     assert "was built from other sources" in caplog.text

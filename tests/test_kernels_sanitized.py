@@ -18,7 +18,7 @@ WATCHED = "convolution or linear or overflow or padding or threads or malformed"
 PROVOKE = """
 import torch
 from dmqfx.runtime.kernels import layers, weights
-from dmqfx.runtime.kernels.library import library
+from dmqfx.runtime.kernels.native import library
 honest = library().handle.dmqfx_run
 def longer(layer, *more):
     layer._obj.width += 4096

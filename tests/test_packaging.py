@@ -15,7 +15,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from dmqfx.runtime.kernels.library import library
+from dmqfx.runtime.kernels.native import library
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"dmqfx": "dmqfx", "passes": "dmqfx/passes", "policies": "dmqfx/policies"}
@@ -26,7 +26,7 @@ import importlib.util, json, sys
 from importlib.metadata import entry_points
 from importlib.resources import files
 import dmqfx, dmqfx.passes.canonicalize, dmqfx.emoji
-from dmqfx.runtime.kernels.library import library
+from dmqfx.runtime.kernels.native import library
 points = entry_points(group="dmqfx.passes")
 print(json.dumps({
     "core": dmqfx.__file__,

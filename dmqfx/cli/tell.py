@@ -105,11 +105,11 @@ def env(options: argparse.Namespace) -> int:
 
 def kernels() -> dict[str, object]:
     """The library of native kernels and what it runs on, or why there is none."""
-    from dmqfx.runtime.kernels import library
+    from dmqfx.runtime.kernels.native import absent, library
 
-    found = library.library()
+    found = library()
     if found is None:
-        return {"kernels": f"none: {library.absent()}"}
+        return {"kernels": f"none: {absent()}"}
     threads = "OpenMP" if found.has_threads else "one thread: its compiler had no OpenMP"
     others = f" (of {', '.join(found.instruction_sets)})"
     return {"kernels": f"{found.chosen}{others}, {threads}", "kernel library": str(found.file)}

@@ -9,7 +9,7 @@ from dmqfx.errors import PassNotFoundError
 from dmqfx.graph import registry
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
-from dmqfx.runtime.kernels.library import library
+from dmqfx.runtime.kernels.native import library
 from dmqfx.words import suggest
 
 __all__ = ["TARGETS", "Target", "lower", "resolve"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmqfx.runtime import integer
-from dmqfx.runtime.kernels.library import Layer, library
+from dmqfx.runtime.kernels.native import Layer, library
 from dmqfx.runtime.kernels.weights import QUAD, Weights, unpack
 
 __all__ = ["conv2d", "linear"]
