@@ -12,7 +12,7 @@ WORKERS ?= 2
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(STAMP): pyproject.toml constraints-dev.txt
+$(STAMP): pyproject.toml setup.py constraints-dev.txt $(wildcard dmqfx/runtime/kernels/*.cpp dmqfx/runtime/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[dev]'
 	touch $@
@@ -52,4 +52,4 @@ bench: $(STAMP)  ## the measurements of benchmarks/ (long)
 	for file in benchmarks/bench_*.py; do $(BIN)/python "$$file" || exit 1; done
 
 clean:  ## remove everything that the other targets made
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png
+	rm -rf $(VENV) build dist *.egg-info dmqfx/runtime/kernels/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from mutants_bias import MUTANTS as OF_BIAS
+from mutants_kernels import MUTANTS as OF_KERNELS
 from mutants_sensitivity import MUTANTS as OF_SENSITIVITY
 from mutants_skips import MUTANTS as OF_SKIPS
 from planting import (
@@ -15,6 +16,8 @@ from planting import (
     Plant,
     derived,
     edited,
+    nothing,
+    operands,
     patched,
     planted,
     spoiled,
@@ -470,25 +473,6 @@ def other_sign(rw: Rewriter, node: fx.Node) -> fx.Node | None:
 # --- lower-simulate and lower-reference
 
 
-def operands(**changed: Callable[[Rewriter, Mapping[str, fx.node.Argument]], fx.node.Argument]) -> Plant:
-    """lower-reference with arguments of its integer layers changed."""
-
-    def wrong(honest: Function) -> Function:
-        def read(rw: Rewriter, *given: object) -> object:
-            found = honest(rw, *given)
-            return (
-                found if isinstance(found, Refuse) else found | {k: f(rw, found) for k, f in changed.items()}
-            )
-
-        return read
-
-    return patched("_operands", wrong)
-
-
-def nothing(rw: Rewriter, found: Mapping[str, fx.node.Argument]) -> None:
-    return None
-
-
 def zeros(rw: Rewriter, found: Mapping[str, fx.node.Argument]) -> fx.node.Argument:
     return rw.constant("zeros", torch.zeros_like(rw.value(found["x_zero_point"])))
 
@@ -873,6 +857,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *OF_SKIPS,
     *OF_SENSITIVITY,
     *OF_BIAS,
+    *OF_KERNELS,
 )
 
 

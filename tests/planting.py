@@ -20,7 +20,7 @@ from dmqfx.graph.pattern import Rule
 from dmqfx.graph.pipeline import Pass, PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
-from dmqfx.graph.rewrite import Rewriter
+from dmqfx.graph.rewrite import Refuse, Rewriter
 from dmqfx.policy.policy import Policy
 
 Function = Callable[..., object]
@@ -81,6 +81,10 @@ def program_before(step: str, policy: str = "layers") -> Program:
     if step == "absorb-scaling late":
         return run_step(
             passes()["round-weights"](), program_before("absorb-scaling", policy), context(policy)
+        )
+    if step == "lower-cpu":
+        return run_step(
+            passes()["lower-reference"](), program_before("lower-reference", policy), context(policy)
         )
     order = [each.name for each in POLICIES[policy].pipeline]
     index = order.index(step) if step in order else len(order)
@@ -214,3 +218,22 @@ def edited(operator: str, edit: Callable[[Rewriter, fx.Node], fx.Node | None]) -
         return rw.finish()
 
     return spoiled(spoil)
+
+
+def operands(**changed: Callable[[Rewriter, Mapping[str, fx.node.Argument]], fx.node.Argument]) -> Plant:
+    """A lowering with arguments of its integer layers changed."""
+
+    def wrong(honest: Function) -> Function:
+        def read(rw: Rewriter, *given: object) -> object:
+            found = honest(rw, *given)
+            return (
+                found if isinstance(found, Refuse) else found | {k: f(rw, found) for k, f in changed.items()}
+            )
+
+        return read
+
+    return patched("_operands", wrong)
+
+
+def nothing(rw: Rewriter, found: Mapping[str, fx.node.Argument]) -> None:
+    return None

@@ -34,6 +34,7 @@ from dmqfx.cli import build_parser, main, sources, terminal
 from dmqfx.cli.judge import TARGETS
 from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.runtime import targets
+from dmqfx.runtime.kernels.native import library
 
 ROOT = Path(__file__).parent.parent
 LAYER = "mid_block.resnets.0.conv1/conv2d"
@@ -164,7 +165,8 @@ def test_verify_names_every_pass_and_its_drift(made: dict[str, Answer]) -> None:
     assert answer.code == 0
     drifts = {each["name"]: each["drift"] for each in answer.data["passes"]}
     assert list(drifts) == [
-        "canonicalize", "plan-sites", "round-weights", "insert-qdq", "lower-simulate", "lower-reference"
+        "canonicalize", "plan-sites", "round-weights", "insert-qdq", "lower-simulate", "lower-reference",
+        "lower-cpu",
     ]  # fmt: skip
     assert drifts["canonicalize"] == 0
     assert 0 < drifts["insert-qdq"] < 0.1
@@ -293,9 +295,23 @@ def test_policies_prints_a_yaml_to_start_from(dmqfx: Ask, folder: Path) -> None:
 
 
 def test_env_names_what_a_bug_report_needs(dmqfx: Ask) -> None:
-    assert {"processor", "threads", "torch", "diffusers", "dmqfx", "python"} <= dmqfx(
-        "env", "--json"
-    ).data.keys()
+    found = dmqfx("env", "--json").data
+    assert {"processor", "threads", "torch", "diffusers", "dmqfx", "python"} <= found.keys()
+    native = library()
+    assert native is not None
+    assert found["kernels"].startswith(f"{native.chosen} (of scalar")
+    assert found["kernel library"] == str(native.file)
+
+
+def test_env_says_that_there_are_no_kernels_and_what_to_do(
+    dmqfx: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DMQFX_KERNELS", "/nowhere.so")
+    library.cache_clear()
+    try:
+        assert "none: the library of native kernels is not there; install a C++" in dmqfx("env").out
+    finally:
+        library.cache_clear()
 
 
 def test_calibrate_runs_a_pipeline_on_the_prompts_of_a_file_and_is_quiet_about_it(

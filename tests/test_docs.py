@@ -52,6 +52,7 @@ pipe.unet = dmqfx.compile(pipe.unet, "w8a16", report_rows=0)
 pipe.save_pretrained("pipeline")
 directory = "pipeline"
 """,
+    "kernels.md": PIPELINE + "\nunet = pipe.unet\n",
     "policies.md": PIPELINE + GRAPH,
     "verification.md": PIPELINE
     + GRAPH

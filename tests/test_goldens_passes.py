@@ -20,7 +20,8 @@ from dmqfx.seeing.show import diff
 GOLDENS = Path(__file__).parent / "goldens"
 POLICY = dict.fromkeys(SWEPT, "shifts") | dict.fromkeys(ORDER, "attention")
 PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
-PART |= dict.fromkeys(("lower-simulate", "lower-reference"), "mid.**")
+LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu")
+PART |= dict.fromkeys(LOWERINGS, "mid.**")
 
 
 def text(step: Pass) -> str:
@@ -36,7 +37,7 @@ def text(step: Pass) -> str:
     return re.sub(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+", "#", "\n".join(lines)) + "\n"
 
 
-@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *ORDER]), "lower-simulate", "lower-reference"])
+@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *ORDER]), *LOWERINGS])
 def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
     golden = GOLDENS / f"{name}.txt"
     found = text(passes()[name]())

@@ -13,6 +13,7 @@ import dmqfx.runtime.operators
 from dmqfx.numbers.packing import pack
 from dmqfx.numbers.quant import QuantSpec, params_from_range, quantize
 from dmqfx.numbers.ranges import search_range
+from dmqfx.runtime.kernels import weights
 
 OPS = torch.ops.dmqfx
 Arguments = tuple[object, ...]
@@ -59,6 +60,17 @@ def linear_case(groups: int = 1) -> Arguments:
     )
 
 
+def kernel_weight(shape: tuple[int, ...], groups: int) -> Arguments:
+    """What a native layer takes for a random 4 bit weight."""
+    codes = torch.randint(-8, 8, shape, dtype=torch.int8)
+    return weights.pack(codes, groups), 4, list(shape), torch.rand(1, shape[0])
+
+
+def kernel_case(groups: int = 1, batch: int = 2) -> Arguments:
+    x = input_arguments(torch.randn(batch, 4, 7, 5), groups)
+    return (*x, *kernel_weight((6, 2, 3, 3), 2), torch.randn(6), [2, 1], [1, 0], [1, 1], 2)
+
+
 def grid(groups: int, channels: int) -> tuple[Tensor, Tensor]:
     return torch.rand(groups, channels) + 0.1, torch.randint(0, 255, (groups, channels), dtype=torch.int32)
 
@@ -94,6 +106,13 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
     "qconv2d grouped": lambda: (OPS.qconv2d, conv_case(3)),
     "qconv2d empty batch": lambda: (OPS.qconv2d, conv_case(3, batch=0)),
     "qconv2d shifted": lambda: (OPS.qconv2d, (*conv_case(3), torch.randint(4, (3, 4)).byte())),
+    "kernel_conv2d": lambda: (OPS.kernel_conv2d, kernel_case()),
+    "kernel_conv2d grouped": lambda: (OPS.kernel_conv2d, kernel_case(3)),
+    "kernel_conv2d empty batch": lambda: (OPS.kernel_conv2d, kernel_case(3, batch=0)),
+    "kernel_linear": lambda: (
+        OPS.kernel_linear,
+        (*input_arguments(torch.randn(2, 3, 5), 3), *kernel_weight((4, 5), 1), torch.randn(4)),
+    ),
     "qlinear": lambda: (OPS.qlinear, linear_case()),
     "qlinear shifted": lambda: (OPS.qlinear, (*linear_case(3), torch.randint(4, (3, 5)).byte())),
     "qlinear grouped": lambda: (OPS.qlinear, linear_case(3)),
@@ -188,8 +207,9 @@ def test_half_precision_input_is_quantized_in_the_precision_of_the_scale(dtype: 
 
 def test_importing_the_module_is_what_registers_the_operators() -> None:
     names = {name for name, _ in vars(dmqfx.runtime.operators).items()}
-    assert {"qconv2d", "qlinear", "timestep_group"} <= names
-    for name in ("timestep_group", "quantize", "dequantize", "unpack", "qconv2d", "qlinear"):
+    assert {"qconv2d", "qlinear", "kernel_conv2d", "kernel_linear", "timestep_group"} <= names
+    listed = "timestep_group quantize dequantize unpack qconv2d qlinear kernel_conv2d kernel_linear"
+    for name in listed.split():
         schema = getattr(OPS, name).default._schema
         assert not schema.is_mutable
         assert [str(result.type) for result in schema.returns] == ["Tensor"]

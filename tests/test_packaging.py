@@ -15,14 +15,18 @@ from zipfile import ZipFile
 
 import pytest
 
+from dmqfx.runtime.kernels.native import library
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"dmqfx": "dmqfx", "passes": "dmqfx/passes", "policies": "dmqfx/policies"}
-NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "tests")
+NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "tests")
+LIBRARY = "dmqfx/runtime/kernels/libdmqfx.so"
 PROBE = """
 import importlib.util, json, sys
 from importlib.metadata import entry_points
 from importlib.resources import files
 import dmqfx, dmqfx.passes.canonicalize, dmqfx.emoji
+from dmqfx.runtime.kernels.native import library
 points = entry_points(group="dmqfx.passes")
 print(json.dumps({
     "core": dmqfx.__file__,
@@ -30,6 +34,7 @@ print(json.dumps({
     "policies": sorted(e.name for e in files("dmqfx.policies").iterdir() if e.name.endswith(".yaml")),
     "ghost": list(dmqfx.emoji.embed(["ghost"]).shape),
     "parameters": sum(p.numel() for p in dmqfx.emoji.load_unet().parameters()),
+    "kernels": getattr(library(), "chosen", None),
     "stray": [name for name in ("passes", "policies", "tests") if importlib.util.find_spec(name)],
 }))
 """
@@ -80,12 +85,12 @@ def empty_environment(folder: Path) -> Installed:
 
 
 def source_files() -> set[str]:
-    """What a wheel must hold, by its path there."""
-    return {
+    """What a wheel must hold, by its path there: C++ becomes a library."""
+    return {LIBRARY} | {
         f"{packaged}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, packaged in FOLDERS.items()
         for file in (ROOT / folder).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        if file.is_file() and "__pycache__" not in file.parts and file.suffix not in (".cpp", ".h", ".so")
     }
 
 
@@ -159,3 +164,18 @@ def check(environment: Installed, *, home: Path) -> None:
     assert found["ghost"] == [1, 8, 128]
     assert found["parameters"] == 5_608_876
     assert found["stray"] == []
+    assert found["kernels"] == getattr(library(), "chosen", "")
+
+
+def test_without_a_compiler_it_is_installed_and_says_that_it_has_no_kernels(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = empty_environment(tmp_path / "environment")
+    (tmp_path / "no compiler").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", str(tmp_path / "no compiler"))
+        environment.pip_install("--no-build-isolation", str(tree))
+    asked = "from dmqfx.runtime.targets import resolve; print(resolve('auto').name, resolve('auto').name)"
+    done = subprocess.run([environment.python, "-I", "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout == "simulate simulate\n"
+    assert done.stderr.count("no native kernels") == done.stderr.count("install a C++ compiler") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -566,6 +567,40 @@ def test_lower_reference_says_which_layers_stay_float_and_why() -> None:
     assert set(refusals(program).values()) == {
         "the input is float: weight-only layers are dequantized at every call"
     }
+
+
+def test_lower_cpu_makes_native_what_the_kernels_take_and_keeps_no_other_weight_of_it() -> None:
+    result = after("lower-cpu")
+    found = operators(result)
+    assert found.count("kernel_linear") + found.count("kernel_conv2d") == 17
+    assert found.count("qlinear") + found.count("qconv2d") == 4
+    reasons = refusals(result)
+    assert set(reasons) == {str(node.meta["address"]) for node in result.calls("qconv2d", "qlinear")}
+    assert all("make the weight's grid symmetric" in reason for reason in reasons.values())
+    native = list(result.calls("kernel_conv2d", "kernel_linear"))
+    for node in native:
+        stem = f"{node.meta['address'].path}.weight"
+        held = {name for name in result.weights() if name.startswith(stem)}
+        assert held == {f"{stem}_kernel", f"{stem}_scale"}
+
+
+def test_lower_cpu_leaves_shifted_channels_to_the_reference_and_dequantizes_float_weights_once() -> None:
+    shifted = after("lower-cpu", "shifts")
+    assert {reason.partition(" (")[0] for reason in refusals(shifted).values() if "shift" in reason} == {
+        "its input channels have steps of their own"
+    }
+    assert any(ops.args(node)["shift"] is not None for node in shifted.calls("qconv2d"))
+    per_channel = after("lower-cpu", "attention")
+    assert "up.0.conv_shortcut.weight_simulated" in per_channel.weights()
+    assert not list(per_channel.calls("unpack"))
+
+
+def test_lower_cpu_without_the_library_changes_no_layer_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = create("lower-cpu")
+    monkeypatch.setattr(sys.modules[type(step).__module__], "absent", lambda: "there is no library")
+    result = run_step(step, program_before("lower-cpu"), context())
+    assert not list(result.calls("kernel_conv2d", "kernel_linear"))
+    assert set(refusals(result).values()) == {"there is no library"}
 
 
 def test_a_convolution_padded_by_a_word_stays_float() -> None:

@@ -33,7 +33,7 @@ from dmqfx.policy.policy import Policy
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.storage.store import load
 
-NAMES = [*ORDER, "lower-simulate", "lower-reference"]
+NAMES = [*ORDER, "lower-simulate", "lower-reference", "lower-cpu"]
 
 
 def generator() -> torch.Generator:

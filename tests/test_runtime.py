@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import handmade
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
@@ -451,9 +452,24 @@ def test_a_pipeline_is_saved_and_loaded_with_its_compiled_controlnet(
 # --- targets
 
 
-def test_auto_is_the_preferred_target() -> None:
-    assert targets.resolve("auto") is targets.TARGETS[0]
+def test_auto_is_the_native_kernels_where_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert targets.resolve("auto").name == "cpu"
+    monkeypatch.setattr(targets, "library", lambda: None)
+    assert targets.resolve("auto").name == "simulate"
     assert targets.resolve(AS_CAPTURED) is AS_CAPTURED
+
+
+def test_the_native_target_gives_the_bits_of_the_reference_and_says_what_stayed_with_it() -> None:
+    native, reference = handmade.compiled("cpu"), handmade.compiled("reference")
+    assert torch.equal(handmade.outputs(native), handmade.outputs(reference))
+    assert [done.name for done in native.lowering] == ["lower-reference", "lower-cpu"]
+    assert [str(done.at) for done in native.lowering[1].applied] == [
+        str(handmade.FIRST),
+        str(handmade.SECOND),
+    ]
+    assert [done.name for done in reference.lowering] == ["lower-reference"]
+    held = {name for name in native.runner.state_dict() if name.startswith(f"{handmade.FIRST.path}.weight")}
+    assert held == {f"{handmade.FIRST.path}.weight_kernel", f"{handmade.FIRST.path}.weight_scale"}
 
 
 def test_an_unknown_target_names_the_nearest_one() -> None:

@@ -71,7 +71,7 @@ def verify_policy(unet: UNet, policy: Policy, *, seed: int = 0, progress: bool =
     data = _calibration(model, seed, progress) if needs_calibration(policy) else None
     ctx = PassContext(policy, data, seed, progress, train_timesteps(unet, data))
     _, program = quantize(capture(model), ctx, verify=True)
-    lowered = [record for target in TARGETS for record in _lowered(program, target.passes, ctx)]
+    lowered = [record for names in _lowerings() for record in _lowered(program, names, ctx)]
     return Checked(type(unet).__name__, policy.name, narrow, (*program.log, *lowered))
 
 
@@ -110,6 +110,12 @@ def _calibration(unet: UNet, seed: int, progress: bool) -> Calibration:
         return Calibration.synthesize(
             unet, steps=_STEPS, trajectories=_TRAJECTORIES, seed=seed, progress=progress
         )
+
+
+def _lowerings() -> list[tuple[str, ...]]:
+    """The lists of lowering passes of all targets, without those that another begins with."""
+    every = [target.passes for target in TARGETS]
+    return [a for a in every if not any(a != b and b[: len(a)] == a for b in every)]
 
 
 def _lowered(program: Program, names: tuple[str, ...], ctx: PassContext) -> tuple[PassRecord, ...]:

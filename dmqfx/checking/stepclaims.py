@@ -20,7 +20,7 @@ __all__ = ["arm_claims", "shift_claims"]
 
 def arm_claims(program: Program, site: Site, entry: SkipArm) -> Iterator[str]:
     """Whether the other arm stands beside it, and the deep one has more convolutions behind it than the skip."""
-    if not ops.is_call(program.node(site.at), "conv2d", "qconv2d"):
+    if not ops.is_call(program.node(site.at), "conv2d", "qconv2d", "kernel_conv2d"):
         yield "the operation is no convolution"
         return
     arms = {

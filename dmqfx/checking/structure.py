@@ -84,7 +84,7 @@ def _arms(node: fx.Node) -> list[fx.Node] | None:
 
 def depth(node: fx.Node) -> int:
     """How many convolutions lie behind a value."""
-    return sum(1 for each in _upstream(node) if ops.is_call(each, "conv2d", "qconv2d"))
+    return sum(1 for each in _upstream(node) if ops.is_call(each, "conv2d", "qconv2d", "kernel_conv2d"))
 
 
 def _upstream(node: fx.Node) -> set[fx.Node]:

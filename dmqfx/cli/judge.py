@@ -7,7 +7,7 @@ import argparse
 from dmqfx.cli import files, sources, terminal
 from dmqfx.cli.terminal import Commands, bars, command, whole
 
-TARGETS = ("auto", "simulate", "reference")
+TARGETS = ("auto", "simulate", "reference", "cpu")
 
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:

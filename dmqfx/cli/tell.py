@@ -93,6 +93,7 @@ def env(options: argparse.Namespace) -> int:
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **kernels(),
         "cuda": torch.version.cuda or "none",
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -100,6 +101,18 @@ def env(options: argparse.Namespace) -> int:
     }
     terminal.say(options, "\n".join(f"{name:<16} {value}" for name, value in found.items()), found)
     return terminal.OK
+
+
+def kernels() -> dict[str, object]:
+    """The library of native kernels and what it runs on, or why there is none."""
+    from dmqfx.runtime.kernels.native import absent, library
+
+    found = library()
+    if found is None:
+        return {"kernels": f"none: {absent()}"}
+    threads = "OpenMP" if found.has_threads else "one thread: its compiler had no OpenMP"
+    others = f" (of {', '.join(found.instruction_sets)})"
+    return {"kernels": f"{found.chosen}{others}, {threads}", "kernel library": str(found.file)}
 
 
 def version_of(package: str) -> str:

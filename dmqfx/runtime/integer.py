@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from dmqfx.numbers.quant import powers_of_two, spread
 from dmqfx.numbers.scaling import column_factor
 
-__all__ = ["centered_weight", "conv2d", "conv2d_accumulators", "linear", "linear_accumulators", "overflow"]
+__all__ = [
+    "centered_weight",
+    "conv2d",
+    "conv2d_accumulators",
+    "linear",
+    "linear_accumulators",
+    "overflow",
+    "rescale",
+]
 
 _EXACT_IN_FLOAT32 = 2**24
 _GREATEST_ACTIVATION = 255  # of an 8 bit code minus a zero point that is a code too
@@ -90,7 +98,7 @@ def conv2d(
     carrier = _convolution(stride, padding, dilation, groups)
     x = _centered(x_codes, x_zero_point, group, shift, 1)
     total = carrier.accumulate(x, centered_weight(w_codes, w_zero_point), shift)
-    return _rescale(total, x_scale, group, w_scale, bias, 1)
+    return rescale(total, x_scale, group, w_scale, bias, 1)
 
 
 def linear(
@@ -111,7 +119,7 @@ def linear(
     """
     x = _centered(x_codes, x_zero_point, group, shift, -1)
     total = _LINEAR.accumulate(x, centered_weight(w_codes, w_zero_point), shift)
-    return _rescale(total, x_scale, group, w_scale, bias, -1)
+    return rescale(total, x_scale, group, w_scale, bias, -1)
 
 
 @dataclass(frozen=True)
@@ -205,9 +213,15 @@ def _greatest_row(w: Tensor) -> int:
     return int(torch.linalg.vector_norm(w.flatten(1), 1, 1).amax())
 
 
-def _rescale(
+def rescale(
     total: Tensor, x_scale: Tensor, group: Tensor | None, w_scale: Tensor, bias: Tensor | None, axis: int
 ) -> Tensor:
+    """total * (x_scale[group] * w_scale) + bias in the dtype of x_scale.
+
+    Shapes: total [B, ...] with O channels on `axis`; x_scale [G, 1]; group int64 [B] or None; w_scale [1, O] or
+    [1, 1]; bias [O]. A floating total is overwritten.
+    Raises: ValueError for a scale per input channel.
+    """
     if x_scale.shape[1] != 1:
         raise ValueError(
             "an integer layer takes one input scale per timestep group, not one per input channel"

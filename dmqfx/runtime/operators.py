@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dmqfx.numbers import packing, quant
 from dmqfx.runtime import integer
+from dmqfx.runtime.kernels import layers
 
 _GRID = "Tensor scale, Tensor zero_point"
 _INPUT = "Tensor x_codes, Tensor x_scale, Tensor x_zero_point, Tensor? group"
@@ -21,6 +22,7 @@ _WEIGHT = (
 )
 _CONV = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _SHIFT = "Tensor? shift=None"
+_KERNEL_WEIGHT = "Tensor packed_weight, int bits, SymInt[] weight_shape, Tensor w_scale, Tensor? bias=None"
 
 
 def timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
@@ -90,6 +92,41 @@ def qlinear(
     return integer.linear(x_codes, x_scale, x_zero_point, group, w_codes, w_scale, w_zero_point, bias, shift)
 
 
+def kernel_conv2d(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """qconv2d by a native kernel, which reads centered codes in a form of its own; `bits` is what they came from."""
+    head = (x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
+    return layers.conv2d(*head, stride, padding, dilation, groups)
+
+
+def kernel_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """qlinear by a native kernel, as kernel_conv2d."""
+    return layers.linear(x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
+
+
 def _fake_timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
     return torch.empty_like(timestep, dtype=torch.int64)
 
@@ -133,13 +170,7 @@ def _fake_qconv2d(
     groups: int = 1,
     shift: Tensor | None = None,
 ) -> Tensor:
-    spatial = [
-        (size + 2 * pad - spacing * (tap - 1) - 1) // step + 1
-        for size, tap, step, pad, spacing in zip(
-            x_codes.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
-    return x_scale.new_empty([x_codes.shape[0], weight_shape[0], *spatial])
+    return _convolved(x_codes, x_scale, weight_shape, stride, padding, dilation)
 
 
 def _fake_qlinear(
@@ -159,6 +190,56 @@ def _fake_qlinear(
     return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
 
 
+def _fake_kernel_conv2d(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    return _convolved(x_codes, x_scale, weight_shape, stride, padding, dilation)
+
+
+def _fake_kernel_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
+
+
+def _convolved(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Room for the result of a convolution."""
+    spatial = [
+        (size + 2 * pad - spacing * (tap - 1) - 1) // step + 1
+        for size, tap, step, pad, spacing in zip(
+            x_codes.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    return x_scale.new_empty([x_codes.shape[0], weight_shape[0], *spatial])
+
+
 Kernel = Callable[..., Tensor]
 
 _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
@@ -176,6 +257,8 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
     "unpack": ("Tensor packed, int bits, bool signed, SymInt[] shape", packing.unpack, _fake_unpack),
     "qconv2d": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_CONV}, {_SHIFT}", qconv2d, _fake_qconv2d),
     "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_SHIFT}", qlinear, _fake_qlinear),
+    "kernel_conv2d": (f"{_INPUT}, {_KERNEL_WEIGHT}, {_CONV}", kernel_conv2d, _fake_kernel_conv2d),
+    "kernel_linear": (f"{_INPUT}, {_KERNEL_WEIGHT}", kernel_linear, _fake_kernel_linear),
 }
 
 for _name, (_arguments, _kernel, _fake) in _OPERATORS.items():

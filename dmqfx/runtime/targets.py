@@ -9,6 +9,7 @@ from dmqfx.errors import PassNotFoundError
 from dmqfx.graph import registry
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
+from dmqfx.runtime.kernels.native import library
 from dmqfx.words import suggest
 
 __all__ = ["TARGETS", "Target", "lower", "resolve"]
@@ -28,23 +29,28 @@ TARGETS: Final = (
         "simulate", ("lower-simulate",), "quantize-dequantize in float, weights unpacked once; any device"
     ),
     Target("reference", ("lower-reference",), "exact integer arithmetic in plain torch; any device, slow"),
+    Target(
+        "cpu",
+        ("lower-reference", "lower-cpu"),
+        "exact integer arithmetic by native kernels; what they cannot take as in reference",
+    ),
 )
-"""In order of preference: the first is what `auto` means."""
+"""What a program can be lowered for."""
 
 
 def resolve(target: str | Target) -> Target:
-    """The target of a name; `auto` is the best there is.
+    """The target of a name; `auto` is `cpu` where the library of native kernels is there, else `simulate`.
 
     Raises: PassNotFoundError for an unknown name, with the nearest one.
     Example:
-        >>> resolve("auto").name
-        'simulate'
+        >>> resolve("reference").passes
+        ('lower-reference',)
     """
     if isinstance(target, Target):
         return target
-    if target == "auto":
-        return TARGETS[0]
     known = {each.name: each for each in TARGETS}
+    if target == "auto":
+        return known["cpu" if library() is not None else "simulate"]
     if target not in known:
         raise PassNotFoundError(f"there is no target {target!r}; {suggest(target, ['auto', *known])}")
     return known[target]

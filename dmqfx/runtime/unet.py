@@ -55,14 +55,15 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
     """A compiled UNet, called like the diffusers model that it was compiled from.
 
     `program` is the portable program: `save_pretrained` stores it, and it stays where it was compiled.
-    `runner` is that program lowered for `target`; it moves with `.to(device)`. `policy`, `report` and
-    `provenance` say how it was made. A compiled ControlNetModel is a ControlNetModel: pipelines ask for one.
+    `runner` is that program lowered for `target`; it moves with `.to(device)`. `lowering` is the log of the passes
+    that lowered it: what they refused, and why. `policy`, `report` and `provenance` say how it was made. A compiled
+    ControlNetModel is a ControlNetModel: pipelines ask for one.
 
     Example:
         >>> import dmqfx, diffusers
         >>> levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
         >>> unet = diffusers.UNet2DModel(block_out_channels=(8,), norm_num_groups=2, sample_size=8, **levels)
-        >>> q = dmqfx.compile(unet, "w8a16", report_rows=0, progress=False)
+        >>> q = dmqfx.compile(unet, "w8a16", target="simulate", report_rows=0, progress=False)
         >>> q
         CompiledUNet(UNet2DModel, policy w8a16, target simulate)
         >>> q(torch.zeros(1, 3, 24, 16), 500).sample.shape
@@ -95,6 +96,7 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
         self.provenance = dict(provenance or {})
         quantized = QDQ in program.facts  # float throughout, if not: there is nothing to lower
         lowered = targets.lower(program, self.target, PassContext(policy=policy)) if quantized else program
+        self.lowering = lowered.log[len(program.log) :]
         self.runner = _runner(lowered)
         self._internal_dict = FrozenDict(config)  # the name under which pipelines replace it
         self._dtype = program.dtype

@@ -1,0 +1,220 @@
+"""The distinct convolutions and linear layers of SD1.5 at 512 x 512: native kernels beside torch, batch 1.
+
+python benchmarks/bench_layers.py [--repeats 5] [--least 0.2] [--processor-time]
+
+All ways of one layer are timed in one turn, one after the other, and a turn is repeated: `ratio` is the median over turns
+of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's linear
+and convolution where this torch still has them. `peak_gops` is
+the rate of the innermost instructions on data in the first cache, times the threads, measured in the same run, and `of_peak`
+a layer's share of it. On a machine that runs other programs too, --processor-time counts what one thread really got.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from machine import write
+from models import sd15
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmqfx.runtime.kernels import layers, weights
+from dmqfx.runtime.kernels.native import Library, library
+
+Way = Callable[[], object]
+Clock = Callable[[], float]
+FORMATS = {"W4A6": (4, 6), "W4A8": (4, 8), "W8A8": (8, 8)}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer: input [1, C, H, W] and weight [O, C, h, w], or rows [1, N, K] and [O, K]."""
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    stride: int = 1
+
+    @property
+    def is_conv(self) -> bool:
+        return len(self.w) == 4
+
+    @property
+    def macs(self) -> int:
+        positions = self.x[1] if not self.is_conv else self.x[2] * self.x[3] // self.stride**2
+        return positions * torch.Size(self.w).numel()
+
+    def __str__(self) -> str:
+        if self.is_conv:
+            return (
+                f"conv{self.w[2]}x{self.w[3]}/{self.stride} {self.w[1]}->{self.w[0]} @{self.x[2]}x{self.x[3]}"
+            )
+        return f"linear {self.x[1]}x{self.w[1]}->{self.w[0]}"
+
+
+def shapes() -> Counter[Shape]:
+    """Every distinct layer of a call at batch 1, and how often it occurs; nothing is computed."""
+    found: Counter[Shape] = Counter()
+
+    def note(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        x = tuple(given[0].shape)
+        if isinstance(module, nn.Conv2d):
+            found[Shape(x, tuple(module.weight.shape), module.stride[0])] += 1
+        elif isinstance(module, nn.Linear):
+            found[Shape((1, torch.Size(x[:-1]).numel(), x[-1]), tuple(module.weight.shape))] += 1
+
+    with torch.device("meta"):
+        unet = sd15()
+        for module in unet.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.register_forward_pre_hook(note)
+        unet(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
+    return found
+
+
+def float32(shape: Shape) -> dict[str, Way]:
+    """torch in float32, in both layouts."""
+    x, w, bias = torch.randn(shape.x), torch.randn(shape.w), torch.randn(shape.w[0])
+    if not shape.is_conv:
+        return {"float32": lambda: F.linear(x, w, bias)}
+    pad = shape.w[2] // 2
+    last = x.contiguous(memory_format=torch.channels_last), w.contiguous(memory_format=torch.channels_last)
+    return {
+        "float32": lambda: F.conv2d(x, w, bias, shape.stride, pad),
+        "float32 channels last": lambda: F.conv2d(*last, bias, shape.stride, pad),
+    }
+
+
+def native(shape: Shape, weight_bits: int, activation_bits: int, instruction_set: str) -> Way:
+    """The kernel on codes in the layout that quantize leaves them in, real numbers out."""
+    x = torch.randint(2**activation_bits, shape.x, dtype=torch.uint8)
+    w = torch.randint(-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1), shape.w, dtype=torch.int8)
+    blob, zero_point = weights.pack(w, 1), torch.full((1, 1), 2 ** (activation_bits - 1), dtype=torch.int32)
+    head = (x, torch.rand(1, 1), zero_point, None, blob, shape.w, torch.rand(1, len(w)), torch.randn(len(w)))
+    if not shape.is_conv:
+        return lambda: layers.linear(*head, instruction_set)
+    pad = shape.w[2] // 2
+    return lambda: layers.conv2d(*head, [shape.stride] * 2, [pad, pad], [1, 1], 1, instruction_set)
+
+
+def onednn(shape: Shape) -> Way | None:
+    """What this torch has of oneDNN's int8, W8A8 with 7 bit activations, or None."""
+    x, w = torch.randint(128, shape.x, dtype=torch.uint8), torch.randint(-127, 128, shape.w).to(torch.int8)
+    scales, zeros, bias = torch.ones(len(w)), torch.zeros(len(w), dtype=torch.int64), torch.randn(len(w))
+    try:
+        if shape.is_conv:
+            pads = [shape.w[2] // 2] * 2
+            stride = [shape.stride] * 2
+            packed = torch.ops.onednn.qconv_prepack(w, scales, 1.0, 3, stride, pads, [1, 1], 1, list(shape.x))
+            tail = (
+                packed,
+                scales,
+                zeros,
+                bias,
+                stride,
+                pads,
+                [1, 1],
+                1,
+                1.0,
+                0,
+                torch.float32,
+                "none",
+                [],
+                "",
+            )
+            way: Way = lambda: torch.ops.onednn.qconv_pointwise(x, 1.0, 3, *tail)  # noqa: E731
+        else:
+            packed = torch.ops.onednn.qlinear_prepack(w, list(shape.x))
+            tail = (packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], "")
+            way = lambda: torch.ops.onednn.qlinear_pointwise(x, 1.0, 3, *tail)  # noqa: E731
+        way()
+    except (AttributeError, RuntimeError, TypeError) as error:
+        print(f"no oneDNN int8 for {shape}: {str(error).splitlines()[0][:100]}")
+        return None
+    return way
+
+
+def timed(way: Way, least: float, clock: Clock) -> float:
+    """Seconds of a call: the least of as many as fit the time."""
+    best, spent = float("inf"), 0.0
+    while spent < least:
+        started = clock()
+        way()
+        took = clock() - started
+        best, spent = min(best, took), spent + took
+    return best
+
+
+def measure(
+    shape: Shape, found: Library, rates: Mapping[str, float], repeats: int, least: float, clock: Clock
+) -> dict[str, object]:
+    """One layer, every way."""
+    ways = float32(shape)
+    for name, bits in FORMATS.items():
+        ways |= {f"{name} {each}": native(shape, *bits, each) for each in found.instruction_sets[1:]}
+    if (theirs := onednn(shape)) is not None:
+        ways["oneDNN int8"] = theirs
+    for way in ways.values():
+        way()
+    turns = [{name: timed(way, least, clock) for name, way in ways.items()} for _ in range(repeats)]
+    return row(shape, turns, rates)
+
+
+def row(shape: Shape, turns: list[dict[str, float]], rates: Mapping[str, float]) -> dict[str, object]:
+    """GOP/s of each way (two for a multiply-add), its paired ratio to float32, and its share of the peak."""
+    floats = [min(t for name, t in turn.items() if name.startswith("float32")) for turn in turns]
+    ways = {}
+    for name in turns[0]:
+        ratios = [f / turn[name] for f, turn in zip(floats, turns, strict=True)]
+        rate = 2e-9 * shape.macs / min(turn[name] for turn in turns)
+        ways[name] = {"gops": round(rate, 1), "ratio": round(statistics.median(ratios), 2)}
+        if (peak := rates.get(name) or rates.get(name.rpartition(" ")[2])) is not None:
+            ways[name]["of_peak"] = round(rate / peak, 2)
+    return {"layer": str(shape), "megamacs": round(shape.macs / 1e6, 1), "ways": ways}
+
+
+def peaks(found: Library) -> dict[str, float]:
+    """GOP/s of the innermost instructions, all threads."""
+    count = torch.get_num_threads()
+    every = {each: found.peak(each) for each in found.instruction_sets}
+    if "avx2" in every:
+        every["W8A8 avx2"] = found.peak("avx2", widening=True)
+    return {name: round(2 * rate * count, 1) for name, rate in every.items()}
+
+
+def main() -> None:
+    """Measure, write results/layers_sd15.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--least", type=float, default=0.2, metavar="SECONDS", help="for each way in a turn")
+    parser.add_argument(
+        "--first", type=int, default=None, metavar="N", help="only the N layers with most work"
+    )
+    parser.add_argument("--processor-time", action="store_true", help="of one thread")
+    options = parser.parse_args()
+    if options.processor_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.processor_time else time.perf_counter
+    found = library()
+    if found is None:
+        raise SystemExit("there are no native kernels to measure")
+    counted = sorted(shapes().items(), key=lambda each: -each[0].macs * each[1])[: options.first]
+    rates = peaks(found)
+    with torch.no_grad():
+        rows = [
+            {**measure(shape, found, rates, options.repeats, options.least, clock), "count": count}
+            for shape, count in counted
+        ]
+    what = (__doc__ or "").partition("\n")[0]
+    write("layers_sd15", {"what": what, "clock": clock.__name__, "peak_gops": rates, "layers": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+// The C interface: one integer layer, called through ctypes. Every field is eight bytes, so that both sides agree.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// A convolution of codes with packed codes; a linear layer is one of a single tap over rows of height 1.
+struct DmqfxLayer {
+  int64_t batch, height, width;       // of the input
+  int64_t groups, channels;           // input channels of one group, filled up to a multiple of 4
+  int64_t given;                      // those that there are
+  int64_t out_channels;               // of one group
+  int64_t taps[2], stride[2], padding[2], dilation[2];
+  int64_t out_height, out_width;
+  int64_t out_image, out_channel, out_position;  // strides of the output, in elements
+  int64_t nibbles;                    // whether two weights share a byte
+  int64_t pair;                       // what two neighbouring weights can make of codes of 1, at most
+  int64_t planes;                     // whether `raw` has its channels outside, [batch, groups * given, height, width]
+  int64_t flip;                       // 128 to make signed codes unsigned, else 0
+  const uint8_t* raw;                 // codes that have to be arranged first, or null
+  uint8_t* codes;                     // [batch, height, width, groups * channels]
+  const int32_t* zero_points;         // [batch], 0..255; padding stands for it
+  const uint8_t* weights;             // [groups, blocks of 16, taps, channels / 4, 16, 4]
+  const int32_t* sums;                // [groups * out_channels], of the weights of an output channel
+  const float* input_scales;          // [batch]
+  const float* weight_scales;         // [groups * out_channels]
+  const float* biases;                // [groups * out_channels] or null
+  float* real;                        // where (sum - zero point * sum of weights) * scales + bias goes, or null
+  int32_t* integer;                   // where the sum alone goes, if not
+};
+
+#define DMQFX_EXPORT __attribute__((visibility("default")))
+
+enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3 };
+
+// Which of the instruction sets 0 (scalar), 1 (AVX2) and 2 (AVX-512 VNNI) this machine and this build have, as bits.
+DMQFX_EXPORT int dmqfx_instruction_sets(void);
+DMQFX_EXPORT int dmqfx_has_threads(void);
+DMQFX_EXPORT int64_t dmqfx_layer_size(void);  // whether a caller means the same struct
+DMQFX_EXPORT int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads);
+// 10^9 multiply-adds a second of the innermost instructions alone, on one thread: what a layer is measured against.
+DMQFX_EXPORT double dmqfx_peak(int instruction_set, int widening);
+}

@@ -1,0 +1,122 @@
+"""The library of native kernels: found, loaded, and its instruction set chosen. Absent, it says so once."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from dmqfx.errors import DmqfxError
+from dmqfx.words import suggest
+
+__all__ = ["INSTRUCTION_SETS", "Layer", "Library", "absent", "library"]
+
+logger = logging.getLogger(__name__)
+
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512vnni")
+"""What the kernels are compiled for, the slowest first."""
+
+_FILE = Path(__file__).with_name("libdmqfx.so")
+_MEND = "install a C++ compiler (g++ or clang++), then `pip install --force-reinstall --no-deps` dmqfx"
+
+
+class Layer(ctypes.Structure):
+    """DmqfxLayer of layer.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "height", "width", "groups", "channels", "given")),
+        ("out_channels", c_int64),
+        *((name, c_int64 * 2) for name in ("taps", "stride", "padding", "dilation")),
+        *(
+            (name, c_int64)
+            for name in ("out_height", "out_width", "out_image", "out_channel", "out_position")
+        ),
+        *((name, c_int64) for name in ("nibbles", "pair", "planes", "flip")),
+        *((name, c_void_p) for name in ("raw", "codes", "zero_points", "weights", "sums")),
+        *((name, c_void_p) for name in ("input_scales", "weight_scales", "biases", "real", "integer")),
+    )
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library and the instruction set that layers run on.
+
+    Units: `run` takes torch.get_num_threads() threads, `peak` is 10^9 multiply-adds a second on one.
+    """
+
+    file: Path
+    handle: ctypes.CDLL
+    instruction_sets: tuple[str, ...]
+    chosen: str
+
+    @property
+    def has_threads(self) -> bool:
+        """Whether the compiler had OpenMP."""
+        return bool(self.handle.dmqfx_has_threads())
+
+    def run(self, layer: Layer, instruction_set: str | None = None) -> None:
+        """Compute a layer.
+
+        Raises: DmqfxError for an instruction set that is not there or no memory; ValueError for a zero point
+        outside the codes.
+        """
+        number = INSTRUCTION_SETS.index(instruction_set or self.chosen)
+        status = self.handle.dmqfx_run(ctypes.byref(layer), number, torch.get_num_threads())
+        if status == 2:
+            raise ValueError(
+                "a zero point of the input is not one of its codes; padding could not stand for it"
+            )
+        if status != 0:
+            raise DmqfxError(
+                {1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status))
+            )
+
+    def peak(self, instruction_set: str, *, widening: bool = False) -> float:
+        """The rate of the innermost instructions alone; `widening` for what W8A8 takes on AVX2."""
+        return float(self.handle.dmqfx_peak(INSTRUCTION_SETS.index(instruction_set), int(widening)))
+
+
+@cache
+def library() -> Library | None:
+    """The library, or None where it was not built or does not load, which is logged once.
+
+    The environment variable DMQFX_ISA picks another instruction set than the best, DMQFX_KERNELS another file.
+
+    Raises: DmqfxError for an instruction set that this machine or build does not have.
+    """
+    file = Path(os.environ.get("DMQFX_KERNELS", _FILE))
+    try:
+        handle = ctypes.CDLL(str(file))
+        handle.dmqfx_run.argtypes = (POINTER(Layer), c_int, c_int)
+        handle.dmqfx_peak.argtypes, handle.dmqfx_peak.restype = (c_int, c_int), c_double
+        handle.dmqfx_layer_size.restype = c_int64
+        if handle.dmqfx_layer_size() != ctypes.sizeof(Layer):
+            raise OSError(f"{file} was built from other sources")
+        found = handle.dmqfx_instruction_sets()
+    except (OSError, AttributeError) as error:
+        logger.warning("no native kernels, layers run in plain torch: %s\n  mend: %s", error, _MEND)
+        return None
+    there = tuple(name for k, name in enumerate(INSTRUCTION_SETS) if found >> k & 1)
+    return Library(file, handle, there, _chosen(there))
+
+
+def absent() -> str:
+    """Why no layer can run natively, or "" if the library is there."""
+    return "" if library() is not None else f"the library of native kernels is not there; {_MEND}"
+
+
+def _chosen(there: tuple[str, ...]) -> str:
+    asked = os.environ.get("DMQFX_ISA", "")
+    if not asked:
+        return there[-1]
+    if asked not in there:
+        known = asked in INSTRUCTION_SETS
+        hint = f"there is {', '.join(there)}" if known else suggest(asked, list(INSTRUCTION_SETS))
+        raise DmqfxError(f"DMQFX_ISA={asked}: this machine and build have no such kernels; {hint}")
+    return asked

@@ -1,0 +1,16 @@
+// What each instruction set's file offers to the dispatcher.
+#pragma once
+
+#include "layer.h"
+
+struct InstructionSet {
+  bool (*run)(const DmqfxLayer& layer, int64_t room, int threads);  // false: no memory
+  double (*peak)(double (*seconds)());
+};
+
+void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes
+
+extern const InstructionSet kScalar;
+extern const InstructionSet kAvx2;       // 16 bit sums: `room` steps hold
+extern const InstructionSet kAvx2Wide;   // 32 bit sums
+extern const InstructionSet kAvx512Vnni;

@@ -1,0 +1,146 @@
+"""The form in which the kernels read weights: blocks of 16 output channels, four input channels side by side.
+
+A blob is one uint8 tensor: a header, the sum of each output channel's codes, and the codes
+[groups, blocks, taps, channels / 4, 16, 4], output and input channels filled up with 0. Two codes share a byte
+where all of them have 4 bits: of the 64 of a step, number k the low half and number k + 32 the high one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmqfx.errors import StoreError
+from dmqfx.runtime import integer
+
+__all__ = ["LANE", "QUAD", "Weights", "pack", "unpack"]
+
+LANE, QUAD = 16, 4
+_STEP, _HEADER = LANE * QUAD, 16  # codes of a step; int32 numbers of the header
+_MAGIC, _VERSION = 0x4B514D44, 1
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A blob, opened: views of its parts.
+
+    Shapes: codes uint8, 1-D, as the kernel reads them; sums int32 [groups * out_channels].
+    Units: pair is the greatest magnitude that two neighbouring codes can make of activation codes of 1; out_channels
+    and channels are those of one group, channels before they are filled up.
+    """
+
+    codes: Tensor
+    sums: Tensor
+    nibbles: bool
+    groups: int
+    out_channels: int
+    channels: int
+    taps: tuple[int, int]
+    pair: int
+
+    @classmethod
+    def open(cls, blob: Tensor, shape: Sequence[int], groups: int) -> Weights:
+        """The parts of a blob.
+
+        Raises: StoreError where it is not one, or not for weights of this shape [O, C / groups, ...].
+        """
+        head = 4 * _HEADER
+        whole = (
+            blob.dtype == torch.uint8 and blob.dim() == 1 and blob.numel() >= head and blob.is_contiguous()
+        )
+        numbers = blob[:head].view(torch.int32).tolist() if whole and blob.storage_offset() % 4 == 0 else [0]
+        if numbers[:2] != [_MAGIC, _VERSION]:
+            raise _malformed(
+                f"{blob.dtype} {list(blob.shape)} does not start with the header of version {_VERSION}"
+            )
+        nibbles, *sizes, pair = numbers[2:9]
+        high, wide = _taps(shape)
+        expected = [groups, shape[0] // max(groups, 1), shape[1], high, wide]
+        if sizes != expected or not 0 <= pair <= 256 or nibbles not in (0, 1):
+            raise _malformed(f"it says {numbers[2:9]} where the layer has {expected}")
+        sums = 4 * shape[0]
+        steps = groups * math.ceil(expected[1] / LANE) * high * wide * math.ceil(shape[1] / QUAD)
+        length = head + sums + steps * (_STEP // 2 if nibbles else _STEP)
+        if blob.numel() != length:
+            raise _malformed(f"it has {blob.numel()} bytes where the layer {list(shape)} needs {length}")
+        return cls(
+            blob[head + sums :], blob[head : head + sums].view(torch.int32), bool(nibbles), groups, expected[1],
+            shape[1], (high, wide), pair,
+        )  # fmt: skip
+
+
+def pack(codes: Tensor, groups: int) -> Tensor:
+    """A blob of centered codes, in half the bytes where all of them lie in -8..7.
+
+    Shapes: codes int8 [O, C / groups, h, w] or [O, K]; returns uint8, 1-D.
+    Raises: ValueError if 8 bit activations could overflow int32 with these codes.
+    Example:
+        >>> blob = pack(torch.tensor([[1, -2, 3, 7, -8]], dtype=torch.int8), 1)
+        >>> unpack(blob, (1, 5), 1)
+        tensor([[ 1, -2,  3,  7, -8]], dtype=torch.int8)
+    """
+    if (why := integer.overflow(codes.float())) is not None:
+        raise ValueError(why)
+    high, wide = _taps(codes.shape)
+    out, channels = codes.shape[0] // groups, codes.shape[1]
+    laid = codes.reshape(groups, out, channels, high * wide)
+    laid = F.pad(laid, (0, 0, 0, -channels % QUAD, 0, -out % LANE))
+    laid = laid.reshape(groups, -1, LANE, laid.shape[2] // QUAD, QUAD, high * wide).permute(0, 1, 5, 3, 2, 4)
+    laid = laid.contiguous()
+    nibbles = not bool(((laid < -8) | (laid > 7)).any())
+    data = laid.reshape(-1, _STEP)
+    if nibbles:
+        half = data.view(torch.uint8)
+        data = (half[:, : _STEP // 2] & 15) | (half[:, _STEP // 2 :] << 4)
+    numbers = [_MAGIC, _VERSION, int(nibbles), groups, out, channels, high, wide, _pair(laid)]
+    header = torch.tensor(numbers + [0] * (_HEADER - len(numbers)), dtype=torch.int32)
+    sums = codes.flatten(1).sum(1, dtype=torch.int32)
+    parts = (header.to(codes.device), sums, data.reshape(-1))
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts])
+
+
+def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
+    """Inverse of pack, after a look at everything that the kernel takes for granted.
+
+    Raises: StoreError where the blob is malformed, as Weights.open, or its numbers do not follow from its codes.
+    """
+    weights = Weights.open(blob, shape, groups)
+    data = weights.codes
+    if weights.nibbles:
+        halves = data.view(-1, _STEP // 2)
+        data = torch.cat([(halves & 15) ^ 8, (halves >> 4) ^ 8], 1).view(torch.int8) - 8
+    high, wide = weights.taps
+    quads = math.ceil(weights.channels / QUAD)
+    laid = data.view(torch.int8).reshape(groups, -1, high * wide, quads, LANE, QUAD)
+    codes = laid.permute(0, 1, 4, 3, 5, 2).reshape(groups, -1, quads * QUAD, high * wide)
+    filled, codes = codes, codes[:, : weights.out_channels, : weights.channels]
+    codes = codes.reshape(tuple(shape)).contiguous()
+    if _pair(laid) != weights.pair or not torch.equal(
+        codes.flatten(1).sum(1, dtype=torch.int32), weights.sums
+    ):
+        raise _malformed("its sums do not follow from its codes")
+    if int(filled.count_nonzero()) != int(codes.count_nonzero()):
+        raise _malformed("what fills it up is not 0")
+    return codes
+
+
+def _pair(laid: Tensor) -> int:
+    """What two neighbouring weights can make of activation codes of 1, at most; they share a 16 bit sum."""
+    if laid.numel() == 0:
+        return 0
+    pairs = laid.reshape(-1, 2).to(torch.int16)
+    up, down = pairs.clamp(min=0).sum(1).amax(), pairs.clamp(max=0).sum(1).amin()
+    return max(int(up), -int(down))
+
+
+def _taps(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
+
+
+def _malformed(what: str) -> StoreError:
+    return StoreError(f"malformed weights of an integer kernel: {what}\n  mend: lower the program again")

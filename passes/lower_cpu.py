@@ -1,0 +1,84 @@
+"""lower-cpu: integer layers in plain torch to the native kernels, which give the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from dmqfx.graph import ops
+from dmqfx.graph.facts import INTEGER, Fact
+from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
+from dmqfx.graph.pipeline import Preserves
+from dmqfx.graph.rewrite import Refuse, Rewriter
+from dmqfx.passes.lower_simulate import fold_weight
+from dmqfx.runtime import integer
+from dmqfx.runtime.kernels import weights
+from dmqfx.runtime.kernels.native import absent
+from dmqfx.runtime.operators import OPS
+
+CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
+HANDED_ON = ("x_codes", "x_scale", "x_zero_point", "group", "bits", "weight_shape", "w_scale", "bias")
+
+
+@rule(p.qconv2d(packed_weight=p.attr("packed")))
+def native_conv2d(rw: Rewriter, root: fx.Node, packed: fx.Node) -> Outcome:
+    """qconv2d(x, w)  ->  kernel_conv2d(x, w in the kernels' form)."""
+    named = ops.args(root)
+    groups = named["groups"]
+    shared = _operands(rw, root, packed, groups if isinstance(groups, int) else 1)
+    if isinstance(shared, Refuse):
+        return shared
+    convolved = {arg: named[arg] for arg in CONV_ARGUMENTS}
+    return rw.call_at(OPS.kernel_conv2d.default, root.meta["address"], **shared, **convolved)
+
+
+@rule(p.qlinear(packed_weight=p.attr("packed")))
+def native_linear(rw: Rewriter, root: fx.Node, packed: fx.Node) -> Outcome:
+    """qlinear(x, w)  ->  kernel_linear(x, w in the kernels' form)."""
+    shared = _operands(rw, root, packed, 1)
+    return (
+        shared
+        if isinstance(shared, Refuse)
+        else rw.call_at(OPS.kernel_linear.default, root.meta["address"], **shared)
+    )
+
+
+@dataclass(frozen=True)
+class LowerCpu(RewritePass):
+    """integer layer in plain torch  ->  native kernel, the same bits; what it cannot take stays as it is.
+
+    Weights that are still dequantized belong to layers that compute in float: that is done once, not at every call.
+    """
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
+    preserves: ClassVar[Preserves] = Preserves.BITWISE
+    rules: ClassVar[tuple[Rule, ...]] = (native_conv2d, native_linear, fold_weight)
+
+
+def _operands(
+    rw: Rewriter, root: fx.Node, packed: fx.Node, groups: int
+) -> dict[str, fx.node.Argument] | Refuse:
+    """The arguments that both native layers take."""
+    named = ops.args(root)
+    if why := absent():
+        return Refuse(why, root)
+    if named["shift"] is not None:
+        return Refuse(
+            "its input channels have steps of their own (a shift), which the kernels do not take", root
+        )
+    codes = OPS.unpack(rw.value(packed), named["bits"], named["signed"], named["weight_shape"])
+    zero_point = rw.value(ops.tensor(root, "w_zero_point"))
+    centered = integer.centered_weight(codes, zero_point)
+    if bool(((centered < -128) | (centered > 127)).any()):
+        least, greatest = int(centered.amin()), int(centered.amax())
+        return Refuse(
+            f"weight codes less their zero points go from {least} to {greatest}, the kernels take 8 bits; "
+            "make the weight's grid symmetric",
+            root,
+        )
+    blob = weights.pack(centered.to(torch.int8), groups)
+    name = str(packed.target).removesuffix("_packed") + "_kernel"
+    return {**{arg: named[arg] for arg in HANDED_ON}, "packed_weight": rw.constant(name, blob)}

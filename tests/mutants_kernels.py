@@ -1,0 +1,63 @@
+"""Bugs planted in lower-cpu: what native layers are handed, and how their weights are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from planting import Mutant, Plant, edited, nothing, operands, patched, planted
+from torch import Tensor, fx
+
+from dmqfx.graph import ops
+from dmqfx.graph.rewrite import Rewriter
+from dmqfx.runtime.kernels import weights
+
+
+def laid_out(change: Callable[[Tensor], Tensor]) -> Plant:
+    """lower-cpu with the codes of every weight changed before they are packed."""
+    return patched("pack", lambda honest: lambda codes, groups: honest(change(codes), groups), where=weights)
+
+
+def one_code_off(codes: Tensor) -> Tensor:
+    last = codes.flatten().clone()
+    last[-1] = -last[-1] if last[-1] else 1
+    return last.reshape(codes.shape)
+
+
+def transposed_taps(codes: Tensor) -> Tensor:
+    return codes.mT.contiguous() if codes.dim() == 4 else codes
+
+
+def last_scale(rw: Rewriter, node: fx.Node) -> fx.Node | None:
+    if node.meta["address"].path != "up.0.conv2":
+        return None
+    return rw.like(node, w_scale=rw.value(ops.tensor(node, "w_scale"))[:, -1:])
+
+
+def zero_point_of_the_next_group(rw: Rewriter, found: Mapping[str, fx.node.Argument]) -> fx.node.Argument:
+    zero_point = found["x_zero_point"]
+    return rw.constant("rolled", rw.value(zero_point).roll(1, 0)) if isinstance(zero_point, fx.Node) else None
+
+
+def without_padding(honest: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in honest if name != "padding")
+
+
+MUTANTS: tuple[Mutant, ...] = tuple(
+    planted(
+        "lower-cpu",
+        {
+            "one code is off": (laid_out(one_code_off), "time_embedding.linear_1/linear"),
+            "the taps of a kernel are transposed": (laid_out(transposed_taps), "down.conv1/conv2d"),
+            "the bias is lost": (operands(bias=nothing), "time_embedding.linear_1/linear"),
+            "the padding is lost": (patched("CONV_ARGUMENTS", without_padding), "down.conv1/conv2d"),
+            "the zero points are those of the next group": (
+                operands(x_zero_point=zero_point_of_the_next_group),
+                "time_embedding.linear_1/linear",
+            ),
+            "the last channel's scale counts for all": (
+                edited("kernel_conv2d", last_scale),
+                "up.0.conv2/conv2d",
+            ),
+        },
+    )
+)

@@ -1,0 +1,325 @@
+"""The native kernels give the bits of the plain-torch reference, on every instruction set that this machine has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dmqfx.errors import DmqfxError
+from dmqfx.runtime import integer
+from dmqfx.runtime.kernels import layers, native, weights
+from dmqfx.runtime.kernels.native import INSTRUCTION_SETS, library
+from dmqfx.runtime.operators import OPS
+
+ZERO = torch.zeros(1, 1, dtype=torch.int32)
+
+
+def here() -> tuple[str, ...]:
+    """The instruction sets to compare: there must be a library where these tests run."""
+    found = library()
+    assert found is not None, "the kernels were not built"
+    return found.instruction_sets
+
+
+def draw(data: st.DataObject, shape: tuple[int, ...], low: int, high: int) -> Tensor:
+    """Random codes, or only the two outermost ones, or one of them alone."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    codes = torch.randint(low, high + 1, shape, generator=generator)
+    match data.draw(st.sampled_from(("any", "outermost", "least", "greatest"))):
+        case "outermost":
+            codes = torch.where(codes > (low + high) // 2, high, low)
+        case "least":
+            codes = torch.full(shape, low)
+        case "greatest":
+            codes = torch.full(shape, high)
+    return codes.to(torch.int8 if low < 0 else torch.uint8)
+
+
+def draw_input(data: st.DataObject, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, zero points [G, 1] that are codes too, and the group of each sample."""
+    bits = data.draw(st.integers(4, 8))
+    low, high = data.draw(st.sampled_from(((0, 2**bits - 1), (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))))
+    groups = data.draw(st.integers(1, 3))
+    zero_point = draw(data, (groups, 1), low, high).int()
+    group = torch.randint(groups, (shape[0],)) if groups > 1 else None
+    return draw(data, shape, low, high), zero_point, group
+
+
+def draw_weight(data: st.DataObject, shape: tuple[int, ...]) -> Tensor:
+    bits = data.draw(st.integers(2, 8))
+    return draw(data, shape, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def relaid(data: st.DataObject, x: Tensor) -> Tensor:
+    """The same numbers, laid out otherwise in memory."""
+    match data.draw(st.sampled_from(("as it is", "channels last", "cut from a larger one"))):
+        case "channels last":
+            return x.contiguous(memory_format=torch.channels_last)
+        case "cut from a larger one":
+            larger = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), 1)
+            larger[..., ::2] = x
+            return larger[..., ::2]
+    return x
+
+
+@given(data=st.data())
+def test_a_convolution_has_the_bits_of_the_reference(data: st.DataObject) -> None:
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    stride, dilation, taps = (list(data.draw(pair)) for _ in range(3))
+    padding = list(data.draw(st.tuples(st.integers(0, 2), st.integers(0, 2))))
+    groups = data.draw(st.integers(1, 3))
+    depth, per_group = (
+        data.draw(st.sampled_from((1, 3, 4, 8, 13, 40))),
+        data.draw(st.sampled_from((1, 5, 16, 70))),
+    )
+    size = [
+        max(1, d * (t - 1) + 1 - 2 * p) + data.draw(st.integers(0, 11))
+        for d, t, p in zip(dilation, taps, padding, strict=True)
+    ]
+    batch = data.draw(st.sampled_from((0, 1, 2, 7)))
+    x, zero_point, group = draw_input(data, (batch, groups * depth, *size))
+    x, w = relaid(data, x), draw_weight(data, (groups * per_group, depth, *taps))
+    where = (stride, padding, dilation, groups)
+    blob = weights.pack(w, groups)
+    assert torch.equal(weights.unpack(blob, w.shape, groups), w)
+    expected = integer.conv2d_accumulators(x, zero_point, group, w, ZERO, *where)
+    w_scale, bias = torch.rand(1, data.draw(st.sampled_from((1, len(w))))), torch.randn(len(w))
+    x_scale, bias_or_none = torch.rand(len(zero_point), 1), data.draw(st.sampled_from((bias, None)))
+    real = integer.conv2d(x, x_scale, zero_point, group, w, w_scale, ZERO, bias_or_none, *where)
+    for each in here():
+        given_ = (zero_point, group, blob, w.shape, w_scale, bias_or_none, *where, each)
+        assert torch.equal(layers.conv2d(x, None, *given_), expected), each
+        assert torch.equal(layers.conv2d(x, x_scale, *given_), real), each
+
+
+@given(data=st.data())
+def test_a_linear_layer_has_the_bits_of_the_reference(data: st.DataObject) -> None:
+    lead = data.draw(st.sampled_from(((0,), (1,), (7,), (3, 1), (2, 5), (2, 2, 50))))
+    depth, rows = (
+        data.draw(st.sampled_from((1, 3, 64, 333, 5000))),
+        data.draw(st.sampled_from((1, 16, 33, 130))),
+    )
+    x, zero_point, group = draw_input(data, (*lead, depth))
+    w = draw_weight(data, (rows, depth))
+    blob, w_scale, bias = weights.pack(w, 1), torch.rand(1, rows), torch.randn(rows)
+    x_scale = torch.rand(len(zero_point), 1)
+    expected = integer.linear_accumulators(x, zero_point, group, w, ZERO)
+    real = integer.linear(x, x_scale, zero_point, group, w, w_scale, ZERO, bias)
+    for each in here():
+        given_ = (zero_point, group, blob, w.shape, w_scale, bias, each)
+        assert torch.equal(layers.linear(x, None, *given_), expected), each
+        assert torch.equal(layers.linear(x, x_scale, *given_), real), each
+
+
+@pytest.mark.parametrize("activation_bits", range(4, 9))
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_sums_as_long_and_large_as_they_can_be_do_not_overflow_on_the_way(
+    activation_bits: int, weight_bits: int, sign: int
+) -> None:
+    """Every product the greatest of its format: 16 bit sums that are flushed one step too late would show."""
+    depth, greatest = 4 * 1100 + 2, 2**activation_bits - 1
+    code = -(2 ** (weight_bits - 1)) if sign < 0 else 2 ** (weight_bits - 1) - 1
+    x = torch.full((7, depth), greatest, dtype=torch.uint8)
+    w = torch.full((17, depth), code, dtype=torch.int8)
+    w[3] = torch.where(torch.arange(depth) % 4 < 2, code, -code - (1 if code > 0 else 0)).clamp(-128, 127)
+    expected = integer.linear_accumulators(x, ZERO, None, w, ZERO)
+    assert expected[0, 0] == depth * greatest * code
+    for each in here():
+        found = layers.linear(x, None, ZERO, None, weights.pack(w, 1), w.shape, ZERO, None, each)
+        assert torch.equal(found, expected), each
+
+
+def test_padding_counts_in_the_room_of_16_bit_sums() -> None:
+    """The codes are small and the zero point is not: a bound on the codes alone would be too generous."""
+    x, zero_point = torch.zeros(1, 64, 1, 1, dtype=torch.uint8), torch.full((1, 1), 255, dtype=torch.int32)
+    w = torch.full((16, 64, 3, 3), -8, dtype=torch.int8)
+    where = ([1, 1], [1, 1], [1, 1], 1)
+    expected = integer.conv2d_accumulators(x, zero_point, None, w, ZERO, *where)
+    for each in here():
+        found = layers.conv2d(
+            x, None, zero_point, None, weights.pack(w, 1), w.shape, ZERO, None, *where, each
+        )
+        assert torch.equal(found, expected), each
+
+
+def test_a_sum_that_could_leave_int32_is_refused_when_weights_are_packed() -> None:
+    with pytest.raises(ValueError, match="could overflow int32"):
+        weights.pack(torch.full((1, 67000), 127, dtype=torch.int8), 1)
+    assert weights.pack(torch.full((1, 66000), 127, dtype=torch.int8), 1).numel() > 66000
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16])
+def test_the_number_of_threads_changes_nothing(count: int) -> None:
+    x = torch.randint(256, (2, 20, 31, 17), dtype=torch.uint8)
+    small = x[:1, :, :1, :1]
+    w = torch.randint(-8, 8, (70, 20, 3, 3), dtype=torch.int8)
+    where = ([2, 1], [1, 1], [1, 1], 1)
+    for each in (x, small):
+        expected = integer.conv2d_accumulators(each, ZERO + 9, None, w, ZERO, *where)
+        with threads(count):
+            for name in here():
+                found = layers.conv2d(
+                    each, None, ZERO + 9, None, weights.pack(w, 1), w.shape, ZERO, None, *where, name
+                )
+                assert torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_operators_have_the_bits_of_the_reference_operators(dtype: torch.dtype) -> None:
+    x, group = torch.randint(256, (3, 8, 5, 6), dtype=torch.uint8), torch.tensor([1, 0, 1])
+    w, bias = torch.randint(-128, 128, (6, 4, 3, 3), dtype=torch.int8), torch.randn(6, dtype=dtype)
+    x_scale, w_scale = torch.rand(2, 1, dtype=dtype), torch.rand(1, 6, dtype=dtype)
+    zero_point = torch.tensor([[3], [250]], dtype=torch.int32)
+    head, tail = (x, x_scale, zero_point, group), ([1, 2], [1, 0], [1, 1], 2)
+    expected = OPS.qconv2d(
+        *head, w.flatten().view(torch.uint8), 8, True, list(w.shape), w_scale, ZERO, bias, *tail
+    )
+    found = OPS.kernel_conv2d(*head, weights.pack(w, 2), 8, list(w.shape), w_scale, bias, *tail)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+
+
+# --- what is refused
+
+
+def blob() -> Tensor:
+    return weights.pack(torch.arange(-8, 8, dtype=torch.int8).repeat(5).reshape(4, 20), 1)
+
+
+def spoiled(at: int, value: int) -> Tensor:
+    changed = blob()
+    changed[at] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (blob()[:-1].clone(), r"it has \d+ bytes where the layer \[4, 20\] needs \d+"),
+        (torch.cat([blob(), blob()]), r"it has \d+ bytes"),
+        (blob()[:8].clone(), "does not start with the header"),
+        (blob().view(torch.int8), "does not start with the header"),
+        (spoiled(0, 0), "does not start with the header"),
+        (spoiled(4, 99), "does not start with the header of version 1"),
+        (spoiled(8, 0), r"it has \d+ bytes"),
+        (spoiled(12, 2), "where the layer has"),
+        (spoiled(33, 77), "where the layer has"),
+    ],
+)
+def test_malformed_weights_are_refused_before_the_kernel_sees_them(wrong: Tensor, told: str) -> None:
+    x = torch.zeros(2, 20, dtype=torch.uint8)
+    with pytest.raises(DmqfxError, match=told):
+        layers.linear(x, None, ZERO, None, wrong, (4, 20), ZERO, None)
+
+
+@pytest.mark.parametrize(("at", "value"), [(32, 3), (64, 200), (-1, 0x10), (80, 0x77)])
+def test_numbers_that_do_not_follow_from_the_codes_are_found(at: int, value: int) -> None:
+    assert torch.equal(
+        weights.unpack(blob(), (4, 20), 1).flatten(), torch.arange(-8, 8, dtype=torch.int8).repeat(5)
+    )
+    with pytest.raises(DmqfxError, match="malformed weights"):
+        weights.unpack(spoiled(at, value), (4, 20), 1)
+
+
+def test_sizes_that_do_not_fit_are_refused_by_name() -> None:
+    w = torch.ones(4, 8, 3, 3, dtype=torch.int8)
+    packed, x = weights.pack(w, 1), torch.zeros(1, 8, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"2 x 2, padded by \[0, 0\], is smaller than the kernel"):
+        layers.conv2d(x, None, ZERO, None, packed, w.shape, ZERO, None)
+    with pytest.raises(ValueError, match="7 input channels"):
+        layers.conv2d(x[:, :7], None, ZERO, None, packed, w.shape, ZERO, None)
+    with pytest.raises(ValueError, match="19 input channels"):
+        layers.linear(torch.zeros(2, 19, dtype=torch.uint8), None, ZERO, None, blob(), (4, 20), ZERO, None)
+    with pytest.raises(ValueError, match="a zero point of the input is not one of its codes"):
+        layers.conv2d(x, None, ZERO + 256, None, packed, w.shape, ZERO, None, padding=(1, 1))
+    with pytest.raises(ValueError, match="not one per input channel"):
+        layers.conv2d(x, None, ZERO.repeat(1, 8), None, packed, w.shape, ZERO, None, padding=(1, 1))
+    with pytest.raises(ValueError, match="2 timestep groups need a group index"):
+        layers.conv2d(x, None, ZERO.repeat(2, 1), None, packed, w.shape, ZERO, None, padding=(1, 1))
+
+
+# --- the environment
+
+
+ASK = "from dmqfx.runtime.kernels.native import library; found = library(); print(found and found.chosen)"
+
+
+def ask(**environment: str) -> subprocess.CompletedProcess[str]:
+    given_ = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", ASK], env=given_, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_environment_picks_the_instruction_set_and_the_best_is_the_default() -> None:
+    assert here()[0] == "scalar"
+    assert ask(DMQFX_ISA="").stdout.strip() == here()[-1]
+    assert ask(DMQFX_ISA="scalar").stdout.strip() == "scalar"
+    assert "did you mean 'avx2'" in ask(DMQFX_ISA="avx").stderr
+
+
+def test_an_instruction_set_that_is_not_there_is_refused_with_those_that_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DMQFX_ISA", "avx512vnni")
+    with pytest.raises(DmqfxError, match="no such kernels; there is scalar"):
+        native._chosen(("scalar",))
+    assert native._chosen(INSTRUCTION_SETS) == "avx512vnni"
+
+
+def test_without_the_library_it_is_said_once_and_layers_run_in_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x, w = (
+        torch.randint(256, (2, 8, 5, 5), dtype=torch.uint8),
+        torch.randint(-8, 8, (4, 8, 3, 3)).to(torch.int8),
+    )
+    scales = (torch.rand(1, 1), ZERO + 7, None, weights.pack(w, 1), list(w.shape), torch.rand(1, 4), None)
+    rows = (x[:, :, 0, 0], *scales[:3], weights.pack(w[:, :, 0, 0], 1), [4, 8], *scales[5:])
+    expected = layers.conv2d(x, *scales), layers.linear(*rows)
+    monkeypatch.setenv("DMQFX_KERNELS", "/nowhere.so")
+    library.cache_clear()
+    try:
+        assert torch.equal(layers.conv2d(x, *scales), expected[0])
+        assert torch.equal(layers.linear(*rows), expected[1])
+        assert "a C++ compiler" in native.absent()
+    finally:
+        library.cache_clear()
+    told = [record.getMessage() for record in caplog.records if "no native kernels" in record.getMessage()]
+    assert len(told) == 1
+    assert "/nowhere.so" in told[0]
+    assert "mend: install a C++ compiler" in told[0]
+
+
+def test_a_library_of_other_sources_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native.ctypes, "sizeof", lambda kind: 8)
+    library.cache_clear()
+    try:
+        assert library() is None
+    finally:
+        monkeypatch.undo()
+        library.cache_clear()
+    assert "was built from other sources" in caplog.text

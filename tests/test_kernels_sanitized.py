@@ -1,0 +1,71 @@
+"""The kernels' own tests once more, on a library that watches every access and every undefined operation."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLAGS = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+WATCHED = "convolution or linear or overflow or padding or threads or malformed"
+
+# A layer that says it is longer than its tensors are: the sanitizer must see it.
+PROVOKE = """
+import torch
+from dmqfx.runtime.kernels import layers, weights
+from dmqfx.runtime.kernels.native import library
+honest = library().handle.dmqfx_run
+def longer(layer, *more):
+    layer._obj.width += 4096
+    layer._obj.out_width += 4096
+    return honest(layer, *more)
+object.__setattr__(library(), "handle", type("H", (), {"dmqfx_run": staticmethod(longer)})())
+w = torch.ones(16, 64, dtype=torch.int8)
+zero, x = torch.zeros(1, 1), torch.ones(3, 64, dtype=torch.uint8)
+layers.linear(x, None, zero, None, weights.pack(w, 1), (16, 64), zero, None)
+"""
+
+
+def sanitized(folder: Path) -> Path:
+    """A library of the same sources with both sanitizers."""
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib")]
+    done = subprocess.run(
+        [*build, "--build-temp", str(folder / "temp")],
+        cwd=ROOT, env={**os.environ, "DMQFX_CXXFLAGS": FLAGS}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    made = list(folder.glob("lib/**/libdmqfx.so"))
+    assert len(made) == 1, done.stdout + done.stderr
+    return made[0]
+
+
+def run(library: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A Python in which the sanitizers were loaded before anything else."""
+    named = ("libasan.so", "libubsan.so")
+    preload = " ".join(
+        subprocess.run(
+            ["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in named
+    )
+    options = {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    environment = {**os.environ, **options, "LD_PRELOAD": preload, "DMQFX_KERNELS": str(library)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_kernels_touch_nothing_that_is_not_theirs(tmp_path: Path) -> None:
+    library = sanitized(tmp_path)
+    done = run(
+        library, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_kernels.py", "-k", WATCHED
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 80
+    told = run(library, "-c", PROVOKE)
+    assert "AddressSanitizer: heap-buffer-overflow" in told.stderr, "the sanitizer does not watch"
