@@ -24,8 +24,9 @@ SOURCES = {
     "avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vnni"] if X86 else [],
 }
 FLAGS = (
-    "-std=c++17 -O3 -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes".split()
-)
+    "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-trapping-math -fno-math-errno "
+    "-fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes"
+).split()
 
 
 class BuildKernels(build_ext):
@@ -77,7 +78,7 @@ setup(
         Extension(
             "dmqfx.runtime.kernels.libdmqfx",
             sources=[f"{HERE}/{source}" for source in SOURCES],
-            depends=[f"{HERE}/{header}" for header in ("layer.h", "sets.h", "tile.h")],
+            depends=[f"{HERE}/{header}" for header in ("code.h", "layer.h", "sets.h", "square.h", "tile.h")],
             optional=True,
         )
     ],

@@ -82,10 +82,9 @@ def program_before(step: str, policy: str = "layers") -> Program:
         return run_step(
             passes()["round-weights"](), program_before("absorb-scaling", policy), context(policy)
         )
-    if step == "lower-cpu":
-        return run_step(
-            passes()["lower-reference"](), program_before("lower-reference", policy), context(policy)
-        )
+    if step in LOWERED_BY:
+        last = LOWERED_BY[step]
+        return run_step(passes()[last](), program_before(last, policy), context(policy))
     order = [each.name for each in POLICIES[policy].pipeline]
     index = order.index(step) if step in order else len(order)
     if index == 0:

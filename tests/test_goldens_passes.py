@@ -20,7 +20,7 @@ from dmqfx.seeing.show import diff
 GOLDENS = Path(__file__).parent / "goldens"
 POLICY = dict.fromkeys(SWEPT, "shifts") | dict.fromkeys(ORDER, "attention")
 PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
-LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu")
+LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu", "fuse")
 PART |= dict.fromkeys(LOWERINGS, "mid.**")
 
 

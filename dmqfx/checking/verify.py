@@ -212,7 +212,7 @@ def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> li
     if step.preserves is Preserves.BITWISE:  # one that fits ranges makes them anew, of the quantized network
         kinds = (Equal,) if FITTED in step.provides else (Equal, Headroom)
         return [_trial(program, step, ctx, *kinds)]
-    kind = SameCodes if QDQ in program.facts else Close
+    kind = SameCodes if {QDQ, INTEGER} & program.facts else Close
     if not float64 or program.dtype == torch.float64:
         return [_trial(program, step, ctx, kind, Headroom)]
     return [_twin(program, step, ctx, kind, Headroom), _trial(program, step, ctx, kind)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmqfx.numbers import packing, quant
 from dmqfx.runtime import integer
-from dmqfx.runtime.kernels import layers
+from dmqfx.runtime.kernels import codes, layers
 
 _GRID = "Tensor scale, Tensor zero_point"
 _INPUT = "Tensor x_codes, Tensor x_scale, Tensor x_zero_point, Tensor? group"
@@ -23,6 +23,10 @@ _WEIGHT = (
 _CONV = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _SHIFT = "Tensor? shift=None"
 _KERNEL_WEIGHT = "Tensor packed_weight, int bits, SymInt[] weight_shape, Tensor w_scale, Tensor? bias=None"
+
+_NORM = (
+    "str norm='none', int norm_groups=1, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0"
+)
 
 
 def timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
@@ -127,6 +131,26 @@ def kernel_linear(
     return layers.linear(x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
 
 
+def kernel_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor | None,
+    axis: int,
+    qmin: int,
+    qmax: int,
+    norm: str = "none",
+    norm_groups: int = 1,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    activation: str = "none",
+) -> Tensor:
+    """quantize of activation(norm(x)) by a native kernel; see runtime.kernels.codes.quantize."""
+    normed = (norm, norm_groups, norm_weight, norm_bias, eps)
+    return codes.quantize(x, scale, zero_point, group, axis, qmin, qmax, *normed, activation)
+
+
 def _fake_timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
     return torch.empty_like(timestep, dtype=torch.int64)
 
@@ -222,6 +246,24 @@ def _fake_kernel_linear(
     return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
 
 
+def _fake_kernel_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor | None,
+    axis: int,
+    qmin: int,
+    qmax: int,
+    norm: str = "none",
+    norm_groups: int = 1,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    activation: str = "none",
+) -> Tensor:
+    return codes.laid_out(x, axis, qmin)
+
+
 def _convolved(
     x_codes: Tensor,
     x_scale: Tensor,
@@ -259,6 +301,11 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
     "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_SHIFT}", qlinear, _fake_qlinear),
     "kernel_conv2d": (f"{_INPUT}, {_KERNEL_WEIGHT}, {_CONV}", kernel_conv2d, _fake_kernel_conv2d),
     "kernel_linear": (f"{_INPUT}, {_KERNEL_WEIGHT}", kernel_linear, _fake_kernel_linear),
+    "kernel_quantize": (
+        f"Tensor x, {_GRID}, Tensor? group, int axis, int qmin, int qmax, {_NORM}, str activation='none'",
+        kernel_quantize,
+        _fake_kernel_quantize,
+    ),
 }
 
 for _name, (_arguments, _kernel, _fake) in _OPERATORS.items():

@@ -4,6 +4,7 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 
+#include "code.h"
 #include "tile.h"
 
 namespace {
@@ -89,9 +90,9 @@ double peak_wide(double (*seconds)()) { return peak<Wide>(INT64_MAX, seconds); }
 
 }  // namespace
 
-const InstructionSet kAvx2{run<Narrow>, peak_narrow};
-const InstructionSet kAvx2Wide{run_wide, peak_wide};
+const InstructionSet kAvx2{run<Narrow>, peak_narrow, code};
+const InstructionSet kAvx2Wide{run_wide, peak_wide, code};
 #else
-const InstructionSet kAvx2{nullptr, nullptr};
-const InstructionSet kAvx2Wide{nullptr, nullptr};
+const InstructionSet kAvx2{nullptr, nullptr, nullptr};
+const InstructionSet kAvx2Wide{nullptr, nullptr, nullptr};
 #endif

@@ -4,6 +4,7 @@
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 
+#include "code.h"
 #include "tile.h"
 
 namespace {
@@ -32,7 +33,7 @@ double peak_vnni(double (*seconds)()) { return peak<Vnni>(INT64_MAX, seconds); }
 
 }  // namespace
 
-const InstructionSet kAvx512Vnni{run_vnni, peak_vnni};
+const InstructionSet kAvx512Vnni{run_vnni, peak_vnni, code};
 #else
-const InstructionSet kAvx512Vnni{nullptr, nullptr};
+const InstructionSet kAvx512Vnni{nullptr, nullptr, nullptr};
 #endif

@@ -54,6 +54,8 @@ int dmqfx_has_threads(void) {
 #endif
 }
 
+int64_t dmqfx_coding_size(void) { return sizeof(DmqfxCoding); }
+
 int64_t dmqfx_layer_size(void) { return sizeof(DmqfxLayer); }
 
 int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
@@ -70,6 +72,13 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
     if (room == 0) chosen = &kAvx2Wide;
   }
   return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
+}
+
+int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads) {
+  if (instruction_set < 0 || instruction_set > kOfAvx512Vnni || !((dmqfx_instruction_sets() >> instruction_set) & 1))
+    return kNotHere;
+  named(instruction_set).code(*coding, threads);
+  return kDone;
 }
 
 double dmqfx_peak(int instruction_set, int widening) {

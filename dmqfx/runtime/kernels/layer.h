@@ -1,4 +1,5 @@
-// The C interface: one integer layer, called through ctypes. Every field is eight bytes, so that both sides agree.
+// The C interface: one integer layer, or the coding of its input, called through ctypes. Every field is eight bytes,
+// so that both sides agree.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,27 @@ struct DmqfxLayer {
   int32_t* integer;                   // where the sum alone goes, if not
 };
 
+enum DmqfxNorm { kNoNorm = 0, kGroupNorm = 1, kLayerNorm = 2 };
+
+// Real numbers to codes, channels last: clamp(round(silu(norm(x)) / scale) + zero point), norm and silu where asked.
+struct DmqfxCoding {
+  int64_t batch, channels, positions;  // positions of one sample
+  int64_t planes;                      // whether x is [batch, channels, positions], else [batch, positions, channels]
+  int64_t norm, norm_groups;           // kGroupNorm of planes, kLayerNorm of rows
+  int64_t silu;
+  int64_t scale_channels, zero_point_channels;  // 1 or channels
+  int64_t least, greatest;             // codes
+  double eps;
+  const float* x;
+  const float* gammas;                 // [channels] or null
+  const float* betas;                  // [channels] or null
+  const float* scales;                 // [timestep groups, scale_channels]
+  const int32_t* zero_points;          // [timestep groups, zero_point_channels]
+  const int64_t* group;                // [batch], which timestep group, or null: the first
+  float* moments;                      // room for [batch, norm_groups, 2] of a group norm
+  uint8_t* codes;                      // [batch, positions, channels]; signed ones in two's complement
+};
+
 #define DMQFX_EXPORT __attribute__((visibility("default")))
 
 enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3 };
@@ -38,7 +60,9 @@ enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3 };
 DMQFX_EXPORT int dmqfx_instruction_sets(void);
 DMQFX_EXPORT int dmqfx_has_threads(void);
 DMQFX_EXPORT int64_t dmqfx_layer_size(void);  // whether a caller means the same struct
+DMQFX_EXPORT int64_t dmqfx_coding_size(void);
 DMQFX_EXPORT int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads);
+DMQFX_EXPORT int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads);
 // 10^9 multiply-adds a second of the innermost instructions alone, on one thread: what a layer is measured against.
 DMQFX_EXPORT double dmqfx_peak(int instruction_set, int widening);
 }

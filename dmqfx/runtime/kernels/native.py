@@ -15,7 +15,7 @@ import torch
 from dmqfx.errors import DmqfxError
 from dmqfx.words import suggest
 
-__all__ = ["INSTRUCTION_SETS", "Layer", "Library", "absent", "library"]
+__all__ = ["INSTRUCTION_SETS", "Coding", "Layer", "Library", "absent", "library"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,21 @@ class Layer(ctypes.Structure):
         *((name, c_int64) for name in ("nibbles", "pair", "planes", "flip")),
         *((name, c_void_p) for name in ("raw", "codes", "zero_points", "weights", "sums")),
         *((name, c_void_p) for name in ("input_scales", "weight_scales", "biases", "real", "integer")),
+    )
+
+
+class Coding(ctypes.Structure):
+    """DmqfxCoding of layer.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "channels", "positions", "planes", "norm", "norm_groups")),
+        *(
+            (name, c_int64)
+            for name in ("silu", "scale_channels", "zero_point_channels", "least", "greatest")
+        ),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("x", "gammas", "betas", "scales", "zero_points", "group")),
+        *((name, c_void_p) for name in ("moments", "codes")),
     )
 
 
@@ -77,6 +92,15 @@ class Library:
                 {1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status))
             )
 
+    def code(self, coding: Coding, instruction_set: str | None = None) -> None:
+        """Turn real numbers into codes.
+
+        Raises: DmqfxError for an instruction set that is not there.
+        """
+        number = INSTRUCTION_SETS.index(instruction_set or self.chosen)
+        if self.handle.dmqfx_code(ctypes.byref(coding), number, torch.get_num_threads()) != 0:
+            raise DmqfxError(f"no kernel for {instruction_set}")
+
     def peak(self, instruction_set: str, *, widening: bool = False) -> float:
         """The rate of the innermost instructions alone; `widening` for what W8A8 takes on AVX2."""
         return float(self.handle.dmqfx_peak(INSTRUCTION_SETS.index(instruction_set), int(widening)))
@@ -94,9 +118,12 @@ def library() -> Library | None:
     try:
         handle = ctypes.CDLL(str(file))
         handle.dmqfx_run.argtypes = (POINTER(Layer), c_int, c_int)
+        handle.dmqfx_code.argtypes = (POINTER(Coding), c_int, c_int)
         handle.dmqfx_peak.argtypes, handle.dmqfx_peak.restype = (c_int, c_int), c_double
-        handle.dmqfx_layer_size.restype = c_int64
-        if handle.dmqfx_layer_size() != ctypes.sizeof(Layer):
+        sizes = (handle.dmqfx_layer_size, handle.dmqfx_coding_size)
+        for size in sizes:
+            size.restype = c_int64
+        if [size() for size in sizes] != [ctypes.sizeof(each) for each in (Layer, Coding)]:
             raise OSError(f"{file} was built from other sources")
         found = handle.dmqfx_instruction_sets()
     except (OSError, AttributeError) as error:

@@ -1,4 +1,5 @@
 // The portable kernel: plain C++, which the compiler vectorises as it can.
+#include "code.h"
 #include "sets.h"
 #include "tile.h"
 
@@ -32,4 +33,4 @@ double peak_scalar(double (*seconds)()) { return peak<Scalar>(INT64_MAX, seconds
 
 }  // namespace
 
-const InstructionSet kScalar{run_scalar, peak_scalar};
+const InstructionSet kScalar{run_scalar, peak_scalar, code};

@@ -6,6 +6,7 @@
 struct InstructionSet {
   bool (*run)(const DmqfxLayer& layer, int64_t room, int threads);  // false: no memory
   double (*peak)(double (*seconds)());
+  void (*code)(const DmqfxCoding& coding, int threads);
 };
 
 void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes

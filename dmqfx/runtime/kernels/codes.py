@@ -1,0 +1,129 @@
+"""Real numbers to codes by the native kernels: norm, activation and quantize in one go, channels last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmqfx.numbers import quant
+from dmqfx.runtime.kernels.native import Coding, library
+
+__all__ = ["ACTIVATIONS", "NORMS", "laid_out", "quantize"]
+
+NORMS = ("none", "group", "layer")
+ACTIVATIONS = ("none", "silu")
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor | None,
+    axis: int,
+    qmin: int,
+    qmax: int,
+    norm: str = "none",
+    norm_groups: int = 1,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    activation: str = "none",
+    instruction_set: str | None = None,
+) -> Tensor:
+    """quant.quantize of activation(norm(x)); four dimensions with channels on axis 1 come out channels last.
+
+    Without norm and activation these are the codes of quant.quantize. With them a number at the middle of two
+    codes may get the other. Every instruction set gives the same codes.
+
+    Shapes: as quant.quantize; `axis` is 1 of [B, C, H, W] or the last; norm_weight, norm_bias [C] or None. A group
+    norm is of [B, C, H, W], a layer norm over the last axis. Other devices and dtypes are computed in plain torch.
+    Raises: ValueError for another axis, norm or activation, or groups that do not divide the channels.
+    """
+    planes, channels = _layout(x, axis, norm, activation, norm_groups)
+    rows = {each.shape[0] for each in (scale, zero_point)}
+    if group is None and rows != {1}:
+        raise ValueError(f"parameters of {max(rows)} timestep groups need a group index")
+    native = library()
+    real = (x, scale, norm_weight, norm_bias)
+    native_dtype = all(each is None or (each.dtype, each.device.type) == (torch.float32, "cpu") for each in real)
+    if native is None or not native_dtype:
+        real_codes = _plain(x, norm, norm_groups, norm_weight, norm_bias, eps, activation)
+        codes = quant.quantize(real_codes, scale, zero_point, group, axis, qmin, qmax)
+        return codes.contiguous(memory_format=_format(x, planes))
+    out = laid_out(x, axis, qmin)
+    if not out.numel():
+        return out
+    if group is not None and (int(group.min()) < 0 or int(group.max()) >= min(rows)):
+        raise ValueError(f"a timestep group beyond the {min(rows)} that there are")
+    turned = planes and norm == "none" and x.is_contiguous(memory_format=torch.channels_last)
+    kept = [
+        x if turned else x.contiguous(),
+        scale.contiguous(),
+        zero_point.to(torch.int32).contiguous(),
+        torch.empty(2 * len(x) * norm_groups if norm == "group" else 0),
+        *(each.contiguous() for each in (norm_weight, norm_bias, group) if each is not None),
+    ]
+    coding = Coding(
+        batch=1 if group is None and not planes else len(x),
+        channels=channels,
+        planes=planes and not turned,
+        norm=NORMS.index(norm),
+        norm_groups=norm_groups,
+        silu=activation == "silu",
+        scale_channels=scale.shape[1],
+        zero_point_channels=zero_point.shape[1],
+        least=qmin,
+        greatest=qmax,
+        eps=eps,
+        codes=out.data_ptr(),
+    )
+    coding.positions = x.numel() // (coding.batch * channels)
+    coding.x, coding.scales, coding.zero_points, coding.moments = (each.data_ptr() for each in kept[:4])
+    given = [("gammas", norm_weight), ("betas", norm_bias), ("group", group)]
+    for (name, _), each in zip([g for g in given if g[1] is not None], kept[4:], strict=True):
+        setattr(coding, name, each.data_ptr())
+    native.code(coding, instruction_set)
+    return out
+
+
+def laid_out(x: Tensor, axis: int, qmin: int) -> Tensor:
+    """Room for the codes of x."""
+    dtype = torch.int8 if qmin < 0 else torch.uint8
+    planes = x.dim() == 4 and axis == 1
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=_format(x, planes))
+
+
+def _format(x: Tensor, planes: bool) -> torch.memory_format:
+    return torch.channels_last if planes else torch.contiguous_format
+
+
+def _layout(x: Tensor, axis: int, norm: str, activation: str, groups: int) -> tuple[bool, int]:
+    """Whether channels are planes, and how many there are."""
+    planes = x.dim() == 4 and axis == 1
+    if not planes and axis not in (-1, x.dim() - 1):
+        raise ValueError(f"channels on axis {axis} of {list(x.shape)}: not 1 of four, nor the last")
+    if norm not in NORMS or activation not in ACTIVATIONS:
+        raise ValueError(f"norm {norm!r}, activation {activation!r}: there are {NORMS} and {ACTIVATIONS}")
+    channels = x.shape[axis]
+    if norm != "none" and planes != (norm == "group"):
+        raise ValueError(f"a {norm} norm with channels on axis {axis} of {list(x.shape)}")
+    if norm == "group" and (groups < 1 or channels % groups):
+        raise ValueError(f"{channels} channels do not fall into {groups} groups")
+    return planes, channels
+
+
+def _plain(
+    x: Tensor,
+    norm: str,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    if norm == "group":
+        x = F.group_norm(x, groups, weight, bias, eps)
+    elif norm == "layer":
+        x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.silu(x) if activation == "silu" else x

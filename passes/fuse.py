@@ -1,0 +1,91 @@
+"""fuse: norm, activation and quantize before an integer layer to one native operator that writes codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from dmqfx.graph import ops
+from dmqfx.graph.facts import INTEGER, Fact
+from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
+from dmqfx.graph.pipeline import Preserves
+from dmqfx.graph.rewrite import Refuse, Rewriter
+from dmqfx.runtime.kernels.native import absent
+from dmqfx.runtime.operators import OPS
+
+NORM_ARGUMENTS = {"norm_weight": "weight", "norm_bias": "bias", "eps": "eps"}
+GROUP_NORM = p.group_norm(input=p.any("x")).as_("norm")
+LAYER_NORM = p.layer_norm(input=p.any("x")).as_("norm")
+
+
+@rule(p.quantize(x=p.silu(self=GROUP_NORM)))
+def group_norm_silu_quantize(rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node) -> Outcome:
+    """quantize(silu(group_norm(x)))  ->  kernel_quantize(x, group norm, silu)."""
+    return _fused(rw, root, x, norm, "silu")
+
+
+@rule(p.quantize(x=GROUP_NORM))
+def group_norm_quantize(rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node) -> Outcome:
+    """quantize(group_norm(x))  ->  kernel_quantize(x, group norm)."""
+    return _fused(rw, root, x, norm)
+
+
+@rule(p.quantize(x=LAYER_NORM))
+def layer_norm_quantize(rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node) -> Outcome:
+    """quantize(layer_norm(x))  ->  kernel_quantize(x, layer norm), over the last axis."""
+    return _fused(rw, root, x, norm)
+
+
+@rule(p.quantize(x=p.silu(self=p.any("x"))))
+def silu_quantize(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
+    """quantize(silu(x))  ->  kernel_quantize(x, silu)."""
+    return _fused(rw, root, x, None, "silu")
+
+
+@rule(p.quantize(x=p.any("x")))
+def native_quantize(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
+    """quantize(x)  ->  kernel_quantize(x), the same codes."""
+    return _fused(rw, root, x)
+
+
+@dataclass(frozen=True)
+class Fuse(RewritePass):
+    """norm -> silu -> quantize  ->  one native operator, whose codes lie as integer layers read them.
+
+    Codes are equal but for ties: the norm's sums and the exponential are rounded elsewhere than in torch. Where a
+    norm or silu has other readers only what follows it is fused.
+    """
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
+    preserves: ClassVar[Preserves] = Preserves.EXACT
+    rules: ClassVar[tuple[Rule, ...]] = (
+        group_norm_silu_quantize,
+        group_norm_quantize,
+        layer_norm_quantize,
+        silu_quantize,
+        native_quantize,
+    )
+
+
+def _fused(
+    rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node | None = None, activation: str = "none"
+) -> fx.Node | Refuse:
+    """One operator in place of all."""
+    if why := absent():
+        return Refuse(why, root)
+    named, dims = ops.args(root), x.meta["val"].dim()
+    axis = named["axis"]
+    planes, rows = (axis, dims) == (1, 4), axis in (-1, dims - 1)
+    if not planes and not rows:
+        return Refuse(f"its channels are on axis {axis} of {dims}: not 1 of four, nor the last", root)
+    chain: dict[str, fx.node.Argument | Tensor] = {"activation": activation}
+    if norm is not None:
+        of_norm = ops.args(norm)
+        kind, over = ops.name(norm).removesuffix("_norm"), of_norm.get("normalized_shape", [0])
+        if rows != (kind == "layer") or not isinstance(over, list) or len(over) != 1:
+            return Refuse(f"{ops.name(norm)} is not over the axis that the codes' channels are on", norm)
+        chain |= {arg: of_norm[theirs] for arg, theirs in NORM_ARGUMENTS.items()}
+        chain |= {"norm": kind, "norm_groups": of_norm.get("num_groups", 1)}
+    return rw.call_at(OPS.kernel_quantize.default, root.meta["address"], **{**named, **chain, "x": x})
