@@ -9,12 +9,14 @@ from torch import Tensor, fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.facts import INTEGER, Fact
+from dmqfx.graph.modules import label
 from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.graph.pipeline import Preserves
 from dmqfx.graph.rewrite import Refuse, Rewriter
 from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 
+CHANNELS = {"kernel_conv2d": 1, "kernel_linear": -1}
 NORM_ARGUMENTS = {"norm_weight": "weight", "norm_bias": "bias", "eps": "eps"}
 GROUP_NORM = p.group_norm(input=p.any("x")).as_("norm")
 LAYER_NORM = p.layer_norm(input=p.any("x")).as_("norm")
@@ -73,19 +75,36 @@ def _fused(
     rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node | None = None, activation: str = "none"
 ) -> fx.Node | Refuse:
     """One operator in place of all."""
-    if why := absent():
-        return Refuse(why, root)
-    named, dims = ops.args(root), x.meta["val"].dim()
-    axis = named["axis"]
-    planes, rows = (axis, dims) == (1, 4), axis in (-1, dims - 1)
-    if not planes and not rows:
-        return Refuse(f"its channels are on axis {axis} of {dims}: not 1 of four, nor the last", root)
-    chain: dict[str, fx.node.Argument | Tensor] = {"activation": activation}
+    axis = _axis(root, x)
+    if isinstance(axis, Refuse):
+        return axis
+    chain: dict[str, fx.node.Argument | Tensor] = {"x": x, "axis": axis, "activation": activation}
     if norm is not None:
         of_norm = ops.args(norm)
         kind, over = ops.name(norm).removesuffix("_norm"), of_norm.get("normalized_shape", [0])
-        if rows != (kind == "layer") or not isinstance(over, list) or len(over) != 1:
+        if (
+            (axis == x.meta["val"].dim() - 1) != (kind == "layer")
+            or not isinstance(over, list)
+            or len(over) != 1
+        ):
             return Refuse(f"{ops.name(norm)} is not over the axis that the codes' channels are on", norm)
         chain |= {arg: of_norm[theirs] for arg, theirs in NORM_ARGUMENTS.items()}
         chain |= {"norm": kind, "norm_groups": of_norm.get("num_groups", 1)}
-    return rw.call_at(OPS.kernel_quantize.default, root.meta["address"], **{**named, **chain, "x": x})
+    return rw.call_at(OPS.kernel_quantize.default, root.meta["address"], **{**ops.args(root), **chain})
+
+
+def _axis(root: fx.Node, x: fx.Node) -> int | Refuse:
+    """Where the layers that read the codes have their channels: 1 of four dimensions, or the last."""
+    if why := absent():
+        return Refuse(why, root)
+    others = sorted(label(reader) for reader in root.users if not ops.is_call(reader, *CHANNELS))
+    if others:
+        return Refuse(f"its codes are read by {', '.join(others[:3])}, not by native layers alone", root)
+    dims, named = x.meta["val"].dim(), ops.args(root)
+    axes = {CHANNELS[ops.name(reader)] % dims for reader in root.users}
+    per_channel = any(ops.tensor(root, grid).meta["val"].shape[1] > 1 for grid in ("scale", "zero_point"))
+    if per_channel:
+        axes.add(int(str(named["axis"])) % dims)
+    if len(axes) != 1:
+        return Refuse(f"its channels are on axes {sorted(axes)} at once", root)
+    return axes.pop()

@@ -1,4 +1,4 @@
-"""Bugs planted in lower-cpu: what native layers are handed, and how their weights are laid out."""
+"""Bugs planted in lower-cpu and fuse: what native operators are handed, and how weights are laid out."""
 
 from __future__ import annotations
 
@@ -57,6 +57,44 @@ MUTANTS: tuple[Mutant, ...] = tuple(
             "the last channel's scale counts for all": (
                 edited("kernel_conv2d", last_scale),
                 "up.0.conv2/conv2d",
+            ),
+        },
+    )
+)
+
+
+def without_silu(rw: Rewriter, node: fx.Node) -> fx.Node | None:
+    return rw.like(node, activation="none") if node.meta["address"].path == "down.conv1" else None
+
+
+def wider_groups(rw: Rewriter, node: fx.Node) -> fx.Node | None:
+    return rw.like(node, norm_groups=1) if node.meta["address"].path == "down.conv2" else None
+
+
+def norm_forgotten(rw: Rewriter, node: fx.Node) -> fx.Node | None:
+    return rw.like(node, norm="none") if ops.args(node)["norm"] == "layer" else None
+
+
+def weight_and_bias_changed(honest: dict[str, str]) -> dict[str, str]:
+    return honest | {"norm_weight": "bias", "norm_bias": "weight"}
+
+
+MUTANTS += tuple(
+    planted(
+        "fuse",
+        {
+            "silu is dropped": (edited("kernel_quantize", without_silu), "down.conv1/quantize~insert-qdq.1"),
+            "all channels are one group": (
+                edited("kernel_quantize", wider_groups),
+                "down.conv2/quantize~insert-qdq.1",
+            ),
+            "the layer norm is dropped": (
+                edited("kernel_quantize", norm_forgotten),
+                "mid.to_q/quantize~insert-qdq.1",
+            ),
+            "a norm's weight and bias change places": (
+                patched("NORM_ARGUMENTS", weight_and_bias_changed),
+                "down.conv1/quantize~insert-qdq.1",
             ),
         },
     )

@@ -31,7 +31,9 @@ ORDER = (
     "canonicalize flag-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
     "apply-scaling absorb-scaling round-weights insert-qdq"
 ).split()
-"""The pipeline of the programs that bugs are planted in; both lowering passes may follow."""
+"""The pipeline of the programs that bugs are planted in; the lowering passes may follow."""
+AFTER = {"lower-cpu": "lower-reference", "fuse": "lower-cpu"}
+"""Lowering passes that follow another one."""
 SWEPT = (
     "canonicalize flag-skips split-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
     "apply-scaling absorb-scaling measure-sensitivity fit-ranges vote-shifts round-weights correct-bias insert-qdq"
@@ -82,8 +84,8 @@ def program_before(step: str, policy: str = "layers") -> Program:
         return run_step(
             passes()["round-weights"](), program_before("absorb-scaling", policy), context(policy)
         )
-    if step in LOWERED_BY:
-        last = LOWERED_BY[step]
+    if step in AFTER:
+        last = AFTER[step]
         return run_step(passes()[last](), program_before(last, policy), context(policy))
     order = [each.name for each in POLICIES[policy].pipeline]
     index = order.index(step) if step in order else len(order)

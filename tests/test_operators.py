@@ -66,6 +66,12 @@ def kernel_weight(shape: tuple[int, ...], groups: int) -> Arguments:
     return weights.pack(codes, groups), 4, list(shape), torch.rand(1, shape[0])
 
 
+def coding_case(batch: int = 2) -> Arguments:
+    """Real numbers whose codes are asked for, a scale per channel and group."""
+    grid = (torch.rand(2, 4) + 0.1, torch.tensor([[3], [100]], dtype=torch.int32))
+    return (torch.randn(batch, 4, 5, 3), *grid, torch.arange(batch) % 2, 1, 0, 255)
+
+
 def kernel_case(groups: int = 1, batch: int = 2) -> Arguments:
     x = input_arguments(torch.randn(batch, 4, 7, 5), groups)
     return (*x, *kernel_weight((6, 2, 3, 3), 2), torch.randn(6), [2, 1], [1, 0], [1, 1], 2)
@@ -109,6 +115,12 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
     "kernel_conv2d": lambda: (OPS.kernel_conv2d, kernel_case()),
     "kernel_conv2d grouped": lambda: (OPS.kernel_conv2d, kernel_case(3)),
     "kernel_conv2d empty batch": lambda: (OPS.kernel_conv2d, kernel_case(3, batch=0)),
+    "kernel_quantize": lambda: (OPS.kernel_quantize, coding_case()),
+    "kernel_quantize group norm": lambda: (
+        OPS.kernel_quantize,
+        (*coding_case(), "group", 2, torch.randn(4), torch.randn(4), 1e-5, "silu"),
+    ),
+    "kernel_quantize empty batch": lambda: (OPS.kernel_quantize, coding_case(0)),
     "kernel_linear": lambda: (
         OPS.kernel_linear,
         (*input_arguments(torch.randn(2, 3, 5), 3), *kernel_weight((4, 5), 1), torch.randn(4)),
@@ -207,8 +219,15 @@ def test_half_precision_input_is_quantized_in_the_precision_of_the_scale(dtype: 
 
 def test_importing_the_module_is_what_registers_the_operators() -> None:
     names = {name for name, _ in vars(dmqfx.runtime.operators).items()}
-    assert {"qconv2d", "qlinear", "kernel_conv2d", "kernel_linear", "timestep_group"} <= names
-    listed = "timestep_group quantize dequantize unpack qconv2d qlinear kernel_conv2d kernel_linear"
+    assert {
+        "qconv2d",
+        "qlinear",
+        "kernel_conv2d",
+        "kernel_linear",
+        "kernel_quantize",
+        "timestep_group",
+    } <= names
+    listed = "timestep_group quantize dequantize unpack qconv2d qlinear kernel_conv2d kernel_linear kernel_quantize"
     for name in listed.split():
         schema = getattr(OPS, name).default._schema
         assert not schema.is_mutable

@@ -19,7 +19,7 @@ from dmqfx.checking.probes import at_edges, draw, strong
 from dmqfx.checking.producers import wrong_producers
 from dmqfx.checking.tablecheck import Broken, broken_claims
 from dmqfx.errors import DmqfxError, VerifyError
-from dmqfx.graph.facts import FITTED, PAIRED, QDQ
+from dmqfx.graph.facts import FITTED, INTEGER, PAIRED, QDQ
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Application, Journal
 from dmqfx.graph.modules import label

@@ -24,9 +24,7 @@ _CONV = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _SHIFT = "Tensor? shift=None"
 _KERNEL_WEIGHT = "Tensor packed_weight, int bits, SymInt[] weight_shape, Tensor w_scale, Tensor? bias=None"
 
-_NORM = (
-    "str norm='none', int norm_groups=1, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0"
-)
+_NORM = "str norm='none', int norm_groups=1, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0"
 
 
 def timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:

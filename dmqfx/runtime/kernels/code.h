@@ -23,7 +23,7 @@ inline float bounded(float x, float low, float high) {
   return below > low ? below : low;
 }
 
-// e^x to one unit in the last place: 2^n times a Taylor series within half of ln 2.
+// e^x to about one unit in the last place: 2^n times a Taylor series within half of ln 2.
 inline float exponential(float x) {
   const float y = bounded(x, -87.0f, 88.0f);
   const float shifted = y * 1.44269504f + kRounder, n = shifted - kRounder;
@@ -55,7 +55,10 @@ template <bool kNormed, bool kSilu>
 inline uint8_t coded(float x, Moments moments, float gamma, float beta, float scale, float zero_point, Limits limits) {
   float y = x;
   if constexpr (kNormed) y = (x * moments.times + moments.plus) * gamma + beta;
-  if constexpr (kSilu) y = y / (1.0f + exponential(-y));
+  if constexpr (kSilu) {
+    y = y > -88.0f ? y : -88.0f;  // below, silu is 0 to any grid, but e^-y would not hold
+    y = y / (1.0f + exponential(-y));
+  }
   const float whole = (bounded(y / scale, -1048576.0f, 1048576.0f) + kRounder) - kRounder;
   return static_cast<uint8_t>(static_cast<int32_t>(bounded(whole + zero_point, limits.least, limits.greatest)));
 }

@@ -46,7 +46,9 @@ def quantize(
         raise ValueError(f"parameters of {max(rows)} timestep groups need a group index")
     native = library()
     real = (x, scale, norm_weight, norm_bias)
-    native_dtype = all(each is None or (each.dtype, each.device.type) == (torch.float32, "cpu") for each in real)
+    native_dtype = all(
+        each is None or (each.dtype, each.device.type) == (torch.float32, "cpu") for each in real
+    )
     if native is None or not native_dtype:
         real_codes = _plain(x, norm, norm_groups, norm_weight, norm_bias, eps, activation)
         codes = quant.quantize(real_codes, scale, zero_point, group, axis, qmin, qmax)

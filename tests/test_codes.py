@@ -1,0 +1,123 @@
+"""The native operator that writes codes: against plain torch, over instruction sets, layouts and sizes."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dmqfx.numbers import quant
+from dmqfx.runtime.kernels import codes
+from dmqfx.runtime.kernels.native import library
+
+native = library()
+SETS = native.instruction_sets if native is not None else ()
+pytestmark = pytest.mark.skipif(native is None, reason="the library of kernels was not built")
+
+Parameters = tuple[Tensor, Tensor, Tensor]
+
+
+def parameters(batch: int, channels: int, wide: bool, low: int = 0) -> Parameters:
+    """Scale, zero point and index of two timestep groups."""
+    columns = channels if wide else 1
+    zero_point = torch.randint(low, 120, (2, columns), dtype=torch.int32)
+    return torch.rand(2, columns) * 0.05 + 0.01, zero_point, torch.arange(batch) % 2
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((2, 7, 3, 5), 1),
+        ((3, 64, 9, 8), 1),
+        ((1, 1, 1, 1), 1),
+        ((0, 8, 4, 4), 1),
+        ((2, 65, 130), 2),
+        ((7, 3), 1),
+    ],
+)
+def test_codes_of_numbers_alone_are_those_of_quantize(isa: str, shape: tuple[int, ...], axis: int) -> None:
+    x = 3 * torch.randn(shape)
+    x.view(-1)[:2] = torch.tensor([3e38, -3e38])[: x.numel()]
+    for wide, qmin in product((False, True), (0, -128)):
+        scale, zero_point, group = parameters(shape[0], shape[axis], wide, min(qmin + 8, 0))
+        expected = quant.quantize(x, scale, zero_point, group, axis, qmin, qmin + 255)
+        for laid in (x, x.transpose(-1, 0).contiguous().transpose(-1, 0)):
+            found = codes.quantize(
+                laid, scale, zero_point, group, axis, qmin, qmin + 255, instruction_set=isa
+            )
+            assert torch.equal(found, expected)
+            assert found.dtype == expected.dtype
+        if len(shape) == 4:
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            last = x.contiguous(memory_format=torch.channels_last)
+            again = codes.quantize(
+                last, scale, zero_point, group, axis, qmin, qmin + 255, instruction_set=isa
+            )
+            assert torch.equal(again, expected)
+
+
+def test_halves_are_rounded_to_even() -> None:
+    x, one = torch.arange(-3.5, 4).reshape(1, -1), torch.ones(1, 1)
+    found = codes.quantize(x, one, torch.full((1, 1), 100, dtype=torch.int32), None, 1, 0, 255)
+    assert found.tolist() == [[96, 98, 98, 100, 100, 102, 102, 104]]
+
+
+@pytest.mark.parametrize(("norm", "activation"), list(product(codes.NORMS, codes.ACTIVATIONS)))
+def test_fused_codes_are_those_of_torch_but_for_ties_and_the_same_from_every_set(
+    norm: str, activation: str
+) -> None:
+    shape, axis = ((4, 60, 12, 11), 1) if norm != "layer" else ((4, 132, 60), 2)
+    x, weight, bias = 3 * torch.randn(shape) + 5, torch.randn(60), torch.randn(60)
+    scale, zero_point, group = parameters(4, 60, True)
+    normed = {
+        "none": lambda y: y,
+        "group": lambda y: F.group_norm(y, 12, weight.to(y), bias.to(y), 1e-5),
+        "layer": lambda y: F.layer_norm(y, (60,), weight.to(y), bias.to(y), 1e-5),
+    }[norm]
+    real = normed(x.double())
+    real = F.silu(real) if activation == "silu" else real
+    expected = quant.quantize(real, scale.double(), zero_point, group, axis, 0, 255)
+    given = (norm, 12 if norm == "group" else 1, weight, bias, 1e-5, activation)
+    found = [codes.quantize(x, scale, zero_point, group, axis, 0, 255, *given, isa) for isa in SETS]
+    assert all(torch.equal(each, found[0]) for each in found)
+    off = (found[0].int() - expected.int()).abs()
+    exact = real / quant.spread(scale.double(), group, axis, len(shape))
+    tie = ((exact - exact.floor()) - 0.5).abs() < 1e-4 * exact.abs().clamp(min=1)
+    assert int(off.max()) <= 1
+    assert bool(tie[off > 0].all())
+    assert int((off > 0).sum()) <= 4
+    assert len(expected.unique()) > 100
+
+
+def test_silu_holds_over_all_magnitudes() -> None:
+    x = torch.cat([-torch.logspace(-6, 38, 4000), torch.logspace(-6, 3, 4000)]).reshape(1, -1)
+    scale, zero_point = torch.full((1, 1), 0.01), torch.full((1, 1), 30, dtype=torch.int32)
+    given = (scale, zero_point, None, 1, 0, 255)
+    found = codes.quantize(x, *given, activation="silu")
+    assert int((found.int() - quant.quantize(F.silu(x), *given).int()).abs().sum()) <= 1
+
+
+def test_a_mean_far_from_zero_does_not_drown_the_deviation() -> None:
+    x = torch.randn(1, 8, 32, 32) + 1000
+    scale, zero_point = torch.full((1, 1), 0.05), torch.full((1, 1), 128, dtype=torch.int32)
+    found = codes.quantize(x, scale, zero_point, None, 1, 0, 255, "group", 2, None, None, 1e-5)
+    expected = quant.quantize(F.group_norm(x.double(), 2), scale.double(), zero_point, None, 1, 0, 255)
+    assert float((found != expected).float().mean()) < 0.01
+
+
+def test_mistakes_are_told() -> None:
+    x, one, zero = torch.randn(2, 6, 4, 4), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="do not fall into 4 groups"):
+        codes.quantize(x, one, zero, None, 1, 0, 255, "group", 4)
+    with pytest.raises(ValueError, match="channels on axis 2"):
+        codes.quantize(x, one, zero, None, 2, 0, 255)
+    with pytest.raises(ValueError, match="a layer norm with channels on axis 1"):
+        codes.quantize(x, one, zero, None, 1, 0, 255, "layer")
+    with pytest.raises(ValueError, match="need a group index"):
+        codes.quantize(x, one.expand(2, 1), zero, None, 1, 0, 255)
+    with pytest.raises(ValueError, match="beyond the 1"):
+        codes.quantize(x, one, zero, torch.tensor([0, 1]), 1, 0, 255)
