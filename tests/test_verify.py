@@ -26,7 +26,7 @@ from dmqfx.checking.judges import CLOSE, TIE, Close, Equal, SameCodes, distance
 from dmqfx.checking.probes import at_edges, draw, outputs, sizes, strong
 from dmqfx.checking.shrink import shrunk
 from dmqfx.checking.verify import checking, error_after, verify
-from dmqfx.errors import RewriteError, VerifyError
+from dmqfx.errors import NotAProgramError, PipelineError, RewriteError, VerifyError
 from dmqfx.frontend.capture import capture
 from dmqfx.graph.facts import QDQ, Fact
 from dmqfx.graph.inputs import Input
@@ -213,6 +213,32 @@ def test_what_is_wrong_without_fuel_is_no_applications_fault() -> None:
     with pytest.raises(VerifyError, match="the pass changes more than it records") as caught:
         verify(swap.program(), swap.make(), context())
     assert caught.value.fuel == 0
+
+
+# --- what is no program or no pass
+
+
+def test_a_model_is_no_program_and_the_error_says_how_to_get_one() -> None:
+    with pytest.raises(
+        NotAProgramError, match=r"verify is for a Program .*, not a UNet.*pass dmqfx\.capture"
+    ):
+        verify(MODELS["unconditional"](), passes()["canonicalize"]())
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (passes()["canonicalize"], r"the class Canonicalize, not a pass; .*: create\('canonicalize'\)"),
+        ("canonicalize", r"the name 'canonicalize', not a pass; .*: create\('canonicalize'\)"),
+        (Program, r"the class Program, not a pass; .*: create\(name\)"),
+        (None, r"None, not a pass; .*: create\(name\)"),
+    ],
+)
+def test_what_is_no_pass_is_refused_with_what_to_pass(step: object, told: str) -> None:
+    with pytest.raises(PipelineError, match=f"the step is {told}"):
+        verify(toy(), step)
+    with pytest.raises(PipelineError, match=f"step 1 is {told}"):
+        Pipeline((step,)).run(toy(), PassContext())
 
 
 # --- bugs that need a good eye

@@ -31,6 +31,7 @@ from dmqfx.graph.pipeline import (
     check_declared,
 )
 from dmqfx.graph.program import Program
+from dmqfx.seeing.given import Seen, program_of
 
 __all__ = ["Verdict", "checking", "error_after", "verify"]
 
@@ -57,13 +58,13 @@ class Verdict:
         return math.inf if self.error == 0 else -20 * math.log10(self.error)
 
 
-def verify(program: Program, step: Pass, ctx: PassContext | None = None, *, float64: bool = True) -> Verdict:
+def verify(program: Seen, step: Pass, ctx: PassContext | None = None, *, float64: bool = True) -> Verdict:
     """Run a pass on a program and compare with before: the outputs, the codes, and what the table claims.
 
     Without `float64` nothing is checked on a float64 twin: for programs that leave no room for one.
 
     Raises: VerifyError naming the step, the rule and the address at fault; RewriteError for a broken graph;
-        PipelineError for a pass that does not say what it preserves.
+        PipelineError for what is no pass, or does not say what it preserves; NotAProgramError.
     Example:
         >>> from diffusers import UNet2DModel
         >>> from dmqfx.frontend.capture import capture
@@ -73,7 +74,8 @@ def verify(program: Program, step: Pass, ctx: PassContext | None = None, *, floa
         >>> verify(capture(unet), create("canonicalize")).error
         0.0
     """
-    check_declared(step, step.name())
+    program = program_of(program, "verify")
+    check_declared(step)
     before = _fingerprint(program)
     verdict = _verify(program, step, ctx or PassContext(), None, float64)
     if _fingerprint(program) != before:

@@ -126,13 +126,28 @@ class JointPass(Pass):
         return self.run_jointly([(self, ctx)], program)
 
 
-def check_declared(step: Pass, who: str) -> None:
-    """Refuse a pass whose author has not said what it preserves; `who` is what the error calls it.
+def check_declared(step: object, place: str = "") -> None:
+    """Refuse what is no pass, and a pass whose author has not said what it preserves; `place` is where it stands.
 
     Raises: PipelineError.
     """
+    if not isinstance(step, Pass):
+        raise PipelineError(f"{place or 'the step'} is {_called(step)}")
     if not isinstance(getattr(step, "preserves", None), Preserves):
+        who = f"{place}, {step.name()}," if place else step.name()
         raise PipelineError(f"{who} does not declare what it preserves (BITWISE, EXACT or LOSSY)")
+
+
+def _called(given: object) -> str:
+    """What is no pass, and what to pass instead."""
+    if isinstance(given, str):
+        what, name = f"the name {given!r}", repr(given)
+    elif isinstance(given, type):
+        what = f"the class {given.__name__}"
+        name = repr(given.name()) if issubclass(given, Pass) else "name"
+    else:
+        what, name = "None" if given is None else f"a {type(given).__name__}", "name"
+    return f"{what}, not a pass; pass an instance: create({name}), from dmqfx.graph.registry"
 
 
 Observe = Callable[[Pass, Program, Program, PassContext], float | None]
@@ -158,7 +173,7 @@ class Pipeline:
         """
         known = set(program.facts) if program is not None else set()
         for k, step in enumerate(self.steps, 1):
-            check_declared(step, f"step {k}, {step.name()},")
+            check_declared(step, f"step {k}")
             for fact in sorted(step.needs - known, key=str):
                 hint = _hint(fact, self.steps, k, providers)
                 raise PipelineError(
