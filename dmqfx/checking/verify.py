@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,9 +19,9 @@ from dmqfx.checking.producers import wrong_producers
 from dmqfx.checking.tablecheck import Broken, broken_claims
 from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.graph.facts import FITTED, PAIRED, QDQ
+from dmqfx.graph.fingerprint import fingerprint, refuse_changes
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Application, Journal
-from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import (
     Observe,
     Pass,
@@ -76,12 +75,9 @@ def verify(program: Seen, step: Pass, ctx: PassContext | None = None, *, float64
     """
     program = program_of(program, "verify")
     check_declared(step)
-    before = _fingerprint(program)
+    before = fingerprint(program)
     verdict = _verify(program, step, ctx or PassContext(), None, float64)
-    if _fingerprint(program) != before:
-        raise VerifyError(
-            "changed the program that it was given; work on a fork, through a Rewriter", step=step.name()
-        )
+    refuse_changes(program, before, step.name())
     return verdict
 
 
@@ -283,17 +279,3 @@ def _rule_at(address: str, applied: Sequence[Application]) -> str:
     """The rule that was applied at an address; where none was, the only one that was applied at all."""
     every = {a.rule for a in applied}
     return next((a.rule for a in applied if str(a.at) == address), every.pop() if len(every) == 1 else "")
-
-
-def _fingerprint(program: Program) -> tuple[object, ...]:
-    """What changes if a graph, a weight or an entry of the table is edited in place."""
-    labels = tuple(label(node) for node in program.graph.nodes)
-    entries = (getattr(entry, f.name) for _, entry in program.table for f in fields(entry))
-    tensors = [*program.weights().values(), *(value for value in entries if isinstance(value, Tensor))]
-    return (str(program.graph), program.gm.code, labels, *map(_checksum, tensors))
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Of every bit: a sum would not see two channels that change places."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy())

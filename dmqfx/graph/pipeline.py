@@ -16,6 +16,7 @@ import torch
 
 from dmqfx.errors import PipelineError, RewriteError
 from dmqfx.graph.facts import CALIBRATED, Fact
+from dmqfx.graph.fingerprint import fingerprint, refuse_changes, tensors
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Journal, PassRecord
 from dmqfx.graph.program import Program
@@ -205,8 +206,11 @@ def run_steps(
 ) -> Program:
     """One pass, or several that share a walk, on one program: run, structural checks, facts, log.
 
-    Raises: RewriteError when a pass breaks a structural rule.
+    Where a step is observed, every bit of the program that it was given must be as before.
+
+    Raises: RewriteError when a pass breaks a structural rule; VerifyError.
     """
+    given = fingerprint(program) if observe is not None else None
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
     first = steps[0]
@@ -218,8 +222,10 @@ def run_steps(
     else:
         after = first.run(program, locals_[0])
     names = ", ".join(step.name() for step in steps)
+    if given is not None:
+        refuse_changes(program, given, names)
     for name, version in _versions(program).items():
-        if version != versions[name]:
+        if version != versions.get(name):
             raise RewriteError(f"{names} wrote into {name}, which it shares with the program before it")
     facts = program.facts
     for step in steps:
@@ -268,8 +274,8 @@ def _walk_of(step: Pass) -> object:
 
 
 def _versions(program: Program) -> dict[str, int]:
-    """How often each weight has been written into, as far as torch counts it."""
-    return {name: w._version for name, w in program.weights().items() if not w.is_inference()}
+    """How often each tensor of a program has been written into, as far as torch counts it."""
+    return {name: each._version for name, each in tensors(program) if not each.is_inference()}
 
 
 def _hint(fact: Fact, steps: Sequence[Pass], k: int, providers: Sequence[type[Pass]]) -> str:
