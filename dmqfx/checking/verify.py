@@ -14,6 +14,7 @@ from dmqfx.checking.evidence import contradictions
 from dmqfx.checking.headroom import Headroom
 from dmqfx.checking.judges import Close, Equal, Finding, Judge, Planlike, SameCodes, Signal, Together
 from dmqfx.checking.ledger import unaccounted
+from dmqfx.checking.lookups import EveryRow
 from dmqfx.checking.probes import at_edges, draw, strong
 from dmqfx.checking.producers import wrong_producers
 from dmqfx.checking.tablecheck import Broken, broken_claims
@@ -221,7 +222,8 @@ def _trial(
 ) -> _Trial:
     probed = strong(program, ctx.generator())
     probes = draw(probed, ctx.generator()) + at_edges(probed, ctx.generator())
-    return _Trial(probed, step, ctx, Together([kind(probed, probes) for kind in kinds]), twin)
+    judges = [kind(probed, probes) for kind in kinds]
+    return _Trial(probed, step, ctx, Together([*judges, EveryRow(probed, probes, kinds[0])]), twin)
 
 
 def _twin(program: Program, step: Pass, ctx: PassContext, *kinds: Callable[..., Judge]) -> _Trial:
