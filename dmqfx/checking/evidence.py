@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.recount import miscounted
+from dmqfx.checking.refit import misfitted
 from dmqfx.checking.seen import Seen, seen_at
 from dmqfx.checking.tablecheck import Broken
 from dmqfx.checking.unevenness import misjudged
@@ -34,6 +35,8 @@ def contradictions(before: Program, after: Program, step: Pass, ctx: PassContext
         yield from _plan(after, ctx)
     if SHIFTED in step.provides:
         yield from miscounted(after, step, ctx)
+    if FITTED in step.provides:
+        yield from misfitted(after, step, ctx)
     if ctx.calibration is None:
         return
     if FLAGGED in step.provides:
