@@ -14,9 +14,10 @@ from dmqfx.graph.address import Address, Site
 from dmqfx.graph.journal import Journal
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse, Rewriter
-from dmqfx.graph.table import Shift, SkipArm
+from dmqfx.graph.table import Range, Shift, SkipArm
 from dmqfx.numbers.quant import QParams
 from dmqfx.numbers.voting import Ballot
+from dmqfx.sweep.turn import Turn
 
 DEEP, SKIP = "up.0.conv_shortcut/conv2d", "up.0.conv_shortcut/conv2d~split-skips.1"
 LATER = "up.1.conv_shortcut/conv2d"
@@ -81,6 +82,10 @@ def seven_codes_off(entry: QParams) -> QParams:
 
 def half_as_wide(entry: QParams) -> QParams:
     return replace(entry, scale=entry.scale / 2)
+
+
+def halved(seen: Range) -> Range:
+    return replace(seen, low=seen.low / 2, high=seen.high / 2)
 
 
 def fitted(change: Function) -> Plant:
@@ -214,6 +219,10 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
             "every searched grid is seven codes off": (fitted(seven_codes_off), FIRST),
             "every searched grid has half its step": (fitted(half_as_wide), FIRST),
+            "every range is half of what arrives": (
+                patched("range", lambda honest: lambda *given: halved(honest(*given)), where=Turn),
+                FIRST,
+            ),
             "one searched grid has half its step": (with_entry(f"{SKIP}:input", QParams, half_as_wide), SKIP),
         },
         policy="searched",

@@ -1,8 +1,9 @@
-"""Searched ranges judged anew, by plain arithmetic, on what the quantized network makes of the calibration."""
+"""Fitted ranges judged anew, by plain arithmetic, on what the quantized network makes of the calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import product
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dmqfx.checking.faked import fake, group_of
 from dmqfx.checking.grids import finest
+from dmqfx.checking.seen import Seen
 from dmqfx.checking.tablecheck import Broken
 from dmqfx.graph.pipeline import Pass, PassContext
 from dmqfx.graph.program import Program
@@ -26,19 +28,27 @@ _WORSE = 1.25  # squared error: a search of a histogram was up to 1.06 times wor
 _ROWS, _VALUES = 8192, 2**22  # output positions; values looked at together
 
 
-def misfitted(program: Program, step: Pass, ctx: PassContext) -> Iterator[Broken]:
-    """Parameters of least error (`mse`) that another part of the range, or all of it, clearly beats.
+def misfitted(before: Program, program: Program, step: Pass, ctx: PassContext) -> Iterator[Broken]:
+    """Ranges that are not those of the calibration rows, and parameters (`mse`) that are clearly not the best.
 
-    On the output positions that the pass looked at; a budget of time changes them, and then nothing is said.
+    They are compared with other parts of the range, and all of it, on the output positions that the pass looked at.
+    Ranges that were there before the pass are not its own to answer for.
+
+    A budget of time has the pass look at fewer rows; then nothing is said.
     """
     if ctx.calibration is None or ctx.budget is not None:
         return
-    rows, found = getattr(step, "rows", _ROWS), list[Broken]()
+    rows, eps, found = getattr(step, "rows", _ROWS), torch.finfo(program.dtype).eps, list[Broken]()
 
     def visit(turn: Turn) -> Table:
         for reader in turn.readers:
             seen, params = turn.table.get(reader.site, Range), turn.table.get(reader.site, QParams)
-            if reader.spec is None or reader.spec.range != "mse" or seen is None or params is None:
+            if reader.spec is None or seen is None:
+                continue
+            if seen is not before.table.get(reader.site, Range):
+                for reason in _arriving(turn, seen).against(seen, eps, exactly=True):
+                    found.append(Broken(reader.site, "Range", reason))
+            if params is None or reader.spec.range != "mse":
                 continue
             for group in _beaten(turn, reader, seen, params, rows):
                 reason = f"timestep group {group} is rounded worse than in another part of its range"
@@ -48,6 +58,18 @@ def misfitted(program: Program, step: Pass, ctx: PassContext) -> Iterator[Broken
     chunks = chunked(ctx.calibration, program, ctx.chunk)
     Walk(program, chunks, memory=ctx.memory, total=len(ctx.calibration), seed=ctx.seed).run(visit)
     yield from found
+
+
+def _arriving(turn: Turn, claimed: Range) -> Seen:
+    """What the quantized network makes of the turn's tensor, in the groups of a range."""
+    groups = len(claimed.boundaries) + 1
+    return reduce(
+        Seen.merge,
+        (
+            Seen.of(each.quantized, group_of(each.timestep, claimed.boundaries), turn.axis, groups)
+            for each in turn.batches
+        ),
+    )
 
 
 def _beaten(turn: Turn, reader: Reader, seen: Range, params: QParams, count: int) -> list[int]:
