@@ -64,10 +64,8 @@ class _Lookup:
 
 def _lookups(program: Program) -> Iterator[_Lookup]:
     """One for each embedding whose index is made from a label or a timestep, in execution order."""
-    gm, counted = (
-        unobserved(program),
-        {i.name for i in program.inputs.inputs if i.kind in ("label", "timestep")},
-    )
+    counted = {i.name for i in program.inputs.inputs if i.kind in ("label", "timestep")}
+    gm = unobserved(program)
     for node in gm.graph.nodes:
         if not ops.is_call(node, "embedding"):
             continue
