@@ -65,6 +65,15 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             {"name": "keys", "at": "mid.to_k/*", "input": {"bits": 6}, "weight": {"range": "mse"}},
         ),
         "shifts": _policy("shifts", order=SWEPT),
+        "searched": _policy(
+            "searched",
+            {
+                "name": "searched",
+                "at": ["down.*/*", "mid.*/*", "up.*.*/*"],
+                "input": {"range": "mse", "bits": 6},
+            },
+            order=SWEPT,
+        ),
     }
 )
 
