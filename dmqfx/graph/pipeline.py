@@ -229,17 +229,7 @@ def run_steps(
     given = fingerprint(program) if observe is not None else None
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
-    first = steps[0]
-    with processes.together():
-        if isinstance(first, JointPass) and len(steps) > 1:
-            joint = [
-                (step, local)
-                for step, local in zip(steps, locals_, strict=True)
-                if isinstance(step, JointPass)
-            ]
-            after = first.run_jointly(joint, program)
-        else:
-            after = first.run(program, locals_[0])
+    after = _run_alone_or_jointly(list(zip(steps, locals_, strict=True)), program)
     names = ", ".join(step.name() for step in steps)
     if given is not None:
         refuse_changes(program, given, names)
@@ -265,6 +255,14 @@ def run_steps(
         logger.info("%s", record)
         records.append(record)
     return replace(after, log=(*program.log, *records))
+
+
+def _run_alone_or_jointly(steps: Sequence[tuple[Pass, PassContext]], program: Program) -> Program:
+    first, ctx = steps[0]
+    with processes.together():
+        if isinstance(first, JointPass) and len(steps) > 1:
+            return first.run_jointly([(s, c) for s, c in steps if isinstance(s, JointPass)], program)
+        return first.run(program, ctx)
 
 
 def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | None = None) -> Program:
