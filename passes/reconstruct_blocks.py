@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,7 +19,7 @@ from dmqfx.graph.table import Table
 from dmqfx.numbers.adaround import Annealing
 from dmqfx.sweep.blockwalk import Arrival, walk
 from dmqfx.sweep.chunks import chunked
-from dmqfx.sweep.reconstruct import layers_with_codes, reconstructed
+from dmqfx.sweep.reconstruct import Reconstructed, layers_with_codes, reconstructed
 
 
 @dataclass(frozen=True)
@@ -125,15 +124,32 @@ class ReconstructBlocks(Pass):
         )
         seeded = torch.Generator().manual_seed(ctx.seed)
         found = reconstructed(
-            program, table, block, arrivals, how, asymmetric=self.asymmetric, biases=self.biases, generator=seeded
+            program,
+            table,
+            block,
+            arrivals,
+            how,
+            asymmetric=self.asymmetric,
+            biases=self.biases,
+            generator=seeded,
         )
-        if not found.after < found.before:
-            told = f"learning ends at {found.after / found.before:.2g} of the loss" if found.before else "no loss"
+        if not better(found):
+            told = (
+                f"learning ends at {found.after / found.before:.2g} of the loss"
+                if found.before
+                else "no loss"
+            )
             ctx.journal.refuse(block.at, "block", f"{told}; the codes are kept")
             return table
-        assert math.isfinite(found.after)
-        ctx.journal.apply(block.at, "block", f"{found.after / found.before:.2g} of the loss of the codes before")
+        ctx.journal.apply(
+            block.at, "block", f"{found.after / found.before:.2g} of the loss of the codes before"
+        )
         return table.put_all(found.entries)
+
+
+def better(found: Reconstructed) -> bool:
+    """Whether learning ended with less loss than it began with."""
+    return found.after < found.before
 
 
 def _shuffled(data: Calibration, generator: torch.Generator) -> Calibration:

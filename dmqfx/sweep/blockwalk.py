@@ -63,7 +63,7 @@ def walk(
                     value = chunk.inputs[str(node.target)]
                     values.put(node, k, Pair(value, value))
         last = max((k for k, stretch in enumerate(stretches) if stretch[-1] in by_out), default=-1)
-        for now, stretch in enumerate(stretches[: last + 1]):  # noqa: B007  # next_use reads it
+        for now, stretch in enumerate(stretches[: last + 1]):  # next_use reads it
             reads = [read for read in uses if now in uses[read] and not is_fixed(read)]
             outside = [read for read in reads if read not in set(stretch)]
 

@@ -47,9 +47,7 @@ class Deployed:
         """Whether some argument is quantized."""
         return bool(self._constants or self._inputs)
 
-    def __call__(
-        self, timestep: Tensor, value_of: Callable[[fx.Node], object], **instead: Tensor
-    ) -> object:
+    def __call__(self, timestep: Tensor, value_of: Callable[[fx.Node], object], **instead: Tensor) -> object:
         """The call's quantized value; `instead` has constants that are being learned.
 
         A slope passes the rounding of an input wherever that clips nothing.

@@ -60,7 +60,9 @@ def reconstructed(
     before = problem.loss()
     movable = max(1.0, sum(float(layer.cells.movable.sum()) for layer in layers))
     unit = movable / before if before > 0 else 0.0
-    adam = torch.optim.Adam([each for layer in layers for each in layer.parameters], lr=how.rate, foreach=False)
+    adam = torch.optim.Adam(
+        [each for layer in layers for each in layer.parameters], lr=how.rate, foreach=False
+    )
     order = torch.randint(len(arrivals), (how.iterations,), generator=generator).tolist()
     for iteration, k in enumerate(order if before > 0 else ()):
         with torch.enable_grad():
@@ -72,7 +74,9 @@ def reconstructed(
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         adam.step()
     entries = {site: entry for layer in layers for site, entry in layer.entries().items()}
-    return Reconstructed(before, _Problem(program, table.put_all(entries), block, arrivals, 0.0, problem).loss(), entries)
+    return Reconstructed(
+        before, _Problem(program, table.put_all(entries), block, arrivals, 0.0, problem).loss(), entries
+    )
 
 
 class _Layer:
@@ -132,7 +136,9 @@ def _bias(program: Program, table: Table, node: fx.Node, like: Tensor) -> Tensor
     site = Site(node.meta["address"], "bias")
     if (found := table.get(site, Bias)) is not None:
         return found.value.to(like)
-    return torch.zeros_like(like) if ops.args(node).get("bias") is None else program.constant_at(site).detach()
+    return (
+        torch.zeros_like(like) if ops.args(node).get("bias") is None else program.constant_at(site).detach()
+    )
 
 
 class _Problem:
@@ -171,9 +177,7 @@ class _Problem:
         """The mean over the rows of one chunk."""
         arrival = self._arrivals[k]
         given = {node: pair.quantized for node, pair in arrival.values.items()}
-        values = forward(
-            self._program, self._block.inside, given, arrival.timestep, self._twins, learned
-        )
+        values = forward(self._program, self._block.inside, given, arrival.timestep, self._twins, learned)
         out = values[self._block.out]
         assert isinstance(out, Tensor)
         return self._weighed(out - self._wanted[k], arrival.timestep) / self._energy
