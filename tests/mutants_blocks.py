@@ -20,7 +20,7 @@ def of_the_next_channel(honest: Function) -> Function:
     return settled
 
 
-def two_steps_away(entry: Codes) -> Codes:
+def four_codes_away(entry: Codes) -> Codes:
     packed = entry.packed.clone()
     packed[0] = packed[0] ^ 0b0100  # the first code's third bit: four steps
     return replace(entry, packed=packed)
@@ -36,7 +36,7 @@ MUTANTS: tuple[Mutant, ...] = (
         {
             "each channel gets the codes of the next": (patched("settled", of_the_next_channel, Cells), AT),
             "a code goes to another one than its neighbour": (
-                with_entry(f"{AT}:weight", Codes, two_steps_away),
+                with_entry(f"{AT}:weight", Codes, four_codes_away),
                 AT,
             ),
             "a layer loses its codes": (without_entry(f"{AT}:weight", Codes), AT),
