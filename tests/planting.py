@@ -34,7 +34,8 @@ ORDER = (
 """The pipeline of the programs that bugs are planted in; both lowering passes may follow."""
 SWEPT = (
     "canonicalize flag-skips split-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
-    "apply-scaling absorb-scaling measure-sensitivity fit-ranges vote-shifts round-weights correct-bias insert-qdq"
+    "apply-scaling absorb-scaling measure-sensitivity fit-ranges vote-shifts round-weights reconstruct-blocks "
+    "correct-bias insert-qdq"
 ).split()
 """The same with the passes that sweep, and skips whose arms are layers of their own."""
 
