@@ -118,7 +118,7 @@ def check_pipeline(policy: Policy) -> None:
     """
     steps, providers = _steps(policy), tuple(registry.passes().values())
     problems = [policy.pipeline[k].mark.problem(words) for k, words in steps.problems(None, providers)]
-    lowering = {name: target.name for target in targets.TARGETS for name in target.passes}
+    lowering = {name: target.name for target in reversed(targets.TARGETS) for name in target.passes}
     problems += [
         step.mark.problem(
             f"pipeline: {step.name} is what the target {lowering[step.name]!r} runs behind every pipeline; "

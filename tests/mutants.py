@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from mutants_bias import MUTANTS as OF_BIAS
+from mutants_blocks import MUTANTS as OF_BLOCKS
 from mutants_kernels import MUTANTS as OF_KERNELS
 from mutants_sensitivity import MUTANTS as OF_SENSITIVITY
 from mutants_skips import MUTANTS as OF_SKIPS
@@ -857,6 +858,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *OF_SKIPS,
     *OF_SENSITIVITY,
     *OF_BIAS,
+    *OF_BLOCKS,
     *OF_KERNELS,
 )
 

@@ -14,12 +14,14 @@ from dmqfx.graph.address import Address, Site
 from dmqfx.graph.journal import Journal
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse, Rewriter
-from dmqfx.graph.table import Shift, SkipArm
+from dmqfx.graph.table import Range, Shift, SkipArm
 from dmqfx.numbers.quant import QParams
 from dmqfx.numbers.voting import Ballot
+from dmqfx.sweep.turn import Turn
 
 DEEP, SKIP = "up.0.conv_shortcut/conv2d", "up.0.conv_shortcut/conv2d~split-skips.1"
 LATER = "up.1.conv_shortcut/conv2d"
+FIRST = "time_embedding.linear_1/linear"
 
 
 # --- split-skips
@@ -72,6 +74,23 @@ def twice_as_wide(entry: QParams) -> QParams:
 
 def ends_short(entry: QParams) -> QParams:
     return replace(entry, scale=entry.scale * 0.9)
+
+
+def seven_codes_off(entry: QParams) -> QParams:
+    return replace(entry, zero_point=(entry.zero_point + 7).clamp(entry.qmin, entry.qmax))
+
+
+def half_as_wide(entry: QParams) -> QParams:
+    return replace(entry, scale=entry.scale / 2)
+
+
+def halved(seen: Range) -> Range:
+    return replace(seen, low=seen.low / 2, high=seen.high / 2)
+
+
+def fitted(change: Function) -> Plant:
+    """fit-ranges with every grid changed that it makes of a range."""
+    return patched("params_from_range", lambda honest: lambda *given: change(honest(*given)))
 
 
 # --- vote-shifts
@@ -190,6 +209,23 @@ MUTANTS: tuple[Mutant, ...] = (
             "the grid ends short of the range": (with_entry(f"{SKIP}:input", QParams, ends_short), SKIP),
         },
         policy="shifts",
+    ),
+    *planted(
+        "fit-ranges",
+        {
+            "a searched grid lies beyond the range": (
+                with_entry(f"{SKIP}:input", QParams, seven_codes_off),
+                SKIP,
+            ),
+            "every searched grid is seven codes off": (fitted(seven_codes_off), FIRST),
+            "every searched grid has half its step": (fitted(half_as_wide), FIRST),
+            "every range is half of what arrives": (
+                patched("range", lambda honest: lambda *given: halved(honest(*given)), where=Turn),
+                FIRST,
+            ),
+            "one searched grid has half its step": (with_entry(f"{SKIP}:input", QParams, half_as_wide), SKIP),
+        },
+        policy="searched",
     ),
     *planted(
         "vote-shifts",

@@ -36,7 +36,8 @@ AFTER = {"lower-cpu": "lower-reference", "fuse": "lower-cpu"}
 """Lowering passes that follow another one."""
 SWEPT = (
     "canonicalize flag-skips split-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
-    "apply-scaling absorb-scaling measure-sensitivity fit-ranges vote-shifts round-weights correct-bias insert-qdq"
+    "apply-scaling absorb-scaling measure-sensitivity fit-ranges vote-shifts round-weights reconstruct-blocks "
+    "correct-bias insert-qdq"
 ).split()
 """The same with the passes that sweep, and skips whose arms are layers of their own."""
 
@@ -67,6 +68,15 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             {"name": "keys", "at": "mid.to_k/*", "input": {"bits": 6}, "weight": {"range": "mse"}},
         ),
         "shifts": _policy("shifts", order=SWEPT),
+        "searched": _policy(
+            "searched",
+            {
+                "name": "searched",
+                "at": ["down.*/*", "mid.*/*", "up.*.*/*"],
+                "input": {"range": "mse", "bits": 6},
+            },
+            order=SWEPT,
+        ),
     }
 )
 

@@ -96,7 +96,7 @@ def test_learning_can_better_what_gptq_found() -> None:
 @pytest.mark.parametrize("felt", [False, True])
 def test_the_slope_is_that_of_the_loss(felt: bool) -> None:
     each = problem(0, metric=metric(0) if felt else None)
-    cells = adaround._Cells.of(each, each.nearest)
+    cells = adaround.Cells.of(each.grid, each.weight, each.nearest)
     h = torch.rand(cells.lower.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     h.requires_grad_()
     error = each.grid.real(cells.lower + h) - each.target
@@ -112,7 +112,7 @@ def test_the_slope_is_that_of_the_loss(felt: bool) -> None:
 def test_a_loss_of_1_for_each_weight_is_that_of_uniform_errors() -> None:
     """Many drawn errors, uniform and independent, have about the unit of the slope's loss."""
     each = problem(0)
-    cells = adaround._Cells.of(each, each.nearest)
+    cells = adaround.Cells.of(each.grid, each.weight, each.nearest)
     h = torch.zeros_like(cells.lower).float()
     slope, pull = each.grid.scale[:, None] * 2, adaround._Pull(each, cells)
     unit = float((slope * ((each.grid.real(cells.lower) - each.target) @ each.gram) / pull(h)).mean())

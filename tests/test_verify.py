@@ -26,7 +26,7 @@ from dmqfx.checking.judges import CLOSE, TIE, Close, Equal, SameCodes, distance
 from dmqfx.checking.probes import at_edges, draw, outputs, sizes, strong
 from dmqfx.checking.shrink import shrunk
 from dmqfx.checking.verify import checking, error_after, verify
-from dmqfx.errors import RewriteError, VerifyError
+from dmqfx.errors import NotAProgramError, PipelineError, RewriteError, VerifyError
 from dmqfx.frontend.capture import capture
 from dmqfx.graph.facts import QDQ, Fact
 from dmqfx.graph.inputs import Input
@@ -36,7 +36,7 @@ from dmqfx.graph.pipeline import Pass, PassContext, Pipeline, Preserves, run_ste
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import passes
 from dmqfx.graph.rewrite import Rewriter
-from dmqfx.graph.table import Codes, Planned
+from dmqfx.graph.table import Codes, Planned, Range
 from dmqfx.numbers import packing, quant
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.policy.policy import Expect
@@ -215,6 +215,32 @@ def test_what_is_wrong_without_fuel_is_no_applications_fault() -> None:
     assert caught.value.fuel == 0
 
 
+# --- what is no program or no pass
+
+
+def test_a_model_is_no_program_and_the_error_says_how_to_get_one() -> None:
+    with pytest.raises(
+        NotAProgramError, match=r"verify is for a Program .*, not a UNet.*pass dmqfx\.capture"
+    ):
+        verify(MODELS["unconditional"](), passes()["canonicalize"]())
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (passes()["canonicalize"], r"the class Canonicalize, not a pass; .*: create\('canonicalize'\)"),
+        ("canonicalize", r"the name 'canonicalize', not a pass; .*: create\('canonicalize'\)"),
+        (Program, r"the class Program, not a pass; .*: create\(name\)"),
+        (None, r"None, not a pass; .*: create\(name\)"),
+    ],
+)
+def test_what_is_no_pass_is_refused_with_what_to_pass(step: object, told: str) -> None:
+    with pytest.raises(PipelineError, match=f"the step is {told}"):
+        verify(toy(), step)
+    with pytest.raises(PipelineError, match=f"step 1 is {told}"):
+        Pipeline((step,)).run(toy(), PassContext())
+
+
 # --- bugs that need a good eye
 
 
@@ -303,6 +329,56 @@ def test_a_pass_that_reorders_its_programs_weights_is_found_though_the_output_st
 
 
 @dataclass(frozen=True)
+class Damage(Pass):
+    """Gives back what it was given, and has changed it by a way that `of` names."""
+
+    preserves: ClassVar[Preserves] = Preserves.BITWISE
+    of: str = "data"
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        weight, ranges = program.weights()["conv_in.weight"], program.table.of(Range)
+        match self.of:
+            case "data":
+                weight.data.mul_(1.001)
+            case "array":
+                array = weight.numpy()
+                array *= 1.001
+            case "table":
+                for found in ranges.values():
+                    found.low.mul_(2)
+            case "codes":
+                for codes in program.table.of(Codes).values():
+                    codes.qparams.scale.mul_(2)
+        return program.fork()
+
+
+DAMAGE = (
+    ("data", "flag-skips", r"conv_in\.weight"),
+    ("array", "flag-skips", r"conv_in\.weight"),
+    ("table", "pair-layers", r"Range of .*:input, low and \d+ more"),
+    ("codes", "insert-qdq", r"Codes of .*:weight, qparams, scale and \d+ more"),
+)
+
+
+@pytest.mark.parametrize(("way", "meets", "told"), DAMAGE)
+def test_a_checked_pipeline_finds_damage_to_what_a_pass_was_given(way: str, meets: str, told: str) -> None:
+    def copied() -> Program:
+        return program_before(meets).astype(torch.float32)  # tensors of its own
+
+    with pytest.raises(VerifyError, match=rf"damage: changed the program that it was given \({told}"):
+        Pipeline((Damage(way),)).run(copied(), context(), observe=checking())
+    with pytest.raises(VerifyError):
+        verify(copied(), Damage(way), context())
+    Pipeline((Damage("nothing"),)).run(copied(), context(), observe=checking())
+
+
+def test_damage_to_the_table_that_torch_counts_is_found_unchecked_too() -> None:
+    program = program_before("pair-layers").astype(torch.float32)
+    with pytest.raises(RewriteError, match=r"damage wrote into Range of .*:input, low, which it shares"):
+        run_step(Damage("table"), program, context())
+
+
+@dataclass(frozen=True)
 class EditInPlace(Pass):
     """Does the right thing to the wrong graph: the one that it was given."""
 
@@ -318,8 +394,10 @@ class EditInPlace(Pass):
 
 
 def test_a_pass_that_edits_the_graph_it_was_given_is_found() -> None:
-    with pytest.raises(VerifyError, match="edit-in-place: changed the program that it was given"):
+    with pytest.raises(VerifyError, match=r"edit-in-place: changed the program .* \(its graph\)"):
         verify(toy().fork(), EditInPlace(), PassContext())
+    with pytest.raises(VerifyError, match=r"edit-in-place: changed the program .* \(its graph\)"):
+        Pipeline((EditInPlace(),)).run(toy().fork(), PassContext(), observe=checking())
 
 
 @dataclass(frozen=True)

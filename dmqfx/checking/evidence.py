@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
 
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.means import uncorrected
 from dmqfx.checking.recount import miscounted
-from dmqfx.checking.seen import Seen, seen_at
+from dmqfx.checking.refit import misfitted
+from dmqfx.checking.seen import seen_at
 from dmqfx.checking.tablecheck import Broken
 from dmqfx.checking.unevenness import misjudged
 from dmqfx.graph.address import Site
@@ -24,9 +24,6 @@ from dmqfx.policy.policy import resolve
 __all__ = ["contradictions"]
 
 _ROWS = 8
-_SLACK = 1e-4  # of the width of a range
-_ROUNDINGS = 20  # of the tensor's greatest value: sums in another order differ in their last digits
-_BEYOND = "takes values beyond it"
 
 
 def contradictions(before: Program, after: Program, step: Pass, ctx: PassContext) -> Iterator[Broken]:
@@ -35,6 +32,8 @@ def contradictions(before: Program, after: Program, step: Pass, ctx: PassContext
         yield from _plan(after, ctx)
     if SHIFTED in step.provides:
         yield from miscounted(after, step, ctx)
+    if FITTED in step.provides:
+        yield from misfitted(before, after, step, ctx)
     if ctx.calibration is None:
         return
     if CORRECTED in step.provides:
@@ -78,28 +77,5 @@ def _ranges(
         for batch in calibration.batches(_ROWS, program.inputs, dtype=program.dtype)
     )
     for site, seen in seen_at(program, batches, ranges).items():
-        if exactly and ranges[site].count.tolist() != seen.count.tolist():
-            there = [int(each) for each in seen.count.tolist()]
-            yield Broken(site, "Range", f"count is {ranges[site].count.tolist()}, not {there}")
-        rows = seen.count > 0
-        for told, wrong in _wrong(ranges[site], seen, rows, torch.finfo(program.dtype).eps):
-            if bool(wrong.any()) and (exactly or told == _BEYOND):
-                row, channel = wrong.nonzero()[0].tolist()
-                group = int(rows.nonzero().flatten()[row])
-                yield Broken(site, "Range", f"channel {channel} of group {group} {told}")
-
-
-def _wrong(claimed: Range, seen: Seen, rows: Tensor, eps: float) -> Iterator[tuple[str, Tensor]]:
-    """What may speak against a range, and in which of the groups `rows` and channels it does."""
-    count = seen.count[rows, None]
-    mean = seen.total[rows] / count
-    deviation = (seen.squares[rows] / count - mean.square()).clamp_min(0).sqrt()
-    low, high, was_low, was_high = (
-        end[rows].double() for end in (seen.low, seen.high, claimed.low, claimed.high)
-    )
-    greatest = torch.maximum(low.abs(), high.abs()).amax(1, keepdim=True)
-    slack = _SLACK * (high - low) + _ROUNDINGS * eps * greatest
-    yield _BEYOND, torch.maximum(was_low - low, high - was_high) > slack
-    yield "has no value that reaches its ends", torch.maximum(low - was_low, was_high - high) > slack
-    yield "has another mean", (claimed.mean[rows] - mean).abs() > slack
-    yield "has another variance", (claimed.variance[rows].sqrt() - deviation).abs() > 100 * slack
+        for reason in seen.against(ranges[site], torch.finfo(program.dtype).eps, exactly=exactly):
+            yield Broken(site, "Range", reason)

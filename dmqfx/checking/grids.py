@@ -18,7 +18,7 @@ from dmqfx.graph.table import Planned, Range, Shift
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.sweep.deploy import pending_scales
 
-__all__ = ["HALF_STEP", "activation_claims", "grid_claims", "scale_claims"]
+__all__ = ["HALF_STEP", "activation_claims", "finest", "grid_claims", "scale_claims"]
 
 HALF_STEP = 0.5 + 1e-3
 _SAME_STEP = 1e-5  # relative: what single precision leaves of a scale
@@ -50,12 +50,12 @@ def scale_claims(weight: Tensor, params: QParams, spec: QuantSpec) -> Iterator[s
     rows = weight.flatten(1) if spec.per == "channel" else weight.reshape(1, -1)
     low, high = rows.amin(1)[None], rows.amax(1)[None]
     if spec.range == "minmax":
-        yield from _finest(low, high, params)
+        yield from _just(low, high, params)
         return
-    step, zero_point = _needed(low, high, params)
+    step, _ = _needed(low, high, params)
     live = _live(step, params)[0]
     wide = (params.scale.double() > step * (1 + _SAME_STEP))[0]
-    whole = replace(params, scale=step.where(step > 0, 1.0), zero_point=zero_point.round(), axis=0)
+    whole = replace(finest(low, high, params), axis=0)
     ours, theirs = (
         (fake(rows, grid, None) - rows).double().square().sum(1) for grid in (replace(params, axis=0), whole)
     )
@@ -89,7 +89,7 @@ def activation_claims(program: Program, site: Site, entry: QParams) -> Iterator[
         yield f"{list(entry.scale.shape)} scales for a range of {list(low.shape)}"
         return
     if planned.spec.range == "minmax":
-        yield from _finest(low, high, entry)
+        yield from _just(low, high, entry)
     else:
         yield from _within(low, high, entry)
 
@@ -112,7 +112,16 @@ def _in_graph(program: Program, site: Site, entry: QParams) -> Iterator[str]:
             yield f"{label(node)} has another {arg} than the table"
 
 
-def _finest(low: Tensor, high: Tensor, params: QParams) -> Iterator[str]:
+def finest(low: Tensor, high: Tensor, params: QParams) -> QParams:
+    """The finest grid from low to high with the codes of `params`.
+
+    Shapes: low, high [G, C].
+    """
+    step, zero_point = _needed(low, high, params)
+    return replace(params, scale=step.where(step > 0, 1.0), zero_point=zero_point.round())
+
+
+def _just(low: Tensor, high: Tensor, params: QParams) -> Iterator[str]:
     """Whether a grid reaches from low to high, has 0 on it, and is no coarser than that takes."""
     step, zero_point = _needed(low, high, params)
     live = _live(step, params)
@@ -124,11 +133,19 @@ def _finest(low: Tensor, high: Tensor, params: QParams) -> Iterator[str]:
 
 
 def _within(low: Tensor, high: Tensor, params: QParams) -> Iterator[str]:
-    """Whether a grid is no coarser than the whole range needs."""
+    """Whether a grid is no coarser than the whole range needs, and (affine) lies in it but for a step."""
     step, _ = _needed(low, high, params)
-    wide = (params.scale.double() > step * (1 + _SAME_STEP)) & _live(step, params)
+    live, scale, zero_point = _live(step, params), params.scale.double(), params.zero_point.double()
+    wide = (scale > step * (1 + _SAME_STEP)) & live
     if bool(wide.any()):
         yield f"steps of timestep group {int(wide.nonzero()[0, 0])} are wider than the whole range needs"
+    if params.qmin < 0:
+        return
+    below = low.clamp(max=0) - (params.qmin - zero_point) * scale
+    above = (params.qmax - zero_point) * scale - high.clamp(min=0)
+    beyond = (torch.maximum(below, above) > scale) & live
+    if bool(beyond.any()):
+        yield f"codes of timestep group {int(beyond.nonzero()[0, 0])} lie beyond the range"
 
 
 def _needed(low: Tensor, high: Tensor, params: QParams) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
+import torch
+
+from dmqfx.checking.faked import unpacked
 from dmqfx.checking.structure import is_quantized_layer, skip_of
 from dmqfx.checking.tablecheck import Broken
 from dmqfx.graph.address import Address, Site
@@ -48,6 +51,8 @@ _BEHIND: Mapping[type, Collection[Fact]] = MappingProxyType(
 def unaccounted(before: Program, after: Program, step: Pass, journal: Journal) -> Iterator[Broken]:
     """Entries that were not the pass's to write, and those that it owes without a refusal that says why."""
     yield from _rewritten(before, after, step.provides | step.clears)
+    if ROUNDED in step.requires & step.provides:
+        yield from _overstepped(before, after)
     refused = {refusal.at for refusal in journal.refused}
     if FLAGGED in step.provides:
         yield from _unflagged(after, refused)
@@ -69,6 +74,20 @@ def _rewritten(before: Program, after: Program, free: frozenset[Fact]) -> Iterat
         if was is not now and was != now and site.at in before and site.at in after:
             names = " or ".join(sorted(repr(fact.name) for fact in _BEHIND[kind]))
             yield Broken(site, kind.__name__, f"written by a pass that does not provide the fact {names}")
+
+
+def _overstepped(before: Program, after: Program) -> Iterator[Broken]:
+    """Codes that a pass refined beyond the neighbours of those that it found, or gave other steps."""
+    for site, now in after.table.of(Codes).items():
+        was, planned = before.table.get(site, Codes), after.table.get(site, Planned)
+        if was is None or was is now or planned is None or planned.spec is None:
+            continue
+        if not torch.equal(was.qparams.scale, now.qparams.scale):
+            yield Broken(site, "Codes", "their steps are not those of the codes before")
+            continue
+        old, new = (unpacked(entry, planned.spec.bits) for entry in (was, now))
+        if (most := float((new - old).abs().max())) > 1:
+            yield Broken(site, "Codes", f"one was moved by {most:g} codes, past its neighbour")
 
 
 def _unflagged(program: Program, refused: Collection[Address]) -> Iterator[Broken]:

@@ -15,10 +15,12 @@ from dmqfx.graph.modules import clone, constant, propagate
 from dmqfx.graph.program import Outputs, Program
 from dmqfx.graph.table import Codes, Planned
 
-__all__ = ["at_edges", "draw", "outputs", "sizes", "strong", "unobserved"]
+__all__ = ["ROWS", "at_edges", "draw", "outputs", "sizes", "small", "strong", "unobserved"]
 
 _LARGEST = 16  # latent height of the first probe, where the model is meant for more
-_SMALL, _ROWS = 8, 32  # latent height and batch of the probes at the edges of timestep groups
+_SMALL = 8  # latent height of the probes at the edges of timestep groups, and of labels
+ROWS = 32
+"""The largest batch of such a probe."""
 
 
 def sizes(spec: InputSpec) -> tuple[dict[str, int], ...]:
@@ -65,17 +67,17 @@ def at_edges(program: Program, generator: torch.Generator) -> list[dict[str, Ten
         return []
     opening = torch.tensor(sorted(edges), dtype=program.dtype)
     times = torch.stack([opening, opening.nextafter(torch.full_like(opening, -torch.inf))], 1).flatten()
+    return [small(program, generator, "timestep", part) for part in torch.split(times, ROWS)]
+
+
+def small(program: Program, generator: torch.Generator, name: str, values: Tensor) -> dict[str, Tensor]:
+    """Small random inputs, a row for each of the values [N] that one of them has."""
     step, height = program.inputs.multiple_of, _height(program.inputs, _SMALL)
-    found = []
-    for part in torch.split(times, _ROWS):
-        each = {
-            "B": len(part),
-            "H": height,
-            "W": height + step,
-            **({"T": 3} if "T" in program.inputs.sizes else {}),
-        }
-        found.append({**_drawn(program, generator, each), "timestep": part.to(program.device)})
-    return found
+    each = {"B": len(values), "H": height, "W": height + step}
+    if "T" in program.inputs.sizes:
+        each["T"] = 3
+    drawn = _drawn(program, generator, each)
+    return {**drawn, name: values.to(drawn[name])}
 
 
 def _drawn(program: Program, generator: torch.Generator, sizes: Mapping[str, int]) -> dict[str, Tensor]:

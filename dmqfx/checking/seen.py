@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Range
 
 __all__ = ["Seen", "seen_at"]
+
+_SLACK = 1e-4  # of the width of a range
+_ROUNDINGS = 20  # of the tensor's greatest value: sums in another order differ in their last digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,37 @@ class Seen:
             self.total + other.total,
             self.squares + other.squares,
         )
+
+    def against(self, claimed: Range, eps: float, *, exactly: bool) -> Iterator[str]:
+        """What speaks against a range: values beyond it, or (`exactly`) that it is not made from just these.
+
+        Units: eps is that of the dtype that the values were computed in.
+        """
+        if exactly and claimed.count.tolist() != self.count.tolist():
+            yield f"count is {claimed.count.tolist()}, not {[int(each) for each in self.count.tolist()]}"
+        rows = self.count > 0
+        for told, wrong in self._wrong(claimed, rows, eps, exactly):
+            if bool(wrong.any()):
+                row, channel = wrong.nonzero()[0].tolist()
+                group = int(rows.nonzero().flatten()[row])
+                yield f"channel {channel} of group {group} {told}"
+
+    def _wrong(self, claimed: Range, rows: Tensor, eps: float, exactly: bool) -> Iterator[tuple[str, Tensor]]:
+        """What may speak against a range, and in which of the groups `rows` and channels it does."""
+        low, high, was_low, was_high = (
+            end[rows].double() for end in (self.low, self.high, claimed.low, claimed.high)
+        )
+        greatest = torch.maximum(low.abs(), high.abs()).amax(1, keepdim=True)
+        slack = _SLACK * (high - low) + _ROUNDINGS * eps * greatest
+        yield "takes values beyond it", torch.maximum(was_low - low, high - was_high) > slack
+        if not exactly:
+            return
+        count = self.count[rows, None]
+        mean = self.total[rows] / count
+        deviation = (self.squares[rows] / count - mean.square()).clamp_min(0).sqrt()
+        yield "has no value that reaches its ends", torch.maximum(low - was_low, was_high - high) > slack
+        yield "has another mean", (claimed.mean[rows] - mean).abs() > slack
+        yield "has another variance", (claimed.variance[rows].sqrt() - deviation).abs() > 100 * slack
 
 
 def seen_at(

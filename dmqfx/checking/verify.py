@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,14 +14,15 @@ from dmqfx.checking.evidence import contradictions
 from dmqfx.checking.headroom import Headroom
 from dmqfx.checking.judges import Close, Equal, Finding, Judge, Planlike, SameCodes, Signal, Together
 from dmqfx.checking.ledger import unaccounted
+from dmqfx.checking.lookups import EveryRow
 from dmqfx.checking.probes import at_edges, draw, strong
 from dmqfx.checking.producers import wrong_producers
 from dmqfx.checking.tablecheck import Broken, broken_claims
 from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.graph.facts import FITTED, INTEGER, PAIRED, QDQ
+from dmqfx.graph.fingerprint import fingerprint, refuse_changes
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Application, Journal
-from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import (
     Observe,
     Pass,
@@ -31,6 +31,7 @@ from dmqfx.graph.pipeline import (
     check_declared,
 )
 from dmqfx.graph.program import Program
+from dmqfx.seeing.given import Seen, program_of
 
 __all__ = ["Verdict", "checking", "error_after", "verify"]
 
@@ -57,13 +58,13 @@ class Verdict:
         return math.inf if self.error == 0 else -20 * math.log10(self.error)
 
 
-def verify(program: Program, step: Pass, ctx: PassContext | None = None, *, float64: bool = True) -> Verdict:
+def verify(program: Seen, step: Pass, ctx: PassContext | None = None, *, float64: bool = True) -> Verdict:
     """Run a pass on a program and compare with before: the outputs, the codes, and what the table claims.
 
     Without `float64` nothing is checked on a float64 twin: for programs that leave no room for one.
 
     Raises: VerifyError naming the step, the rule and the address at fault; RewriteError for a broken graph;
-        PipelineError for a pass that does not say what it preserves.
+        PipelineError for what is no pass, or does not say what it preserves; NotAProgramError.
     Example:
         >>> from diffusers import UNet2DModel
         >>> from dmqfx.frontend.capture import capture
@@ -73,13 +74,11 @@ def verify(program: Program, step: Pass, ctx: PassContext | None = None, *, floa
         >>> verify(capture(unet), create("canonicalize")).error
         0.0
     """
-    check_declared(step, step.name())
-    before = _fingerprint(program)
+    program = program_of(program, "verify")
+    check_declared(step)
+    before = fingerprint(program)
     verdict = _verify(program, step, ctx or PassContext(), None, float64)
-    if _fingerprint(program) != before:
-        raise VerifyError(
-            "changed the program that it was given; work on a fork, through a Rewriter", step=step.name()
-        )
+    refuse_changes(program, before, step.name())
     return verdict
 
 
@@ -223,7 +222,8 @@ def _trial(
 ) -> _Trial:
     probed = strong(program, ctx.generator())
     probes = draw(probed, ctx.generator()) + at_edges(probed, ctx.generator())
-    return _Trial(probed, step, ctx, Together([kind(probed, probes) for kind in kinds]), twin)
+    judges = [kind(probed, probes) for kind in kinds]
+    return _Trial(probed, step, ctx, Together([*judges, EveryRow(probed, probes, kinds[0])]), twin)
 
 
 def _twin(program: Program, step: Pass, ctx: PassContext, *kinds: Callable[..., Judge]) -> _Trial:
@@ -281,17 +281,3 @@ def _rule_at(address: str, applied: Sequence[Application]) -> str:
     """The rule that was applied at an address; where none was, the only one that was applied at all."""
     every = {a.rule for a in applied}
     return next((a.rule for a in applied if str(a.at) == address), every.pop() if len(every) == 1 else "")
-
-
-def _fingerprint(program: Program) -> tuple[object, ...]:
-    """What changes if a graph, a weight or an entry of the table is edited in place."""
-    labels = tuple(label(node) for node in program.graph.nodes)
-    entries = (getattr(entry, f.name) for _, entry in program.table for f in fields(entry))
-    tensors = [*program.weights().values(), *(value for value in entries if isinstance(value, Tensor))]
-    return (str(program.graph), program.gm.code, labels, *map(_checksum, tensors))
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Of every bit: a sum would not see two channels that change places."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy())

@@ -17,6 +17,7 @@ import torch
 from dmqfx import processes
 from dmqfx.errors import PipelineError, RewriteError
 from dmqfx.graph.facts import CALIBRATED, Fact
+from dmqfx.graph.fingerprint import fingerprint, refuse_changes, tensors
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Journal, PassRecord
 from dmqfx.graph.program import Program
@@ -129,13 +130,28 @@ class JointPass(Pass):
         return self.run_jointly([(self, ctx)], program)
 
 
-def check_declared(step: Pass, who: str) -> None:
-    """Refuse a pass whose author has not said what it preserves; `who` is what the error calls it.
+def check_declared(step: object, place: str = "") -> None:
+    """Refuse what is no pass, and a pass whose author has not said what it preserves; `place` is where it stands.
 
     Raises: PipelineError.
     """
+    if not isinstance(step, Pass):
+        raise PipelineError(f"{place or 'the step'} is {_called(step)}")
     if not isinstance(getattr(step, "preserves", None), Preserves):
+        who = f"{place}, {step.name()}," if place else step.name()
         raise PipelineError(f"{who} does not declare what it preserves (BITWISE, EXACT or LOSSY)")
+
+
+def _called(given: object) -> str:
+    """What is no pass, and what to pass instead."""
+    if isinstance(given, str):
+        what, name = f"the name {given!r}", repr(given)
+    elif isinstance(given, type):
+        what = f"the class {given.__name__}"
+        name = repr(given.name()) if issubclass(given, Pass) else "name"
+    else:
+        what, name = "None" if given is None else f"a {type(given).__name__}", "name"
+    return f"{what}, not a pass; pass an instance: create({name}), from dmqfx.graph.registry"
 
 
 Observe = Callable[[Pass, Program, Program, PassContext], float | None]
@@ -171,8 +187,8 @@ class Pipeline:
         """
         known = set(program.facts) if program is not None else set()
         for k, step in enumerate(self.steps, 1):
+            check_declared(step, f"step {k}")
             who = f"step {k}, {step.name()},"
-            check_declared(step, who)
             for fact in sorted(step.needs - known, key=str):
                 hint = _hint(fact, self.steps, k, providers)
                 yield k - 1, f"{who} requires {fact.name!r} ({fact.meaning}); {hint}"
@@ -206,24 +222,19 @@ def run_steps(
 ) -> Program:
     """One pass, or several that share a walk, on one program: run, structural checks, facts, log.
 
-    Raises: RewriteError when a pass breaks a structural rule.
+    Where a step is observed, every bit of the program that it was given must be as before.
+
+    Raises: RewriteError when a pass breaks a structural rule; VerifyError.
     """
+    given = fingerprint(program) if observe is not None else None
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
-    first = steps[0]
-    with processes.together():
-        if isinstance(first, JointPass) and len(steps) > 1:
-            joint = [
-                (step, local)
-                for step, local in zip(steps, locals_, strict=True)
-                if isinstance(step, JointPass)
-            ]
-            after = first.run_jointly(joint, program)
-        else:
-            after = first.run(program, locals_[0])
+    after = _run_alone_or_jointly(list(zip(steps, locals_, strict=True)), program)
     names = ", ".join(step.name() for step in steps)
+    if given is not None:
+        refuse_changes(program, given, names)
     for name, version in _versions(program).items():
-        if version != versions[name]:
+        if version != versions.get(name):
             raise RewriteError(f"{names} wrote into {name}, which it shares with the program before it")
     facts = program.facts
     for step in steps:
@@ -244,6 +255,14 @@ def run_steps(
         logger.info("%s", record)
         records.append(record)
     return replace(after, log=(*program.log, *records))
+
+
+def _run_alone_or_jointly(steps: Sequence[tuple[Pass, PassContext]], program: Program) -> Program:
+    first, ctx = steps[0]
+    with processes.together():
+        if isinstance(first, JointPass) and len(steps) > 1:
+            return first.run_jointly([(s, c) for s, c in steps if isinstance(s, JointPass)], program)
+        return first.run(program, ctx)
 
 
 def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | None = None) -> Program:
@@ -272,8 +291,8 @@ def _walk_of(step: Pass) -> object:
 
 
 def _versions(program: Program) -> dict[str, int]:
-    """How often each weight has been written into, as far as torch counts it."""
-    return {name: w._version for name, w in program.weights().items() if not w.is_inference()}
+    """How often each tensor of a program has been written into, as far as torch counts it."""
+    return {name: each._version for name, each in tensors(program) if not each.is_inference()}
 
 
 def _hint(fact: Fact, steps: Sequence[Pass], k: int, providers: Sequence[type[Pass]]) -> str:

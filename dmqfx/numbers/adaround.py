@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmqfx.numbers.rounding import Reconstruction
+from dmqfx.numbers.rounding import Grid, Reconstruction
 
-__all__ = ["Annealing", "annealed"]
+__all__ = ["Annealing", "Cells", "annealed", "rectified", "unsettled"]
 
 _GAMMA, _ZETA = -0.1, 1.1  # the sigmoid is stretched over the ends of 0..1, so that it can reach them
 _LEAN = 0.1  # how far towards the weight learning begins, seen from a code that is not the nearest one
@@ -54,8 +54,8 @@ def annealed(problem: Reconstruction, start: Tensor, how: Annealing) -> Tensor:
     Shapes: start, result float64 [O, K].
     Source: AdaRound (arXiv 2004.10568); the rectified sigmoid, the regulariser and its schedule are the paper's.
     """
-    cells = _Cells.of(problem, start)
-    alpha = _inverse_sigmoid(cells.begin).float()
+    cells = Cells.of(problem.grid, problem.weight, start)
+    alpha = cells.alpha
     pull, adam = _Pull(problem, cells), torch.optim.Adam([alpha], lr=how.rate, foreach=False)
     for iteration in range(how.iterations):
         sigmoid = torch.sigmoid(alpha)
@@ -68,30 +68,52 @@ def annealed(problem: Reconstruction, start: Tensor, how: Annealing) -> Tensor:
         inside = cells.movable & (stretched > 0) & (stretched < 1)
         alpha.grad = slope * (_ZETA - _GAMMA) * sigmoid * (1 - sigmoid) * inside
         adam.step()
-    learned = torch.where(cells.movable, cells.lower + (alpha >= 0), start)
+    learned = cells.settled(alpha)
     return learned if problem.loss(learned) < problem.loss(start) else start
 
 
 @dataclass(frozen=True, eq=False)
-class _Cells:
+class Cells:
     """The two codes between which each weight is: `lower`, and one more; where in between it begins, 0..1.
+
+    One of the two is the start; the other lies on the side of the weight.
 
     Shapes: all [O, K].
     """
 
+    start: Tensor
     lower: Tensor
     begin: Tensor
     movable: Tensor
 
     @staticmethod
-    def of(problem: Reconstruction, start: Tensor) -> _Cells:
-        grid, weight = problem.grid, problem.weight.flatten(1).double()
-        exact = grid.exact(weight)
+    def of(grid: Grid, weight: Tensor, start: Tensor) -> Cells:
+        """Those of a weight [O, ...] whose codes are `start`, float64 [O, K]."""
+        exact = grid.exact(weight.flatten(1).double())
         lower = torch.where(exact >= start, start, start - 1).clamp(grid.qmin, grid.qmax - 1)
         place, corner = (exact - lower).clamp(0, 1), start - lower
         begin = corner + (1.0 if bool((place - corner).abs().max() <= 0.5) else _LEAN) * (place - corner)
         movable = (exact > grid.qmin) & (exact < grid.qmax)
-        return _Cells(lower, torch.where(movable, begin, corner), movable)
+        return Cells(start, lower, torch.where(movable, begin, corner), movable)
+
+    @property
+    def alpha(self) -> Tensor:
+        """What learning begins with, float32 [O, K]: the rectified sigmoid of it is `begin`."""
+        return -torch.log((_ZETA - _GAMMA) / (self.begin - _GAMMA) - 1).float()
+
+    def settled(self, alpha: Tensor) -> Tensor:
+        """The codes that alpha has come to, float64 [O, K]."""
+        return torch.where(self.movable, self.lower + (alpha >= 0), self.start)
+
+
+def rectified(alpha: Tensor) -> Tensor:
+    """h(alpha): a sigmoid that reaches 0 and 1."""
+    return (torch.sigmoid(alpha) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+
+
+def unsettled(h: Tensor, beta: float) -> Tensor:
+    """The regulariser: 1 for a weight half way between two codes, 0 for one on a code."""
+    return 1 - (2 * h - 1).abs().pow(beta)
 
 
 class _Pull:
@@ -100,7 +122,7 @@ class _Pull:
     In single precision: what Adam makes of a slope does not depend on its last digits.
     """
 
-    def __init__(self, problem: Reconstruction, cells: _Cells) -> None:
+    def __init__(self, problem: Reconstruction, cells: Cells) -> None:
         grid, gram, felt = problem.grid, problem.gram, problem.felt
         each = grid.scale.square() / 12 * (1.0 if felt is None else felt.diagonal())
         unit = float(each.sum() * gram.diagonal().sum()) / cells.lower.numel()
@@ -113,8 +135,3 @@ class _Pull:
         """Shapes: h, result float32 [O, K]."""
         error = self._off + h * self._scale
         return self._felt @ (error @ self._gram)
-
-
-def _inverse_sigmoid(h: Tensor) -> Tensor:
-    """alpha with sigmoid(alpha) stretched = h."""
-    return -torch.log((_ZETA - _GAMMA) / (h - _GAMMA) - 1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "packed_length", "unpack"]
+__all__ = ["pack", "packed_length", "raw", "unpack"]
 
 
 def packed_length(count: int, bits: int) -> int:
@@ -18,6 +18,18 @@ def packed_length(count: int, bits: int) -> int:
     if not 2 <= bits <= 8:
         raise ValueError(f"codes have 2 to 8 bits, not {bits}")
     return (count + 1) // 2 if bits <= 4 else count
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in the order of its elements, whatever its layout in memory.
+
+    Shapes: returns uint8 [bytes], on the CPU.
+    Example:
+        >>> raw(torch.ones(1, dtype=torch.int16).expand(2)).tolist()
+        [1, 0, 1, 0]
+    """
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)  # one of a single element may have any strides
+    return flat.copy_(tensor.detach().flatten()).view(torch.uint8)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

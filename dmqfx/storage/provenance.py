@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dmqfx.graph.program import Program
+from dmqfx.numbers.packing import raw
 from dmqfx.storage.codec import Json
 
 __all__ = ["fingerprint", "provenance", "weights_digest"]
@@ -41,5 +42,5 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(raw(tensor).numpy())
     return found.hexdigest()

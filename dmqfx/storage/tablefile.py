@@ -15,6 +15,7 @@ from dmqfx.graph.facts import Fact
 from dmqfx.graph.journal import PassRecord
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Range, Sensitivity, Table
+from dmqfx.numbers.packing import raw
 from dmqfx.storage.codec import Json, decode, encode
 
 __all__ = ["read_table", "write_table"]
@@ -91,4 +92,4 @@ def _list(document: Mapping[str, Json], key: str) -> list[Json]:
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+    return torch.equal(raw(a), raw(b))

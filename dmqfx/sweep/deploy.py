@@ -47,10 +47,13 @@ class Deployed:
         """Whether some argument is quantized."""
         return bool(self._constants or self._inputs)
 
-    def __call__(self, timestep: Tensor, value_of: Callable[[fx.Node], object]) -> object:
-        """The call's quantized value."""
+    def __call__(self, timestep: Tensor, value_of: Callable[[fx.Node], object], **instead: Tensor) -> object:
+        """The call's quantized value; `instead` has constants that are being learned.
+
+        A slope passes the rounding of an input wherever that clips nothing.
+        """
         assert isinstance(self._node.target, OpOverload)  # sites are arguments of operators
-        named = {**ops.args(self._node), **self._constants}
+        named = {**ops.args(self._node), **self._constants, **instead}
         for arg, given in ops.args(self._node).items():
             if arg in self._inputs and isinstance(given, fx.Node):
                 named[arg] = self._inputs[arg](value_of(given), timestep)
@@ -68,7 +71,11 @@ class _Input:
 
     def __call__(self, x: object, timestep: Tensor) -> Tensor:
         assert isinstance(x, Tensor)
-        return deployed_input(x, self.params, self.gamma, self.shift, timestep, self.axis)
+        given = (self.params, self.gamma, self.shift, timestep, self.axis)
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return deployed_input(x, *given)
+        inside = within_range(x, *given)
+        return inside + (deployed_input(x.detach(), *given) - inside).detach()
 
 
 def _constant(program: Program, table: Table, site: Site, gammas: Mapping[Site, Tensor]) -> Tensor | None:
@@ -103,15 +110,39 @@ def deployed_input(
     """
     if params is None:
         return x if gamma is None else x / spread(gamma[None].to(x), None, axis, x.dim())
-    group = None
-    if params.boundaries:
-        group = timestep_group(timestep, torch.tensor(params.boundaries, device=timestep.device))
+    group = _group_of(params, timestep)
     scale, zero_point = params.scale, params.zero_point
     if shift is not None:
         scale = scale * shift.factor.to(scale)
     step = scale if gamma is None else scale * gamma.to(scale)
     codes = quantize(x, step, zero_point, group, axis, params.qmin, params.qmax)
     return dequantize(codes, scale, zero_point, group, axis)
+
+
+def within_range(
+    x: Tensor, params: QParams | None, gamma: Tensor | None, shift: Shift | None, timestep: Tensor, axis: int
+) -> Tensor:
+    """x / gamma cut off at the least and the greatest code, not rounded.
+
+    Shapes: as for `deployed_input`.
+    """
+    if gamma is not None:
+        x = x / spread(gamma[None].to(x), None, axis, x.dim())
+    if params is None:
+        return x
+    group = _group_of(params, timestep)
+    scale = params.scale if shift is None else params.scale * shift.factor.to(params.scale)
+    low, high = (
+        spread((end - params.zero_point) * scale, group, axis, x.dim()) for end in (params.qmin, params.qmax)
+    )
+    return torch.minimum(torch.maximum(x, low.to(x)), high.to(x))
+
+
+def _group_of(params: QParams, timestep: Tensor) -> Tensor | None:
+    """The timestep group of each row, or None if there is one for all."""
+    if not params.boundaries:
+        return None
+    return timestep_group(timestep, torch.tensor(params.boundaries, device=timestep.device))
 
 
 def pending_scales(program: Program, table: Table) -> dict[Site, Tensor]:

@@ -1,0 +1,135 @@
+"""Residual blocks: what stands between a tensor and the addition that takes it back, found by the graph's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import SymInt, fx
+
+from dmqfx.graph import ops
+from dmqfx.graph.address import Address
+from dmqfx.graph.modules import is_fixed, label
+from dmqfx.graph.program import Program
+
+__all__ = ["Block", "blocks"]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """out = x + f(x, ...), or with 1x1 convolutions of what makes up x instead of x.
+
+    `inside` is in execution order and ends with the addition; `inputs` are the values that come in, constants
+    left out; `arms` are the two that are added.
+    """
+
+    inside: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    arms: tuple[fx.Node, fx.Node]
+
+    @property
+    def out(self) -> fx.Node:
+        """The addition."""
+        return self.inside[-1]
+
+    @property
+    def at(self) -> Address:
+        """Its address, by which the block is known."""
+        found: Address = self.out.meta["address"]
+        return found
+
+    @property
+    def read_outside(self) -> fx.Node | None:
+        """A value of the inside, other than the block's own, that something else reads."""
+        own = set(self.inside)
+        return next((node for node in self.inside[:-1] if set(node.users) - own), None)
+
+
+def blocks(program: Program) -> list[Block]:
+    """The smallest residual blocks, none of which shares an operation with another, in execution order."""
+    search = _Search(program)
+    found = [block for node in program.calls("add") if (block := search.block(node)) is not None]
+    taken, smallest = set[fx.Node](), set[Block]()
+    for block in sorted(found, key=lambda each: len(each.inside)):  # what contains another is larger
+        if taken.isdisjoint(block.inside):
+            taken.update(block.inside)
+            smallest.add(block)
+    return [block for block in found if block in smallest]
+
+
+class _Search:
+    """The graph in the way that a search for blocks reads it.
+
+    Sizes, which are numbers, are no way for what a tensor holds to get anywhere.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._order = list(program.graph.nodes)
+        self._graph = program.digraph()
+        self._sample = program.inputs.inputs[0].name
+        self._sizes = {
+            each for each, node in self._graph.nodes("node") if isinstance(node.meta.get("val"), int | SymInt)
+        }
+        tensors = nx.restricted_view(self._graph, self._sizes, [])
+        self._moving = nx.descendants(tensors, self._sample)
+
+    def block(self, out: fx.Node) -> Block | None:
+        """The block that ends with an addition of two tensors of one shape, or None."""
+        arms = (ops.args(out).get("self"), ops.args(out).get("other"))
+        one, two = arms
+        if not isinstance(one, fx.Node) or not isinstance(two, fx.Node) or not _alike(one, two):
+            return None
+        for trunk, branch in ((one, two), (two, one)):
+            for sources, shortcut in _shortcuts(trunk):
+                if (branched := self._between(sources, branch)) is None:
+                    continue
+                inside = branched | {*shortcut, out}
+                ordered = tuple(node for node in self._order if node in inside)
+                reads = dict.fromkeys(read for node in ordered for read in node.all_input_nodes)
+                inputs = tuple(read for read in reads if read not in inside and not is_fixed(read))
+                return Block(ordered, inputs, (one, two))
+        return None
+
+    def _between(self, sources: tuple[fx.Node, ...], branch: fx.Node) -> set[fx.Node] | None:
+        """What makes the branch of the sources, or None if there is a way round them."""
+        start, end = {label(source) for source in sources}, label(branch)
+        if end in start or end not in self._moving:
+            return None
+        above = nx.ancestors(nx.restricted_view(self._graph, start | self._sizes, []), end) | {end}
+        if self._sample in above:
+            return None
+        inside = above & self._moving
+        whole = nx.restricted_view(self._graph, start, [])
+        sizes = {
+            each for each in nx.ancestors(whole, end) & self._sizes if nx.ancestors(whole, each) & inside
+        }
+        return {self._graph.nodes[each]["node"] for each in inside | sizes}
+
+
+def _shortcuts(trunk: fx.Node) -> Iterator[tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]]:
+    """(what the block begins with, what leads from there to the trunk): nothing, a 1x1 convolution, a sum of them."""
+    yield (trunk,), ()
+    if _pointwise(trunk):
+        yield (_source(trunk),), (trunk,)
+    if ops.is_call(trunk, "add"):
+        parts = tuple(part for part in trunk.all_input_nodes if _pointwise(part))
+        if len(parts) == 2:
+            yield tuple(map(_source, parts)), (*parts, trunk)
+
+
+def _source(layer: fx.Node) -> fx.Node:
+    """What a layer reads, before an equivalent scale that stands in the graph."""
+    node = ops.tensor(layer, "input")
+    return (
+        ops.tensor(node, "self") if ops.is_call(node, "div") and is_fixed(ops.args(node)["other"]) else node
+    )
+
+
+def _pointwise(node: fx.Node) -> bool:
+    return ops.is_call(node, "conv2d") and set(ops.tensor(node, "weight").meta["val"].shape[2:]) == {1}
+
+
+def _alike(one: fx.Node, two: fx.Node) -> bool:
+    shapes = [getattr(node.meta.get("val"), "shape", None) for node in (one, two)]
+    return shapes[0] is not None and shapes[0] == shapes[1] and len(shapes[0]) > 2

@@ -1,0 +1,158 @@
+"""reconstruct-blocks: the codes of residual blocks, learned together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from tqdm import tqdm
+
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.errors import CalibrationError
+from dmqfx.graph.blocks import Block, blocks
+from dmqfx.graph.facts import CORRECTED, QDQ, ROUNDED, Fact
+from dmqfx.graph.modules import label
+from dmqfx.graph.pipeline import Pass, PassContext, Preserves
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import Table
+from dmqfx.numbers.adaround import Annealing
+from dmqfx.sweep.blockwalk import Arrival, walk
+from dmqfx.sweep.chunks import chunked
+from dmqfx.sweep.reconstruct import Reconstructed, layers_with_codes, reconstructed
+
+
+@dataclass(frozen=True)
+class ReconstructBlocks(Pass):
+    """Let the weights of each residual block move to the other code beside them, for the block's output's sake.
+
+    A code is the one that round-weights chose, or its neighbour on the side of the weight. What comes into a
+    block is the network as quantized so far, what should come out the float block's output: of the same inputs,
+    or with `asymmetric` 1 of the float ones. Where measure-sensitivity has run, an error counts by what the
+    UNet's output feels of it. A block whose loss on all rows is no less keeps its codes.
+
+    Units: `rows` of calibration, timesteps in equal shares; `batch` of them at a time; `iterations`, `rate`,
+    `warmup`, the `beta`s and `settling` are those of Annealing, the loss at the start counting as 1 per weight.
+    Source: BRECQ (arXiv 2102.05426).
+    """
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
+    preserves: ClassVar[Preserves] = Preserves.BITWISE
+    rows: int = 64
+    batch: int = 8
+    iterations: int = 150
+    rate: float = 0.03
+    warmup: float = Annealing.warmup
+    beta_start: float = Annealing.beta_start
+    beta_end: float = Annealing.beta_end
+    settling: float = 1.0
+    asymmetric: float = 0.0
+    biases: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "batch", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("asymmetric", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        for name in ("beta_start", "beta_end"):
+            if not getattr(self, name) > 1:
+                raise ValueError(f"{name} must be above 1, not {getattr(self, name)}")
+        if not self.settling >= 0:
+            raise ValueError(f"settling must be at least 0, not {self.settling}")
+        if not self.rate > 0:
+            raise ValueError(f"rate must be above 0, not {self.rate}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Always."""
+        return True
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """One walk over the rows, and in every block as many steps as there are iterations.
+
+        Raises: CalibrationError without calibration data, or for rows that do not fit.
+        """
+        if ctx.calibration is None:
+            raise CalibrationError(
+                "reconstruct-blocks needs calibration data; pass calibration= or let compile make one"
+            )
+        ctx.calibration.check(program.inputs)
+        generator = ctx.generator()
+        chosen = _shuffled(ctx.calibration.select(self.rows, generator), generator)
+        chunks = list(chunked(chosen, program, self.batch))
+        wanted = list(self._wanted(program, ctx))
+        with tqdm(total=len(wanted), desc=self.name(), disable=not ctx.progress) as bar:
+
+            def visit(table: Table, block: Block, arrivals: list[Arrival]) -> Table:
+                bar.set_postfix_str(str(block.at))
+                after = self._learned(program, table, block, arrivals, ctx)
+                bar.update()
+                return after
+
+            table = walk(program, chunks, wanted, visit, memory=ctx.memory, folder=ctx.run_dir)
+        return program.with_table(table)
+
+    def _wanted(self, program: Program, ctx: PassContext) -> list[Block]:
+        """The blocks to learn; the others are refused with the reason."""
+        found = blocks(program)
+        inside = {node for block in found for node in block.inside}
+        for node in program.calls("conv2d", "linear"):
+            if node not in inside:
+                ctx.journal.refuse(node.meta["address"], "block", "the layer is in no residual block")
+        wanted = []
+        for block in found:
+            if (outside := block.read_outside) is not None:
+                ctx.journal.refuse(block.at, "block", f"{label(outside)} is also read outside")
+            elif not layers_with_codes(program, program.table, block):
+                ctx.journal.refuse(block.at, "block", "no layer of the block has codes")
+            else:
+                wanted.append(block)
+        return wanted
+
+    def _learned(
+        self, program: Program, table: Table, block: Block, arrivals: list[Arrival], ctx: PassContext
+    ) -> Table:
+        if ctx.journal.exhausted:
+            return table
+        how = Annealing(
+            self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate
+        )
+        seeded = torch.Generator().manual_seed(ctx.seed)
+        found = reconstructed(
+            program,
+            table,
+            block,
+            arrivals,
+            how,
+            asymmetric=self.asymmetric,
+            biases=self.biases,
+            generator=seeded,
+        )
+        if not better(found):
+            told = (
+                f"learning ends at {found.after / found.before:.2g} of the loss"
+                if found.before
+                else "no loss"
+            )
+            ctx.journal.refuse(block.at, "block", f"{told}; the codes are kept")
+            return table
+        ctx.journal.apply(
+            block.at, "block", f"{found.after / found.before:.2g} of the loss of the codes before"
+        )
+        return table.put_all(found.entries)
+
+
+def better(found: Reconstructed) -> bool:
+    """Whether learning ended with less loss than it began with."""
+    return found.after < found.before
+
+
+def _shuffled(data: Calibration, generator: torch.Generator) -> Calibration:
+    """The rows in random order, so that every batch has all sorts of timesteps."""
+    groups = (group.take(torch.randperm(len(group), generator=generator)) for group in data.groups)
+    return replace(data, groups=tuple(groups))

@@ -1,0 +1,200 @@
+"""Residual blocks: found by shape, learned together, never worse than they were, the same for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planting import context, program_before
+from sweeping import bits, chain
+from torch import Tensor
+
+import dmqfx
+from dmqfx.errors import CalibrationError, VerifyError
+from dmqfx.graph.blocks import Block, blocks
+from dmqfx.graph.journal import Journal
+from dmqfx.graph.modules import label
+from dmqfx.graph.pipeline import run_step
+from dmqfx.graph.program import Program
+from dmqfx.graph.registry import create
+from dmqfx.graph.table import Bias, Codes, Planned, Table
+from dmqfx.numbers.adaround import Annealing, Cells
+from dmqfx.numbers.packing import unpack
+from dmqfx.sweep.blockwalk import Arrival, walk
+from dmqfx.sweep.chunks import chunked
+from dmqfx.sweep.reconstruct import reconstructed
+
+QUICK = {"rows": 12, "batch": 4, "iterations": 30, "rate": 0.1}
+
+
+@cache
+def before() -> Program:
+    return program_before("reconstruct-blocks", "shifts")
+
+
+@cache
+def after() -> Program:
+    return run_step(create("reconstruct-blocks", QUICK), before(), context("shifts"))
+
+
+def codes(program: Program) -> dict[str, Tensor]:
+    found = {}
+    for site, entry in program.table.of(Codes).items():
+        planned = program.table.get(site, Planned)
+        assert planned is not None
+        assert planned.spec is not None
+        signed = entry.qparams.qmin < 0
+        found[str(site)] = unpack(entry.packed, planned.spec.bits, signed, entry.shape).double()
+    return found
+
+
+def test_blocks_are_found_between_a_tensor_and_the_addition_that_takes_it_back() -> None:
+    found = blocks(before())
+    assert [str(block.at) for block in found] == [
+        "down/add#1",
+        "mid/add",
+        "mid/add#1",
+        "up.0/add#1",
+        "up.1/add#1",
+    ]
+    inside = {label(node) for node in found[3].inside}
+    assert {"up.0.conv1/conv2d", "up.0.conv2/conv2d", "up.0.conv_shortcut/conv2d"} <= inside
+    assert "up.0.conv_shortcut/conv2d~split-skips.1" in inside
+    assert "up.0.time_emb_proj/linear" not in inside
+    for block in found:
+        assert block.read_outside is None
+        assert not set(block.inputs) & set(block.inside)
+
+
+def test_a_chain_has_no_block() -> None:
+    assert blocks(chain()) == []
+
+
+def test_layers_in_no_block_are_refused_with_the_reason() -> None:
+    refused = {str(r.at): r.reason for r in after().log[-1].refused}
+    assert refused["downsample/conv2d"] == "the layer is in no residual block"
+    assert "up.0.conv1/conv2d" not in refused
+
+
+def test_codes_move_by_at_most_one_and_towards_the_weight() -> None:
+    old, new = codes(before()), codes(after())
+    moved = {site: new[site] - old[site] for site in old}
+    assert any(bool(each.any()) for each in moved.values())
+    assert all(float(each.abs().max()) <= 1 for each in moved.values())
+    for site, entry in before().table.of(Codes).items():
+        params = entry.qparams
+        shape = [-1, *[1] * (len(entry.shape) - 1)]
+        exact = before().constant_at(site).double() / params.scale.view(shape) + params.zero_point.view(shape)
+        step = moved[str(site)]
+        assert bool(((exact - old[str(site)]) * step >= 0).all())
+
+
+def test_layers_outside_keep_their_codes() -> None:
+    old, new = codes(before()), codes(after())
+    assert torch.equal(old["downsample/conv2d:weight"], new["downsample/conv2d:weight"])
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
+def test_what_is_taken_has_less_loss_on_all_rows(seed: int, asymmetric: float, biases: bool) -> None:
+    """The losses that the pass decides by are those of the two tables, measured anew."""
+    data, found = context("shifts").calibration, blocks(before())[:1]
+    assert data is not None
+    chunks = list(chunked(data, before(), 4))
+
+    def visit(table: Table, block: Block, arrivals: list[Arrival]) -> Table:
+        def learn(start: Table, iterations: int) -> tuple[float, float, Mapping[object, object]]:
+            result = reconstructed(
+                before(), start, block, arrivals, Annealing(iterations, rate=0.1), asymmetric=asymmetric,
+                biases=biases, generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+            return result.before, result.after, result.entries
+
+        first, last, entries = learn(table, 20)
+        again, _, _ = learn(table.put_all(entries), 1)  # type: ignore[arg-type]  # sites and entries
+        assert again == pytest.approx(last, rel=1e-4)
+        assert first > 0
+        return table
+
+    walk(before(), chunks, found, visit, memory=2**30)
+
+
+def test_learning_makes_the_loss_of_blocks_less() -> None:
+    told = [a.what for a in after().log[-1].applied]
+    assert len(told) >= 3
+    assert all(float(each.split()[0]) <= 1 for each in told)
+    assert min(float(each.split()[0]) for each in told) < 0.95
+
+
+def test_a_block_that_learns_nothing_keeps_its_codes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes that are all moved where learning began to move them are worse than the nearest ones."""
+    monkeypatch.setattr(
+        Cells,
+        "settled",
+        lambda cells, alpha: torch.where(cells.movable, 2 * cells.lower + 1 - cells.start, cells.start),
+    )
+    spoiled = run_step(create("reconstruct-blocks", {**QUICK, "biases": False}), before(), context("shifts"))
+    assert {s: e.packed.tolist() for s, e in spoiled.table.of(Codes).items()} == {
+        s: e.packed.tolist() for s, e in before().table.of(Codes).items()
+    }
+    assert any("the codes are kept" in r.reason for r in spoiled.log[-1].refused)
+    assert spoiled.log[-1].applied == ()
+
+
+def test_the_same_seed_gives_the_same_bits_and_little_memory_does_too() -> None:
+    step = create("reconstruct-blocks", QUICK)
+    tight = replace(context("shifts"), memory=20_000)
+    assert bits(run_step(step, before(), tight).table) == bits(after().table)
+    other = run_step(step, before(), replace(context("shifts"), seed=1))
+    assert bits(other.table) != bits(after().table)
+
+
+def test_biases_stay_where_they_are_not_to_be_learned() -> None:
+    step = create("reconstruct-blocks", {**QUICK, "biases": False})
+    assert run_step(step, before(), context("shifts")).table.of(Bias) == before().table.of(Bias)
+    assert after().table.of(Bias)
+
+
+def test_fuel_bounds_the_blocks() -> None:
+    few = replace(context("shifts"), journal=Journal(fuel=2))
+    create("reconstruct-blocks", QUICK).run(before(), few)
+    assert tuple(few.journal.applied) == after().log[-1].applied[:2]
+
+
+def test_honest_codes_pass_verification_and_swapped_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = create("reconstruct-blocks", QUICK)
+    assert dmqfx.verify(before(), step, ctx=context("shifts")).error == 0
+    honest = Cells.settled
+    monkeypatch.setattr(Cells, "settled", lambda cells, alpha: honest(cells, alpha).roll(1, 0))
+    monkeypatch.setattr("dmqfx.passes.reconstruct_blocks.better", lambda found: True)
+    with pytest.raises(VerifyError, match="Codes of"):
+        dmqfx.verify(before(), step, ctx=context("shifts"))
+
+
+def test_without_calibration_it_says_what_is_missing() -> None:
+    with pytest.raises(
+        CalibrationError, match="reconstruct-blocks needs calibration data; pass calibration="
+    ):
+        run_step(create("reconstruct-blocks"), before(), replace(context("shifts"), calibration=None))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("rows", 0),
+        ("batch", 0),
+        ("iterations", 0),
+        ("rate", 0),
+        ("warmup", 2),
+        ("beta_end", 1),
+        ("settling", -1),
+    ],
+)
+def test_options_out_of_bounds_are_refused(option: str, value: float) -> None:
+    with pytest.raises(Exception, match=f"{option} must be"):
+        create("reconstruct-blocks", {option: value})
