@@ -68,9 +68,7 @@ class _Search:
         self._order = list(program.graph.nodes)
         self._graph = program.digraph()
         self._sample = program.inputs.inputs[0].name
-        self._sizes = {
-            each for each, node in self._graph.nodes("node") if isinstance(node.meta.get("val"), int | SymInt)
-        }
+        self._sizes = {label(node) for node in self._order if isinstance(node.meta.get("val"), int | SymInt)}
         tensors = nx.restricted_view(self._graph, self._sizes, [])
         self._moving = nx.descendants(tensors, self._sample)
 

@@ -46,43 +46,66 @@ def walk(
     Units: memory in bytes, for values that wait for a later operation; what is beyond it is set aside in a file.
     """
     table, stretches = program.table, list(_stretches(program, order))
-    uses: dict[fx.Node, list[int]] = {}
-    for k, stretch in enumerate(stretches):
-        for read in dict.fromkeys(read for node in stretch for read in node.all_input_nodes):
-            uses.setdefault(read, []).append(k)
-    now = 0
-
-    def next_use(node: fx.Node, chunk: int) -> tuple[int, int]:
-        return next(((k, chunk) for k in uses.get(node, ()) if k >= now), (-1, 0))
-
-    by_out, values = {block.out: block for block in order}, Values(memory, next_use, folder)
+    uses = _Uses.of(stretches)
+    by_out, values = {block.out: block for block in order}, Values(memory, uses.next, folder)
     try:
         for k, chunk in enumerate(chunks):
-            for node in uses:
+            for node in uses.by:
                 if node.op == "placeholder":
                     value = chunk.inputs[str(node.target)]
                     values.put(node, k, Pair(value, value))
         last = max((k for k, stretch in enumerate(stretches) if stretch[-1] in by_out), default=-1)
-        for now, stretch in enumerate(stretches[: last + 1]):  # next_use reads it
-            reads = [read for read in uses if now in uses[read] and not is_fixed(read)]
-            outside = [read for read in reads if read not in set(stretch)]
-
-            def arriving(k: int, outside: Sequence[fx.Node] = outside) -> Arrival:
-                return Arrival({node: values.get(node, k) for node in outside}, chunks[k].timestep)
-
+        for uses.now, stretch in enumerate(stretches[: last + 1]):
+            outside = uses.outside(stretch)
             if (block := by_out.get(stretch[-1])) is not None:
-                table = visit(table, block, [arriving(k) for k in range(len(chunks))])
+                table = visit(
+                    table, block, [_arrival(values, outside, chunks, k) for k in range(len(chunks))]
+                )
             twins = quantized_twins(program, table, stretch)
             for k in range(len(chunks)):
-                for node, pair in _pairs(program, twins, stretch, arriving(k)).items():
-                    if uses.get(node, [0])[-1] > now:
+                found = _pairs(program, twins, stretch, _arrival(values, outside, chunks, k))
+                for node, pair in found.items():
+                    if uses.last(node) > uses.now:
                         values.put(node, k, pair)
                 for node in outside:
-                    if uses[node][-1] <= now:
+                    if uses.last(node) <= uses.now:
                         values.drop(node, k)
     finally:
         values.close()
     return table
+
+
+@dataclass(eq=False)
+class _Uses:
+    """The stretches that read each node, by number, and the stretch whose turn it is."""
+
+    by: dict[fx.Node, list[int]]
+    now: int = 0
+
+    @staticmethod
+    def of(stretches: Sequence[Sequence[fx.Node]]) -> _Uses:
+        by: dict[fx.Node, list[int]] = {}
+        for k, stretch in enumerate(stretches):
+            for read in dict.fromkeys(read for node in stretch for read in node.all_input_nodes):
+                by.setdefault(read, []).append(k)
+        return _Uses(by)
+
+    def next(self, node: fx.Node, chunk: int) -> tuple[int, int]:
+        """When a value is read next; -1 for never."""
+        return next(((k, chunk) for k in self.by.get(node, ()) if k >= self.now), (-1, 0))
+
+    def last(self, node: fx.Node) -> int:
+        """When a value is read for the last time."""
+        return self.by.get(node, [0])[-1]
+
+    def outside(self, stretch: Sequence[fx.Node]) -> list[fx.Node]:
+        """What the stretch whose turn it is reads of others."""
+        inside = set(stretch)
+        return [r for r, at in self.by.items() if self.now in at and not is_fixed(r) and r not in inside]
+
+
+def _arrival(values: Values, outside: Sequence[fx.Node], chunks: Sequence[Chunk], k: int) -> Arrival:
+    return Arrival({node: values.get(node, k) for node in outside}, chunks[k].timestep)
 
 
 def quantized_twins(program: Program, table: Table, nodes: Sequence[fx.Node]) -> dict[fx.Node, Deployed]:

@@ -156,6 +156,8 @@ class _Problem:
         self._program, self._block, self._arrivals = program, block, arrivals
         self._twins = quantized_twins(program, table, block.inside)
         self._felt, self._axis = _felt(program, table, block)
+        self._wanted: list[Tensor]
+        self._energy: float
         if like is not None:
             self._wanted, self._energy = like._wanted, like._energy
             return
