@@ -101,7 +101,7 @@ def _axis(root: fx.Node, x: fx.Node) -> int | Refuse:
     if others:
         return Refuse(f"its codes are read by {', '.join(others[:3])}, not by native layers alone", root)
     dims, named = x.meta["val"].dim(), ops.args(root)
-    axes = {CHANNELS[ops.name(reader)] % dims for reader in root.users}
+    axes: set[int] = {CHANNELS[ops.name(reader)] % dims for reader in root.users}
     per_channel = any(ops.tensor(root, grid).meta["val"].shape[1] > 1 for grid in ("scale", "zero_point"))
     if per_channel:
         axes.add(int(str(named["axis"])) % dims)

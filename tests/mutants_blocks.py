@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planting import Function, Mutant, patched, planted, with_entry, without_entry
-from torch import Tensor
+from planting import Mutant, planted, with_entry, without_entry
 
 from dmqfx.graph.table import Bias, Codes
-from dmqfx.numbers.adaround import Cells
 
 AT = "down.conv1/conv2d"
-
-
-def of_the_next_channel(honest: Function) -> Function:
-    def settled(cells: Cells, alpha: Tensor) -> Tensor:
-        return honest(cells, alpha).roll(1, 0)  # type: ignore[attr-defined,no-any-return]  # it is a tensor
-
-    return settled
 
 
 def four_codes_away(entry: Codes) -> Codes:
@@ -34,7 +25,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *planted(
         "reconstruct-blocks",
         {
-            "each channel gets the codes of the next": (patched("settled", of_the_next_channel, Cells), AT),
             "a code goes to another one than its neighbour": (
                 with_entry(f"{AT}:weight", Codes, four_codes_away),
                 AT,

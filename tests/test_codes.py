@@ -15,7 +15,6 @@ from dmqfx.runtime.kernels.native import library
 
 native = library()
 SETS = native.instruction_sets if native is not None else ()
-pytestmark = pytest.mark.skipif(native is None, reason="the library of kernels was not built")
 
 Parameters = tuple[Tensor, Tensor, Tensor]
 

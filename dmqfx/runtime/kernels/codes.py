@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dmqfx.numbers import quant
-from dmqfx.runtime.kernels.native import Coding, library
+from dmqfx.runtime.kernels.native import Coding, Library, library
 
 __all__ = ["ACTIVATIONS", "NORMS", "laid_out", "quantize"]
 
@@ -44,46 +46,40 @@ def quantize(
     rows = {each.shape[0] for each in (scale, zero_point)}
     if group is None and rows != {1}:
         raise ValueError(f"parameters of {max(rows)} timestep groups need a group index")
-    native = library()
-    real = (x, scale, norm_weight, norm_bias)
-    native_dtype = all(
-        each is None or (each.dtype, each.device.type) == (torch.float32, "cpu") for each in real
-    )
-    if native is None or not native_dtype:
+    native, real = library(), (x, scale, norm_weight, norm_bias)
+    if native is None or not all(each is None or _readable(each) for each in real):
         real_codes = _plain(x, norm, norm_groups, norm_weight, norm_bias, eps, activation)
         codes = quant.quantize(real_codes, scale, zero_point, group, axis, qmin, qmax)
         return codes.contiguous(memory_format=_format(x, planes))
-    out = laid_out(x, axis, qmin)
-    if not out.numel():
-        return out
-    if group is not None and (int(group.min()) < 0 or int(group.max()) >= min(rows)):
+    if group is not None and len(group) and not 0 <= int(group.min()) <= int(group.max()) < min(rows):
         raise ValueError(f"a timestep group beyond the {min(rows)} that there are")
     turned = planes and norm == "none" and x.is_contiguous(memory_format=torch.channels_last)
-    kept = [
-        x if turned else x.contiguous(),
-        scale.contiguous(),
-        zero_point.to(torch.int32).contiguous(),
-        torch.empty(2 * len(x) * norm_groups if norm == "group" else 0),
-        *(each.contiguous() for each in (norm_weight, norm_bias, group) if each is not None),
-    ]
     coding = Coding(
-        batch=1 if group is None and not planes else len(x),
-        channels=channels,
-        planes=planes and not turned,
-        norm=NORMS.index(norm),
-        norm_groups=norm_groups,
-        silu=activation == "silu",
-        scale_channels=scale.shape[1],
-        zero_point_channels=zero_point.shape[1],
-        least=qmin,
-        greatest=qmax,
-        eps=eps,
-        codes=out.data_ptr(),
-    )
-    coding.positions = x.numel() // (coding.batch * channels)
-    coding.x, coding.scales, coding.zero_points, coding.moments = (each.data_ptr() for each in kept[:4])
-    given = [("gammas", norm_weight), ("betas", norm_bias), ("group", group)]
-    for (name, _), each in zip([g for g in given if g[1] is not None], kept[4:], strict=True):
+        batch=1 if group is None and not planes else len(x), channels=channels, planes=planes and not turned,
+        norm=NORMS.index(norm), norm_groups=norm_groups, silu=activation == "silu", least=qmin, greatest=qmax, eps=eps,
+        scale_channels=scale.shape[1], zero_point_channels=zero_point.shape[1],
+    )  # fmt: skip
+    read = {"x": x if turned else x.contiguous(), "scales": scale, "zero_points": zero_point.to(torch.int32)}
+    given = {"gammas": norm_weight, "betas": norm_bias, "group": group}
+    read |= {name: each for name, each in given.items() if each is not None}
+    return _coded(native, coding, read, laid_out(x, axis, qmin), instruction_set)
+
+
+def _readable(tensor: Tensor) -> bool:
+    return (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
+
+
+def _coded(
+    native: Library, coding: Coding, read: Mapping[str, Tensor], out: Tensor, instruction_set: str | None
+) -> Tensor:
+    """`out`, with the codes in it."""
+    if not out.numel():
+        return out
+    coding.positions = out.numel() // (coding.batch * coding.channels)
+    grouped = coding.norm == NORMS.index("group")
+    room = torch.empty(2 * len(out) * coding.norm_groups if grouped else 0)
+    kept = {name: each if name == "x" else each.contiguous() for name, each in read.items()}
+    for name, each in {**kept, "moments": room, "codes": out}.items():
         setattr(coding, name, each.data_ptr())
     native.code(coding, instruction_set)
     return out
