@@ -136,7 +136,7 @@ def check_pipeline(policy: Policy) -> None:
     lacking = [fact for fact in (PLANNED, QDQ) if fact not in provided]
     if policy.bits_asked_at and lacking:
         fact = lacking[0]
-        helpful = " or ".join(cls.name() for cls in providers if fact in cls.provides)
+        helpful = " or ".join(cls.name() for cls in providers if fact in cls.provides - cls.requires)
         words = (
             f"the policy asks for bits ({policy.bits_asked_at}), but no step of the pipeline provides {fact.name!r} "
             f"({fact.meaning}); put {helpful} into it, or say float"

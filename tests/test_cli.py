@@ -688,6 +688,17 @@ def test_progress_bars_are_shown_on_a_terminal(folder: Path) -> None:
     assert b"record: 100%" in os.read(mine, 100_000)
 
 
+def interrupt(going: subprocess.Popen[str]) -> None:
+    """Ctrl-C, again where it was lost: what Python raises while it deletes an object goes nowhere."""
+    going.send_signal(signal.SIGINT)
+    while True:
+        try:
+            going.wait(3)
+            return
+        except subprocess.TimeoutExpired:
+            going.send_signal(signal.SIGINT)
+
+
 def test_an_interrupted_compilation_leaves_nothing_and_says_so(folder: Path) -> None:
     long = (
         "--verify",
@@ -697,7 +708,7 @@ def test_an_interrupted_compilation_leaves_nothing_and_says_so(folder: Path) -> 
     assert going.stderr is not None
     while "captured" not in (line := going.stderr.readline()) and line:
         time.sleep(0)
-    going.send_signal(signal.SIGINT)
+    interrupt(going)
     assert going.wait() == terminal.INTERRUPTED
     assert going.stderr.read().endswith("dmqfx: interrupted\n")
     assert not [path for path in folder.iterdir() if "cut" in path.name]

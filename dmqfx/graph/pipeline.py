@@ -299,7 +299,7 @@ def _hint(fact: Fact, steps: Sequence[Pass], k: int, providers: Sequence[type[Pa
     later = next((s.name() for s in steps[k:] if fact in s.provides), None)
     if later:
         return f"move {later} before it"
-    helpful = [cls.name() for cls in providers if fact in cls.provides]
+    helpful = [cls.name() for cls in providers if fact in cls.provides - cls.requires]
     if not helpful:
         return "no known pass provides it"
     ended = next((s.name() for s in reversed(steps[: k - 1]) if fact in s.clears), None)

@@ -101,7 +101,7 @@ def _got(program: Program, site: Site) -> tuple[int | None, str]:
         return _integer(named["bits"]), f"packed codes, read by {ops.name(program.node(site.at))}"
     codes = named.get("x_codes") if site.arg == "input" else None
     for node in _upwards(codes if codes is not None else named.get(site.arg)):
-        if ops.is_call(node, "quantize"):
+        if ops.is_call(node, "quantize", "kernel_quantize"):
             low, high = (_integer(ops.args(node)[key]) for key in ("qmin", "qmax"))
             return wording.bit_count(low, high), f"quantized by {label(node)}"
         if ops.is_call(node, "unpack"):
