@@ -659,7 +659,13 @@ def test_the_page_lists_the_exit_codes() -> None:
 
 def process(*arguments: str, **more: Any) -> subprocess.Popen[str]:
     command = [sys.executable, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, preexec_fn=interruptible, **more)
+
+
+def interruptible() -> None:
+    """Tests that run in the background of a shell inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -688,17 +694,6 @@ def test_progress_bars_are_shown_on_a_terminal(folder: Path) -> None:
     assert b"record: 100%" in os.read(mine, 100_000)
 
 
-def interrupt(going: subprocess.Popen[str]) -> None:
-    """Ctrl-C, again where it was lost: what Python raises while it deletes an object goes nowhere."""
-    going.send_signal(signal.SIGINT)
-    while True:
-        try:
-            going.wait(3)
-            return
-        except subprocess.TimeoutExpired:
-            going.send_signal(signal.SIGINT)
-
-
 def test_an_interrupted_compilation_leaves_nothing_and_says_so(folder: Path) -> None:
     long = (
         "--verify",
@@ -708,7 +703,7 @@ def test_an_interrupted_compilation_leaves_nothing_and_says_so(folder: Path) -> 
     assert going.stderr is not None
     while "captured" not in (line := going.stderr.readline()) and line:
         time.sleep(0)
-    interrupt(going)
+    going.send_signal(signal.SIGINT)
     assert going.wait() == terminal.INTERRUPTED
     assert going.stderr.read().endswith("dmqfx: interrupted\n")
     assert not [path for path in folder.iterdir() if "cut" in path.name]
