@@ -17,7 +17,18 @@ from torch import Tensor
 
 from dmqfx.errors import CalibrationError, ProcessError
 
-__all__ = ["agreed", "count", "gathered", "is_first", "same", "share", "summed", "together", "torchrun"]
+__all__ = [
+    "agreed",
+    "count",
+    "from_first",
+    "gathered",
+    "is_first",
+    "same",
+    "share",
+    "summed",
+    "together",
+    "torchrun",
+]
 
 _WELL, _FAILED = 0, 1
 _PATIENCE = timedelta(hours=12)
@@ -86,6 +97,18 @@ def agreed(number: float) -> float:
     Raises: ProcessError if another process failed.
     """
     return float(gathered(torch.tensor([number], dtype=torch.float64))[0])
+
+
+def from_first(raw: bytes) -> bytes:
+    """The first process's bytes; what the others give is not looked at.
+
+    Raises: ProcessError if another process failed.
+    """
+    if count() == 1:
+        return raw
+    empty = torch.empty(0, dtype=torch.uint8)
+    own = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if is_first() and raw else empty
+    return gathered(own).numpy().tobytes()
 
 
 def same(what: str, digest: str) -> None:

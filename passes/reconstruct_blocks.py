@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from tqdm import tqdm
 
-from dmqfx.calibration.calibration import Calibration
-from dmqfx.errors import CalibrationError
+from dmqfx.graph.address import Site
 from dmqfx.graph.blocks import Block, blocks
 from dmqfx.graph.facts import CORRECTED, QDQ, ROUNDED, Fact
 from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Table
+from dmqfx.graph.table import Entry, Table
 from dmqfx.numbers.adaround import Annealing
-from dmqfx.sweep.blockwalk import Arrival, walk
-from dmqfx.sweep.chunks import chunked
+from dmqfx.sweep.blocksweep import learn_blocks
+from dmqfx.sweep.blockwalk import Arrival
 from dmqfx.sweep.reconstruct import Reconstructed, layers_with_codes, reconstructed
 
 
@@ -72,30 +71,18 @@ class ReconstructBlocks(Pass):
         """Always."""
         return True
 
+    @property
+    def budgeted(self) -> frozenset[str]:
+        """The fields that a time budget multiplies."""
+        return frozenset({"rows", "iterations"})
+
     def run(self, program: Program, ctx: PassContext) -> Program:
         """One walk over the rows, and in every block as many steps as there are iterations.
 
-        Raises: CalibrationError without calibration data, or for rows that do not fit.
+        Raises: CalibrationError without calibration data, for rows that do not fit, or values that are not
+            finite; StoreError for a run directory or a disk.
         """
-        if ctx.calibration is None:
-            raise CalibrationError(
-                "reconstruct-blocks needs calibration data; pass calibration= or let compile make one"
-            )
-        ctx.calibration.check(program.inputs)
-        generator = ctx.generator()
-        chosen = _shuffled(ctx.calibration.select(self.rows, generator), generator)
-        chunks = list(chunked(chosen, program, self.batch))
-        wanted = list(self._wanted(program, ctx))
-        with tqdm(total=len(wanted), desc=self.name(), disable=not ctx.progress) as bar:
-
-            def visit(table: Table, block: Block, arrivals: list[Arrival]) -> Table:
-                bar.set_postfix_str(str(block.at))
-                after = self._learned(program, table, block, arrivals, ctx)
-                bar.update()
-                return after
-
-            table = walk(program, chunks, wanted, visit, memory=ctx.memory, folder=ctx.run_dir)
-        return program.with_table(table)
+        return learn_blocks(program, self._wanted(program, ctx), self, ctx)
 
     def _wanted(self, program: Program, ctx: PassContext) -> list[Block]:
         """The blocks to learn; the others are refused with the reason."""
@@ -114,11 +101,17 @@ class ReconstructBlocks(Pass):
                 wanted.append(block)
         return wanted
 
-    def _learned(
-        self, program: Program, table: Table, block: Block, arrivals: list[Arrival], ctx: PassContext
-    ) -> Table:
+    def learn(
+        self,
+        program: Program,
+        table: Table,
+        block: Block,
+        arrivals: Sequence[Arrival],
+        ctx: PassContext,
+    ) -> dict[Site, Entry]:
+        """The codes and biases of one block, where they are better than what it has."""
         if ctx.journal.exhausted:
-            return table
+            return {}
         how = Annealing(
             self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate
         )
@@ -140,19 +133,13 @@ class ReconstructBlocks(Pass):
                 else "no loss"
             )
             ctx.journal.refuse(block.at, "block", f"{told}; the codes are kept")
-            return table
+            return {}
         ctx.journal.apply(
             block.at, "block", f"{found.after / found.before:.2g} of the loss of the codes before"
         )
-        return table.put_all(found.entries)
+        return found.entries
 
 
 def better(found: Reconstructed) -> bool:
     """Whether learning ended with less loss than it began with."""
     return found.after < found.before
-
-
-def _shuffled(data: Calibration, generator: torch.Generator) -> Calibration:
-    """The rows in random order, so that every batch has all sorts of timesteps."""
-    groups = (group.take(torch.randperm(len(group), generator=generator)) for group in data.groups)
-    return replace(data, groups=tuple(groups))

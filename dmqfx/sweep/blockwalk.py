@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor, fx
@@ -15,11 +16,12 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Table
 from dmqfx.sweep.chunks import Chunk
 from dmqfx.sweep.deploy import Deployed, pending_scales
+from dmqfx.sweep.finite import finite, refuse_not_finite
 from dmqfx.sweep.values import Pair, Values
 
-__all__ = ["Arrival", "Learned", "forward", "quantized_twins", "walk"]
+__all__ = ["Arrival", "BlockWalk", "Learned", "forward", "quantized_twins", "walk"]
 
-Learned = Mapping[fx.Node, Mapping[str, Tensor]]
+Learned: TypeAlias = Mapping[fx.Node, Mapping[str, Tensor]]
 """Constants of layers that are being learned, by argument."""
 
 
@@ -31,12 +33,15 @@ class Arrival:
     timestep: Tensor
 
 
-@torch.no_grad()
+Visit: TypeAlias = Callable[[Table, Block, Sequence[Arrival]], Table]
+"""Gets the table so far, a block, and what comes into it by chunk; gives the table that counts from then on."""
+
+
 def walk(
     program: Program,
     chunks: Sequence[Chunk],
     order: Sequence[Block],
-    visit: Callable[[Table, Block, list[Arrival]], Table],
+    visit: Visit,
     *,
     memory: int,
     folder: Path | None = None,
@@ -44,35 +49,95 @@ def walk(
     """Compute up to each block in turn; what `visit` puts in the table counts from then on.
 
     Units: memory in bytes, for values that wait for a later operation; what is beyond it is set aside in a file.
+    Raises: CalibrationError naming the first operation whose value is not finite, and the row.
     """
-    table, stretches = program.table, list(_stretches(program, order))
-    uses = _Uses.of(stretches)
-    by_out, values = {block.out: block for block in order}, Values(memory, uses.next, folder)
-    try:
-        for k, chunk in enumerate(chunks):
-            for node in uses.by:
-                if node.op == "placeholder":
-                    value = chunk.inputs[str(node.target)]
-                    values.put(node, k, Pair(value, value))
-        last = max((k for k, stretch in enumerate(stretches) if stretch[-1] in by_out), default=-1)
-        for uses.now, stretch in enumerate(stretches[: last + 1]):
-            outside = uses.outside(stretch)
-            if (block := by_out.get(stretch[-1])) is not None:
-                table = visit(
-                    table, block, [_arrival(values, outside, chunks, k) for k in range(len(chunks))]
-                )
-            twins = quantized_twins(program, table, stretch)
-            for k in range(len(chunks)):
-                found = _pairs(program, twins, stretch, _arrival(values, outside, chunks, k))
+    return BlockWalk(program, chunks, order, memory=memory, folder=folder).run(visit)
+
+
+class BlockWalk:
+    """A walk, and how much memory it took.
+
+    Units: memory in bytes, as for `walk`; `working` are the most bytes that the values of one stretch took on a
+    chunk, both of each.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        chunks: Sequence[Chunk],
+        order: Sequence[Block],
+        *,
+        memory: int,
+        folder: Path | None = None,
+    ) -> None:
+        self._program, self._chunks = program, chunks
+        self._by_out = {block.out: block for block in order}
+        self._stretches = list(_stretches(program, order))
+        self._uses = _Uses.of(self._stretches)
+        self.values = Values(memory, self._uses.next, folder)
+        self.working = 0
+
+    @torch.no_grad()
+    def run(self, visit: Visit) -> Table:
+        """Walk up to the last block and its own values."""
+        table = self._program.table
+        try:
+            for k, chunk in enumerate(self._chunks):
+                for node in self._uses.by:
+                    if node.op == "placeholder":
+                        value = chunk.inputs[str(node.target)]
+                        self.values.put(node, k, Pair(value, value))
+            ends = [k for k, stretch in enumerate(self._stretches) if stretch[-1] in self._by_out]
+            for number in range(max(ends, default=-1) + 1):
+                self._uses.now, stretch = number, self._stretches[number]
+                arrivals = _Arrivals(self.values, self._uses.outside(stretch), self._chunks)
+                if (block := self._by_out.get(stretch[-1])) is not None:
+                    table = visit(table, block, arrivals)
+                self._compute(stretch, quantized_twins(self._program, table, stretch), arrivals)
+        finally:
+            self.values.close()
+        return table
+
+    def _compute(
+        self, stretch: Sequence[fx.Node], twins: Mapping[fx.Node, Deployed], arrivals: _Arrivals
+    ) -> None:
+        """The values of a stretch on every chunk; those that are read later are kept."""
+        for k, chunk in enumerate(self._chunks):
+            found = _pairs(self._program, twins, stretch, arrivals[k])
+            self.working = max(self.working, sum(map(_nbytes, found.values())))
+            kept = {node: pair for node, pair in found.items() if self._uses.last(node) > self._uses.now}
+            if not all(finite(tuple(pair.parts())) for pair in (*kept.values(), found[stretch[-1]])):
                 for node, pair in found.items():
-                    if uses.last(node) > uses.now:
-                        values.put(node, k, pair)
-                for node in outside:
-                    if uses.last(node) <= uses.now:
-                        values.drop(node, k)
-    finally:
-        values.close()
-    return table
+                    refuse_not_finite(node, pair, chunk.timestep, chunk.numbers)
+            for node, pair in kept.items():
+                self.values.put(node, k, pair)
+            for node in arrivals.nodes:
+                if self._uses.last(node) <= self._uses.now:
+                    self.values.drop(node, k)
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrivals(Sequence[Arrival]):
+    """What comes into a stretch, by chunk; what was set aside is read anew whenever it is asked for."""
+
+    values: Values
+    nodes: Sequence[fx.Node]
+    chunks: Sequence[Chunk]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    @overload
+    def __getitem__(self, at: int) -> Arrival: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Arrival]: ...
+
+    def __getitem__(self, at: int | slice) -> Arrival | list[Arrival]:
+        if isinstance(at, slice):
+            return [self[k] for k in range(len(self))[at]]
+        k = range(len(self))[at]
+        return Arrival({node: self.values.get(node, k) for node in self.nodes}, self.chunks[k].timestep)
 
 
 @dataclass(eq=False)
@@ -102,10 +167,6 @@ class _Uses:
         """What the stretch whose turn it is reads of others."""
         inside = set(stretch)
         return [r for r, at in self.by.items() if self.now in at and not is_fixed(r) and r not in inside]
-
-
-def _arrival(values: Values, outside: Sequence[fx.Node], chunks: Sequence[Chunk], k: int) -> Arrival:
-    return Arrival({node: values.get(node, k) for node in outside}, chunks[k].timestep)
 
 
 def quantized_twins(program: Program, table: Table, nodes: Sequence[fx.Node]) -> dict[fx.Node, Deployed]:
@@ -164,3 +225,7 @@ def _stretches(program: Program, order: Sequence[Block]) -> Iterator[tuple[fx.No
             between.append(node)
     if between:
         yield tuple(between)
+
+
+def _nbytes(pair: Pair) -> int:
+    return sum(part.nbytes for part in pair.parts() if isinstance(part, Tensor))

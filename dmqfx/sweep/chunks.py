@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,12 +21,20 @@ _Batch = TypeVar("_Batch")
 class Chunk:
     """A batch of calibration rows of equal shapes; the first of them has the number `first`.
 
+    `recorded` are the numbers that the rows have in the calibration, where they have others than those that follow.
+
     Shapes: inputs by placeholder name; timestep [B].
     """
 
     inputs: Mapping[str, Tensor]
     timestep: Tensor
     first: int
+    recorded: Sequence[int] = ()
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The rows' numbers in the calibration."""
+        return self.recorded or range(self.first, self.first + len(self.timestep))
 
 
 def chunked(data: Calibration, program: Program, size: int) -> Iterator[Chunk]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
@@ -30,8 +32,8 @@ def refuse_broken_weights(program: Program) -> None:
         )
 
 
-def refuse_not_finite(node: fx.Node, pair: Pair, timestep: Tensor, first: int) -> None:
-    """Raise if an operation's value is not finite; the first of the chunk's rows has the number `first`.
+def refuse_not_finite(node: fx.Node, pair: Pair, timestep: Tensor, numbers: Sequence[int]) -> None:
+    """Raise if an operation's value is not finite; the rows of the chunk have these numbers.
 
     Shapes: timestep [B].
     Raises: CalibrationError naming the operation, the network (float or quantized) and the row.
@@ -42,7 +44,7 @@ def refuse_not_finite(node: fx.Node, pair: Pair, timestep: Tensor, first: int) -
                 continue
             row = _row(tensor, len(timestep))
             raise CalibrationError(
-                f"{label(node)}: the {what} network's value is not finite for calibration row {first + row}"
+                f"{label(node)}: the {what} network's value is not finite for calibration row {numbers[row]}"
                 f" (timestep {float(timestep[row]):g})\n  mend: {_MEND[what]}"
             )
 

@@ -28,7 +28,7 @@ from dmqfx.sweep.trial import Trial
 from dmqfx.sweep.turn import Turn
 from dmqfx.sweep.values import megabytes
 
-__all__ = ["Plan", "Steps", "Visitor", "planned"]
+__all__ = ["Named", "Passes", "Plan", "Steps", "Visitor", "calibration_for", "planned", "told_options"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,22 +36,27 @@ WORKING = 2**29
 """Bytes that computing one chunk may take: not of the memory budget, on which no result depends."""
 
 
-class Visitor(Costly, Protocol):
-    """A pass, as far as a sweep knows it."""
+class Named(Protocol):
+    """What this module, and a run directory, ask of every pass that looks at calibration data."""
 
     @property
     def needs_calibration(self) -> bool:
         """Whether it looks at activations."""
-
-    def visit(self, turn: Turn, ctx: PassContext) -> Iterable[tuple[Site, Entry]]:
-        """Entries for the readers of a turn's tensor."""
 
     @classmethod
     def name(cls) -> str:
         """As in policies."""
 
 
+class Visitor(Costly, Named, Protocol):
+    """A pass, as far as a sweep knows it."""
+
+    def visit(self, turn: Turn, ctx: PassContext) -> Iterable[tuple[Site, Entry]]:
+        """Entries for the readers of a turn's tensor."""
+
+
 Steps: TypeAlias = Sequence[tuple[Visitor, PassContext]]
+Passes: TypeAlias = Sequence[tuple[Named, PassContext]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,22 @@ class Plan:
     room: int
     factor: float
     seconds: Sequence[float]
+
+
+def calibration_for(program: Program, steps: Passes) -> Calibration | None:
+    """The calibration data, or None where no pass looks at any.
+
+    Raises: CalibrationError for data that are missing or do not fit.
+    """
+    data, needy = steps[0][1].calibration, [step.name() for step, _ in steps if step.needs_calibration]
+    if not needy:
+        return None
+    if data is None:
+        raise CalibrationError(
+            f"{needy[0]} needs calibration data; pass calibration= or let compile make one"
+        )
+    data.check(program.inputs)
+    return data
 
 
 def planned(
@@ -91,11 +112,11 @@ def planned(
         factor = fitting(lambda f: _estimate(costs, data, steps, f).seconds, ctx.budget)
     factor = processes.agreed(1.0 if factor is None else factor)
     estimate = _estimate(costs, data, steps, factor)
-    told = _options(steps, factor)
+    told = told_options(steps, factor)
     _log.info("%s, %s%s", title, estimate, told, extra={"memory": estimate.memory})
     if ctx.budget is not None and estimate.seconds > ctx.budget:
         _log.warning("that is more than the budget of %s, and the least there is", duration(ctx.budget))
-    some, fewer = _scaled(steps, factor), _fewer(data, factor, ctx)
+    some, fewer = [(scaled(step, factor), own) for step, own in steps], _fewer(data, factor, ctx)
     seconds = costs.turns([step for step, _ in some], own_rows(fewer))
     room, chunks = ctx.memory - costs.working(), shared(chunked(fewer, program, size), fewer, size)
     return Plan(some, chunks, len(fewer), room, factor, seconds)
@@ -131,12 +152,8 @@ def _warn_of_gaps(schedule: Schedule, timesteps: Tensor) -> None:
 
 
 def _estimate(costs: Costs, data: Calibration, steps: Steps, factor: float) -> Estimate:
-    some, fewer = _scaled(steps, factor), _fewer(data, factor, steps[0][1])
-    return costs.estimate([step for step, _ in some], own_rows(fewer), steps[0][1].memory)
-
-
-def _scaled(steps: Steps, factor: float) -> Steps:
-    return [(scaled(step, factor), own) for step, own in steps]
+    some, fewer = [scaled(step, factor) for step, _ in steps], _fewer(data, factor, steps[0][1])
+    return costs.estimate(some, own_rows(fewer), steps[0][1].memory)
 
 
 def _fewer(data: Calibration, factor: float, ctx: PassContext) -> Calibration:
@@ -147,10 +164,11 @@ def _fewer(data: Calibration, factor: float, ctx: PassContext) -> Calibration:
     return data.select(max(least, round(len(data) * factor)), ctx.generator())
 
 
-def _options(steps: Steps, factor: float) -> str:
+def told_options(steps: Passes, factor: float) -> str:
     """What a factor changed, in words; it goes into the passes' records too."""
     if factor == 1:
         return ""
-    for (step, own), (changed, _) in zip(steps, _scaled(steps, factor), strict=True):
+    for step, own in steps:
+        changed = scaled(step, factor)
         own.journal.note = f"{changed} instead of {step} for the time budget" if changed != step else ""
     return f", options times {factor:g} for the time budget"

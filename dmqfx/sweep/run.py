@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from dmqfx import processes
@@ -26,7 +26,7 @@ from dmqfx.storage.codec import Json, decode, dump, encode, parse
 from dmqfx.storage.lock import locked
 from dmqfx.storage.manifest import read_manifest, write_manifest
 
-__all__ = ["NoRun", "OtherRun", "Run", "Written", "running"]
+__all__ = ["NoRun", "OtherRun", "Run", "Written", "packed", "running", "unpacked"]
 
 _RECORD, _TENSORS, _PLAN = "record.json", "tensors.safetensors", "plan"
 _DAMAGED = "%s\n  it is computed again, and so is what came after it"
@@ -97,17 +97,7 @@ class Run(NoRun):
 
     def write(self, number: int, site: Site, written: Written) -> None:
         """Keep what a turn wrote; it is there whole, or not at all."""
-        tensors: dict[str, Tensor] = {}
-
-        def tag(value: object) -> Json:
-            if not isinstance(value, Tensor):
-                return None
-            name = str(len(tensors))
-            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            return {"tensor": name}
-
-        record = {"site": site, **vars(written)}
-        self._write(_name(number), {key: encode(value, tag) for key, value in record.items()}, tensors)
+        self._write(_name(number), *_parts({"site": site, **vars(written)}))
 
     def _write(self, name: str, record: Mapping[str, Json], tensors: dict[str, Tensor]) -> None:
         try:
@@ -126,8 +116,7 @@ class Run(NoRun):
         try:
             read_manifest(folder, frozenset({_RECORD, _TENSORS}))
             tensors = load_file(folder / _TENSORS, device=str(self._device))
-            document = parse((folder / _RECORD).read_bytes(), str(folder / _RECORD))
-            return {key: decode(value, lambda _, name: tensors[str(name)]) for key, value in document.items()}
+            return _whole((folder / _RECORD).read_bytes(), str(folder / _RECORD), tensors)
         except (StoreError, SafetensorError, OSError, KeyError) as error:
             _log.warning(_DAMAGED, error)
             return None
@@ -179,6 +168,40 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
         for torn in folder.glob(".*"):
             shutil.rmtree(torn)
         yield Run(folder, whole, device)
+
+
+def packed(written: Written) -> bytes:
+    """What a turn left, as another process may be sent it."""
+    record, tensors = _parts(vars(written))
+    text = torch.frombuffer(bytearray(dump(record).encode()), dtype=torch.uint8)
+    return save({**tensors, _RECORD: text})
+
+
+def unpacked(raw: bytes, device: torch.device) -> Written:
+    """Inverse of `packed`, on a device."""
+    tensors = load(raw)
+    text = tensors.pop(_RECORD).numpy().tobytes()
+    return _written(_whole(text, _RECORD, {name: each.to(device) for name, each in tensors.items()}))
+
+
+def _parts(record: Mapping[str, object]) -> tuple[dict[str, Json], dict[str, Tensor]]:
+    """A record as JSON, and the tensors that it names."""
+    tensors: dict[str, Tensor] = {}
+
+    def tag(value: object) -> Json:
+        if not isinstance(value, Tensor):
+            return None
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+
+    return {key: encode(value, tag) for key, value in record.items()}, tensors
+
+
+def _whole(text: bytes, where: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        key: decode(value, lambda _, name: tensors[str(name)]) for key, value in parse(text, where).items()
+    }
 
 
 def _written(record: Mapping[str, Any]) -> Written:

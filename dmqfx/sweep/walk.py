@@ -94,7 +94,7 @@ class Walk:
                     continue
                 if not finite(tuple(pair.parts())):
                     for at, culprit in step.run(kept, timestep):
-                        refuse_not_finite(at, culprit, timestep, first)
+                        refuse_not_finite(at, culprit, timestep, range(first, first + len(timestep)))
                 if needed:
                     self.values.put(node, k, pair)
                 elif outputs is not None:
