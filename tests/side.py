@@ -73,6 +73,10 @@ def work(kind: str, folder: Path) -> Table:
         except KeyboardInterrupt:
             Stop.at = ""
         return swept(chain(), kept, SWEEP, Stop()).table
+    if kind == "blocks":
+        kept = replace(ctx, run_dir=folder / "run")
+        learn = ("reconstruct-blocks", {"rows": 8, "batch": 4, "iterations": 12, "rate": 0.1})
+        return swept(chain(4, residual=True), kept, (*SWEEP, learn)).table
     if kind in ("raise", "die"):
         return swept(chain(), ctx, SWEEP, Break("conv4/conv2d:input", kind)).table
     if kind == "few":

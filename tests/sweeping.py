@@ -64,8 +64,11 @@ def planned(name: str = "toy") -> Program:
 
 
 @cache
-def chain(layers: int = 8, width: int = 8) -> Program:
-    """Convolutions with a linear layer for the timestep in the middle, made in milliseconds and planned."""
+def chain(layers: int = 8, width: int = 8, *, residual: bool = False) -> Program:
+    """Convolutions with a linear layer for the timestep in the middle, made in milliseconds and planned.
+
+    If they are residual, each but the first is a block: what it makes is added to what it reads.
+    """
     generator = torch.Generator().manual_seed(0)
     graph, constants = fx.Graph(), dict[str, Tensor]()
 
@@ -79,7 +82,7 @@ def chain(layers: int = 8, width: int = 8) -> Program:
 
     x, timestep = graph.placeholder("sample"), graph.placeholder("timestep")
     for k in range(layers):
-        first = 4 if k == 0 else width
+        first, trunk = (4 if k == 0 else width), x
         x = layer(f"conv{k}", aten.conv2d.default, (width, first, 3, 3), x, [1, 1], [1, 1])
         if k == layers // 2:
             time = graph.call_function(
@@ -90,6 +93,9 @@ def chain(layers: int = 8, width: int = 8) -> Program:
                 aten.add.Tensor, (x, graph.call_function(aten.view.default, (time, [-1, width, 1, 1])))
             )
         x = graph.call_function(aten.silu.default, (x,))
+        if residual and k > 0:
+            x = graph.call_function(aten.add.Tensor, (trunk, x))
+            x.meta["address"] = Address(f"block{k}", "add")
     graph.output((x,))
     return pipeline([("canonicalize", {}), ("plan-sites", {})]).run(
         program_of(graph, constants), PassContext(POLICY)

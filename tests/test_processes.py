@@ -19,7 +19,7 @@ from dmqfx.cli import main
 from dmqfx.errors import ProcessError
 
 FAILING = ("raise", "few", "other")
-SHARED = (*FAILING, "minmax", "mse", "percentile", "ema", "observed", "felt", "resumed")
+SHARED = (*FAILING, "minmax", "mse", "percentile", "ema", "observed", "felt", "blocks", "resumed")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,19 @@ def test_sums_differ_in_their_last_digits_and_nothing_else_does(
     assert all(name.startswith(f"{entry} ") for name in others)
     assert all(off < 1e-5 for off in others.values())
     assert not [name for name in others if name.endswith((" low", " high", " count"))]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_blocks_are_learned_by_one_process_and_both_end_with_its_bits(both: Path, tmp_path: Path) -> None:
+    """But for the means and variances of the sweep before."""
+    assert all(name.startswith("Range ") for name in differing("blocks", both, tmp_path))
+    rounded = named(swept(chain(4, residual=True), context(recorded(chain(), 9, 4), chunk=2), SWEEP).table)
+    learned = found("blocks", both, 0)
+    for kind in ("Codes", "Bias"):
+        assert any(
+            not torch.equal(value, learned[name]) for name, value in rounded.items() if name.startswith(kind)
+        )
+    assert len(list((both / "run").glob("*reconstruct-blocks*/turn-*"))) == 3  # the first one kept them
 
 
 def test_one_process_that_works_on_half_of_the_rows_has_another_result(both: Path) -> None:

@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -114,89 +108,6 @@ def test_a_finished_run_is_read_and_nothing_is_computed(
     assert bits(second.table) == bits(first.table)
     assert [record.applied for record in second.log] == [record.applied for record in first.log]
     assert visits(tmp_path) == []
-
-
-WORK = """
-import os, pickle, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from sweeping import *
-torch.set_num_threads(1)
-program, data = chain(), recorded(chain(), 9)
-for line in sys.stdin:
-    folder = Path(line.strip())
-    if not (child := os.fork()):
-        ctx = context(data, run_dir=folder / "run")
-        after = swept(program, ctx, SWEEP, Tell(file=str(folder / "visits"), pause=0.1))
-        (folder / "bits").write_bytes(pickle.dumps(bits(after.table)))
-        os._exit(0)
-    print(child, flush=True)
-    os.waitpid(child, 0)
-    print("over", flush=True)
-"""
-
-
-class Workers:
-    """Starts processes that sweep in a folder, quickly: all are forks of one that has imported everything."""
-
-    def __enter__(self) -> Workers:
-        arguments = [sys.executable, "-c", WORK, str(Path(__file__).parent)]
-        self._parent = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._parent.communicate()
-
-    def start(self, folder: Path) -> int:
-        folder.mkdir(exist_ok=True)
-        assert self._parent.stdin is not None
-        self._parent.stdin.write(f"{folder}\n")
-        self._parent.stdin.flush()
-        return int(self._said())
-
-    def wait(self) -> None:
-        assert self._said() == "over\n"
-
-    def _said(self) -> str:
-        assert self._parent.stdout is not None
-        return self._parent.stdout.readline()
-
-
-def killed(process: int) -> bool:
-    """Whether there was something to kill."""
-    try:
-        os.kill(process, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def count(folder: Path) -> int:
-    file = folder / "visits"
-    return len(file.read_text().splitlines()) if file.exists() else 0
-
-
-def test_a_run_that_is_killed_again_and_again_ends_with_the_bits_of_a_whole_one(tmp_path: Path) -> None:
-    """SIGKILL after one to three more turns, at a random moment of a turn: while it works, or while it stores."""
-    whole, torn, chance = tmp_path / "whole", tmp_path / "torn", random.Random(0)
-    kills = 0
-    with Workers() as workers:
-        workers.start(whole)
-        workers.wait()
-        while not (torn / "bits").exists():
-            wanted = count(torn) + chance.randint(1, 3)
-            process = workers.start(torn)
-            while count(torn) < wanted and not (torn / "bits").exists():
-                time.sleep(0.002)
-            time.sleep(chance.random() * 0.15)
-            kills += killed(process)
-            workers.wait()
-    assert kills >= 3
-    assert (torn / "bits").read_bytes() == (whole / "bits").read_bytes()
-    seen = Counter((torn / "visits").read_text().splitlines())
-    assert set(seen) == set(SITES)
-    assert seen.total() <= len(SITES) + kills  # at most the turn that was going on is done again
-    assert [path.name for path in turn_folders(torn)] == [f"turn-{k:05d}" for k in range(len(SITES))]
 
 
 def flip(file: Path) -> None:

@@ -75,10 +75,8 @@ def learn_blocks(program: Program, order: Sequence[Block], step: Learner, ctx: P
     assert data is not None  # a learner needs some
     if not order:
         return program
-    if processes.is_first():
-        table = _learned(program, order, step, ctx, data)
-    else:
-        table = _heard(program, order, step, ctx)
+    first = processes.is_first()
+    table = _learned(program, order, step, ctx, data) if first else _heard(program, order, step, ctx)
     processes.same("table", of_table(table))
     return program.with_table(table)
 
