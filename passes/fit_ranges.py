@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import FITTED, PLANNED, SHIFTED, Fact
+from dmqfx.graph.facts import FITTED, PLANNED, SHIFTED, STEPPED, Fact
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Range, Shift
@@ -39,7 +39,7 @@ class FitRanges(SweepPass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({FITTED})
-    clears: ClassVar[frozenset[Fact]] = frozenset({SHIFTED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({SHIFTED, STEPPED})
     rows: int = 8192
     percent: float = 99.99
     momentum: float = 0.95

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, Fact
+from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, STEPPED, Fact
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, Codes, Entry, Sensitivity
@@ -43,7 +43,7 @@ class RoundWeights(SweepPass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
-    clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED, STEPPED})
     method: Literal["nearest", "gptq", "adaround"] = "nearest"
     rows: int = 8192
     damping: float = 0.1

@@ -11,6 +11,7 @@ from mutants_blocks import MUTANTS as OF_BLOCKS
 from mutants_kernels import MUTANTS as OF_KERNELS
 from mutants_sensitivity import MUTANTS as OF_SENSITIVITY
 from mutants_skips import MUTANTS as OF_SKIPS
+from mutants_steps import MUTANTS as OF_STEPS
 from planting import (
     Function,
     Mutant,
@@ -856,6 +857,7 @@ MUTANTS: tuple[Mutant, ...] = (
         },
     ),
     *OF_SKIPS,
+    *OF_STEPS,
     *OF_SENSITIVITY,
     *OF_BIAS,
     *OF_BLOCKS,

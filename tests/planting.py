@@ -32,8 +32,8 @@ ORDER = (
     "apply-scaling absorb-scaling round-weights insert-qdq"
 ).split()
 """The pipeline of the programs that bugs are planted in; the lowering passes may follow."""
-AFTER = {"lower-cpu": "lower-reference", "fuse": "lower-cpu"}
-"""Lowering passes that follow another one."""
+AFTER = {"lower-cpu": "lower-reference", "fuse": "lower-cpu", "learn-steps": "round-weights"}
+"""Passes that follow another one and stand in no pipeline here."""
 SWEPT = (
     "canonicalize flag-skips split-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
     "apply-scaling absorb-scaling measure-sensitivity fit-ranges vote-shifts round-weights reconstruct-blocks "

@@ -77,6 +77,9 @@ def work(kind: str, folder: Path) -> Table:
         kept = replace(ctx, run_dir=folder / "run")
         learn = ("reconstruct-blocks", {"rows": 8, "batch": 4, "iterations": 12, "rate": 0.1})
         return swept(chain(4, residual=True), kept, (*SWEEP, learn)).table
+    if kind == "steps":
+        learn = ("learn-steps", {"rows": 12, "batch": 4, "iterations": 8, "groups": 4})
+        return swept(chain(4, residual=True), replace(ctx, run_dir=folder / "run"), (*SWEEP, learn)).table
     if kind in ("raise", "die"):
         return swept(chain(), ctx, SWEEP, Break("conv4/conv2d:input", kind)).table
     if kind == "few":

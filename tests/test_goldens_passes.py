@@ -18,7 +18,7 @@ from dmqfx.graph.registry import passes
 from dmqfx.seeing.show import diff
 
 GOLDENS = Path(__file__).parent / "goldens"
-POLICY = dict.fromkeys(SWEPT, "shifts") | dict.fromkeys(ORDER, "attention")
+POLICY = dict.fromkeys([*SWEPT, "learn-steps"], "shifts") | dict.fromkeys(ORDER, "attention")
 PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
 LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu", "fuse")
 PART |= dict.fromkeys(LOWERINGS, "mid.**")
@@ -37,7 +37,7 @@ def text(step: Pass) -> str:
     return re.sub(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+", "#", "\n".join(lines)) + "\n"
 
 
-@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *ORDER]), *LOWERINGS])
+@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *ORDER]), "learn-steps", *LOWERINGS])
 def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
     golden = GOLDENS / f"{name}.txt"
     found = text(passes()[name]())

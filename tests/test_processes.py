@@ -19,7 +19,7 @@ from dmqfx.cli import main
 from dmqfx.errors import ProcessError
 
 FAILING = ("raise", "few", "other")
-SHARED = (*FAILING, "minmax", "mse", "percentile", "ema", "observed", "felt", "blocks", "resumed")
+SHARED = (*FAILING, "minmax", "mse", "percentile", "ema", "observed", "felt", "blocks", "steps", "resumed")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,21 @@ def test_blocks_are_learned_by_one_process_and_both_end_with_its_bits(both: Path
             not torch.equal(value, learned[name]) for name, value in rounded.items() if name.startswith(kind)
         )
     assert len(list((both / "run").glob("*reconstruct-blocks*/turn-*"))) == 3  # the first one kept them
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_steps_are_learned_by_both_from_their_shares_of_every_batch(both: Path, tmp_path: Path) -> None:
+    """Slopes are sums in another order: the last digits differ, as far as Adam lets them."""
+    rounded = named(swept(chain(4, residual=True), context(recorded(chain(), 9, 4), chunk=2), SWEEP).table)
+    learned, moved = found("steps", both, 0), list[str]()
+    for name, value in rounded.items():
+        if name in learned and name.split()[0] in ("QParams", "Codes") and name.endswith("scale"):
+            assert 0 < float((learned[name] / value).log().abs().max()) < 0.1
+            moved.append(name)
+    assert len(moved) == 10
+    off = differing("steps", both, tmp_path)
+    assert all(share < 1e-4 for share in off.values())
+    assert len(list((both / "run").glob("*learn-steps*/state-*"))) == 1  # the first one kept it
 
 
 def test_one_process_that_works_on_half_of_the_rows_has_another_result(both: Path) -> None:

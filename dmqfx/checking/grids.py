@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from dmqfx.checking.faked import fake
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import QDQ
+from dmqfx.graph.facts import QDQ, STEPPED
 from dmqfx.graph.modules import label
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned, Range, Shift
@@ -78,7 +78,7 @@ def activation_claims(program: Program, site: Site, entry: QParams) -> Iterator[
     yield from reasons
     if not reasons and QDQ in program.facts:
         yield from _in_graph(program, site, entry)
-    if seen is None or reasons:
+    if seen is None or reasons or STEPPED in program.facts:  # the ledger bounds steps that were learned
         return
     low, high = seen.low.double(), seen.high.double()
     if (gamma := pending_scales(program, program.table).get(site)) is not None:

@@ -21,6 +21,7 @@ from dmqfx.graph.facts import (
     QDQ,
     ROUNDED,
     SHIFTED,
+    STEPPED,
     Fact,
 )
 from dmqfx.graph.journal import Journal
@@ -33,6 +34,8 @@ from dmqfx.numbers.quant import QParams
 
 __all__ = ["unaccounted"]
 
+_ROUNDED = 1e-5  # of a binary logarithm: what single precision leaves of a step
+
 _BEHIND: Mapping[type, Collection[Fact]] = MappingProxyType(
     {
         Planned: {PLANNED},
@@ -40,9 +43,9 @@ _BEHIND: Mapping[type, Collection[Fact]] = MappingProxyType(
         LayerPair: {PAIRED},
         ChannelScale: {LEARNED},
         Shift: {SHIFTED, FITTED, QDQ},
-        Codes: {ROUNDED},
-        Bias: {ROUNDED, CORRECTED},
-        QParams: {FITTED, QDQ},
+        Codes: {ROUNDED, STEPPED},
+        Bias: {ROUNDED, CORRECTED, STEPPED},
+        QParams: {FITTED, QDQ, STEPPED},
     }
 )
 """The facts that entries of a kind are there for. A Range follows its tensor, which Headroom watches over."""
@@ -53,6 +56,8 @@ def unaccounted(before: Program, after: Program, step: Pass, journal: Journal) -
     yield from _rewritten(before, after, step.provides | step.clears)
     if ROUNDED in step.requires & step.provides:
         yield from _overstepped(before, after)
+    if STEPPED in step.provides:
+        yield from _strayed(before, after)
     refused = {refusal.at for refusal in journal.refused}
     if FLAGGED in step.provides:
         yield from _unflagged(after, refused)
@@ -88,6 +93,25 @@ def _overstepped(before: Program, after: Program) -> Iterator[Broken]:
         old, new = (unpacked(entry, planned.spec.bits) for entry in (was, now))
         if (most := float((new - old).abs().max())) > 1:
             yield Broken(site, "Codes", f"one was moved by {most:g} codes, past its neighbour")
+
+
+def _strayed(before: Program, after: Program) -> Iterator[Broken]:
+    """Codes and zero points that changed beside their steps, and steps that went too far."""
+    for kind in (Codes, QParams):
+        for site, now in after.table.of(kind).items():
+            if (was := before.table.get(site, kind)) is None or was is now:
+                continue
+            old, new = (each.qparams if isinstance(each, Codes) else each for each in (was, now))
+            if isinstance(was, Codes) and isinstance(now, Codes) and not torch.equal(was.packed, now.packed):
+                yield Broken(site, "Codes", "codes were changed where only steps may be")
+            if not torch.equal(old.zero_point, new.zero_point):
+                yield Broken(site, kind.__name__, "zero points were changed where only steps may be")
+            elif old.scale.shape == new.scale.shape:
+                ratio = (new.scale / old.scale).log2().abs().max()
+                if not float(ratio) <= 1 + _ROUNDED:
+                    yield Broken(
+                        site, kind.__name__, f"a step went {2 ** float(ratio):.3g} times as far, more than 2"
+                    )
 
 
 def _unflagged(program: Program, refused: Collection[Address]) -> Iterator[Broken]:

@@ -24,6 +24,7 @@ __all__ = [
     "ROUNDED",
     "SCALED",
     "SHIFTED",
+    "STEPPED",
     "Fact",
 ]
 
@@ -99,5 +100,6 @@ SCALED = Fact("scaled", "x / gamma stands before scaled layers and gamma in thei
 SHIFTED = Fact("shifted", "channels that want finer steps have their shifts in the table")
 ROUNDED = Fact("rounded", "planned weights have their integer codes in the table", _no_codes)
 CORRECTED = Fact("corrected", "biases make up for what quantization takes from the mean of outputs")
+STEPPED = Fact("stepped", "steps and biases were learned for the UNet's output")
 QDQ = Fact("qdq", "planned sites are quantized and dequantized in the graph", _no_dequantize)
 INTEGER = Fact("integer", "the graph was lowered for a target")

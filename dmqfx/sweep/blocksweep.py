@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-import torch
-
 from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.graph.address import Site
@@ -21,7 +19,7 @@ from dmqfx.graph.table import Entry, Table
 from dmqfx.sweep.blocktrial import BlockTrial
 from dmqfx.sweep.blockwalk import Arrival, BlockWalk
 from dmqfx.sweep.budget import fitting, scaled
-from dmqfx.sweep.chunks import Chunk, chunked
+from dmqfx.sweep.chunks import Chunk, mixed
 from dmqfx.sweep.estimate import duration, tell
 from dmqfx.sweep.finite import refuse_broken_weights
 from dmqfx.sweep.key import of_table
@@ -187,7 +185,8 @@ def _planned(
             "  mend: a smaller batch: or fewer rows: of the pass",
             megabytes(ctx.memory),
         )
-    chunks = _chunks(program, scaled(step, factor), ctx, data)
+    changed = scaled(step, factor)
+    chunks = mixed(data, program, changed.rows, changed.batch, ctx.generator())
     seconds = trial.seconds(rows, iterations, finished)
     return _Plan(scaled(step, factor), chunks, trial.room(rows, ctx.memory), factor, seconds)
 
@@ -196,7 +195,10 @@ def _tried(
     program: Program, order: Sequence[Block], step: Learner, ctx: PassContext, data: Calibration
 ) -> BlockTrial:
     """What the largest batch of rows costs."""
-    chunk = max(_chunks(program, step, ctx, data), key=lambda chunk: chunk.inputs["sample"].numel())
+    chunk = max(
+        mixed(data, program, step.rows, step.batch, ctx.generator()),
+        key=lambda chunk: chunk.inputs["sample"].numel(),
+    )
 
     def practice(
         program: Program, table: Table, block: Block, arrivals: Sequence[Arrival], iterations: int
@@ -205,19 +207,3 @@ def _tried(
         few.learn(program, table, block, arrivals, replace(ctx, journal=Journal()))
 
     return BlockTrial.of(program, chunk, order, practice)
-
-
-def _chunks(program: Program, step: Learner, ctx: PassContext, data: Calibration) -> list[Chunk]:
-    """The rows to learn from, in random order, so that every batch has all sorts of timesteps."""
-    generator, start, numbered = ctx.generator(), 0, []
-    for group in data.groups:
-        numbered.append(replace(group, step=torch.arange(start, start + len(group))))
-        start += len(group)
-    chosen = replace(data, groups=tuple(numbered)).select(step.rows, generator)
-    groups = (group.take(torch.randperm(len(group), generator=generator)) for group in chosen.groups)
-    shuffled = replace(chosen, groups=tuple(groups))
-    numbers = shuffled.steps().tolist()
-    return [
-        replace(chunk, recorded=numbers[chunk.first : chunk.first + len(chunk.timestep)])
-        for chunk in chunked(shuffled, program, step.batch)
-    ]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +21,7 @@ from dmqfx.numbers.speeds import finish
 from dmqfx.sweep.blockwalk import Arrival, BlockWalk, forward
 from dmqfx.sweep.chunks import Chunk
 from dmqfx.sweep.estimate import Estimate
+from dmqfx.sweep.wayback import remembered
 
 __all__ = ["BlockTrial", "Practice"]
 
@@ -148,7 +147,7 @@ class _Trial:
         return table
 
     def _measured(self, table: Table, block: Block, arrival: Arrival, target: int) -> _Cost:
-        with _remembered() as memory:
+        with remembered() as memory:
             self._seconds(table, block, [arrival], 1)  # builds kernels, too
         once = self._seconds(table, block, [arrival], 1)
         more = self._seconds(table, block, [arrival], 1 + _STEPS)
@@ -173,24 +172,3 @@ def _kind(table: Table, node: fx.Node, value: object) -> object:
     rounded = tuple(site.arg for site in sites if table.get(site, QParams) is not None)
     codes = next((codes.shape for site in sites if (codes := table.get(site, Codes)) is not None), ())
     return str(node.target), shapes, rounded, codes
-
-
-@dataclass
-class _Memory:
-    nbytes: int = 0
-
-
-@contextmanager
-def _remembered() -> Iterator[_Memory]:
-    """Counts what operations keep for their way back, each piece of memory once."""
-    found, seen = _Memory(), set[int]()
-
-    def keep(x: Tensor) -> Tensor:
-        memory = x.untyped_storage()
-        if memory.data_ptr() not in seen:
-            seen.add(memory.data_ptr())
-            found.nbytes += memory.nbytes()
-        return x.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        yield found

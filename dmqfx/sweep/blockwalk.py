@@ -19,7 +19,7 @@ from dmqfx.sweep.deploy import Deployed, pending_scales
 from dmqfx.sweep.finite import finite, refuse_not_finite
 from dmqfx.sweep.values import Pair, Values
 
-__all__ = ["Arrival", "BlockWalk", "Learned", "forward", "quantized_twins", "walk"]
+__all__ = ["Arrival", "BlockWalk", "Learned", "forward", "quantized_twins", "stretches", "walk"]
 
 Learned: TypeAlias = Mapping[fx.Node, Mapping[str, Tensor]]
 """Constants of layers that are being learned, by argument."""
@@ -72,7 +72,7 @@ class BlockWalk:
     ) -> None:
         self._program, self._chunks = program, chunks
         self._by_out = {block.out: block for block in order}
-        self._stretches = list(_stretches(program, order))
+        self._stretches = list(stretches(program, order))
         self._uses = _Uses.of(self._stretches)
         self.values = Values(memory, self._uses.next, folder)
         self.working = 0
@@ -210,7 +210,7 @@ def _pairs(
     return {node: Pair(real[node], quantized[node]) for node in nodes}
 
 
-def _stretches(program: Program, order: Sequence[Block]) -> Iterator[tuple[fx.Node, ...]]:
+def stretches(program: Program, order: Sequence[Block]) -> Iterator[tuple[fx.Node, ...]]:
     """The operations in an order in which each block's follow each other: a block, or what lies between two."""
     block_of = {node: block for block in order for node in block.inside}
     between: list[fx.Node] = []

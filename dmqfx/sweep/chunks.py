@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.graph.program import Program
 
-__all__ = ["Chunk", "chunked", "own_rows", "shared"]
+__all__ = ["Chunk", "chunked", "mixed", "own_rows", "shared"]
 
 _Batch = TypeVar("_Batch")
 
@@ -36,6 +37,12 @@ class Chunk:
         """The rows' numbers in the calibration."""
         return self.recorded or range(self.first, self.first + len(self.timestep))
 
+    def part(self, rows: slice) -> Chunk:
+        """Some of the rows; an input that is one number for all goes with them."""
+        inputs = {name: value[rows] if value.dim() else value for name, value in self.inputs.items()}
+        numbers = self.numbers[rows]
+        return Chunk(inputs, self.timestep[rows], numbers[0] if numbers else self.first, numbers)
+
 
 def chunked(data: Calibration, program: Program, size: int) -> Iterator[Chunk]:
     """The rows in their order, at most `size` at a time, on the program's device."""
@@ -45,6 +52,24 @@ def chunked(data: Calibration, program: Program, size: int) -> Iterator[Chunk]:
         rows = len(batch["sample"])
         yield Chunk(inputs, timesteps[first : first + rows].to(device), first)
         first += rows
+
+
+def mixed(
+    data: Calibration, program: Program, rows: int, size: int, generator: torch.Generator
+) -> list[Chunk]:
+    """At most so many rows to learn from, in random order, so that every batch has all sorts of timesteps."""
+    start, numbered = 0, []
+    for group in data.groups:
+        numbered.append(replace(group, step=torch.arange(start, start + len(group))))
+        start += len(group)
+    chosen = replace(data, groups=tuple(numbered)).select(rows, generator)
+    groups = (group.take(torch.randperm(len(group), generator=generator)) for group in chosen.groups)
+    shuffled = replace(chosen, groups=tuple(groups))
+    numbers = shuffled.steps().tolist()
+    return [
+        replace(chunk, recorded=numbers[chunk.first : chunk.first + len(chunk.timestep)])
+        for chunk in chunked(shuffled, program, size)
+    ]
 
 
 def shared(batches: Iterable[_Batch], data: Calibration, size: int) -> Iterator[_Batch]:

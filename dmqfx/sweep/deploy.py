@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +21,14 @@ from dmqfx.numbers.quant import QParams, dequantize, quantize, spread
 from dmqfx.numbers.scaling import column_factor
 from dmqfx.runtime.operators import timestep_group
 
-__all__ = ["Deployed", "deployed_input", "deployed_weight", "pending_scales", "scaled_weight"]
+__all__ = [
+    "Deployed",
+    "deployed_bias",
+    "deployed_input",
+    "deployed_weight",
+    "pending_scales",
+    "scaled_weight",
+]
 
 
 class Deployed:
@@ -43,20 +50,26 @@ class Deployed:
                 self._inputs[arg] = _Input(params, gammas.get(site), table.get(site, Shift), axis)
 
     @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """What stands for the float weight and bias, by argument, where that is quantized or corrected."""
+        return self._constants
+
+    @property
     def differs(self) -> bool:
         """Whether some argument is quantized."""
         return bool(self._constants or self._inputs)
 
     def __call__(self, timestep: Tensor, value_of: Callable[[fx.Node], object], **instead: Tensor) -> object:
-        """The call's quantized value; `instead` has constants that are being learned.
+        """The call's quantized value; `instead` has what is being learned: constants, and steps of inputs.
 
-        A slope passes the rounding of an input wherever that clips nothing.
+        A slope passes the rounding of an input wherever that clips nothing; a step's is that of LSQ
+        (arXiv 1902.08153), without its factor.
         """
         assert isinstance(self._node.target, OpOverload)  # sites are arguments of operators
         named = {**ops.args(self._node), **self._constants, **instead}
         for arg, given in ops.args(self._node).items():
             if arg in self._inputs and isinstance(given, fx.Node):
-                named[arg] = self._inputs[arg](value_of(given), timestep)
+                named[arg] = self._inputs[arg](value_of(given), timestep, instead.get(arg))
         return call_with(self._node.target, (), named, value_of)
 
 
@@ -69,13 +82,22 @@ class _Input:
     shift: Shift | None
     axis: int
 
-    def __call__(self, x: object, timestep: Tensor) -> Tensor:
+    def __call__(self, x: object, timestep: Tensor, step: Tensor | None = None) -> Tensor:
+        """Shapes: x [B, ...]; timestep [B]; step [G, 1] or [G, C], instead of the parameters' scale."""
         assert isinstance(x, Tensor)
-        given = (self.params, self.gamma, self.shift, timestep, self.axis)
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        params = self.params if step is None or self.params is None else replace(self.params, scale=step)
+        given = (params, self.gamma, self.shift, timestep, self.axis)
+        learned = step is not None and step.requires_grad
+        if not torch.is_grad_enabled() or not (x.requires_grad or learned):
             return deployed_input(x, *given)
         inside = within_range(x, *given)
-        return inside + (deployed_input(x.detach(), *given) - inside).detach()
+        with torch.no_grad():
+            off = deployed_input(x, *given) - inside
+        if params is None or not learned:
+            return inside + off
+        scale = params.scale if self.shift is None else params.scale * self.shift.factor.to(params.scale)
+        own = spread(scale, _group_of(params, timestep), self.axis, x.dim())
+        return inside + off / own.detach() * own
 
 
 def _constant(program: Program, table: Table, site: Site, gammas: Mapping[Site, Tensor]) -> Tensor | None:
@@ -89,6 +111,19 @@ def _constant(program: Program, table: Table, site: Site, gammas: Mapping[Site, 
         weight = program.constant_at(site)
         return weight * column_factor(weight.shape, gamma.to(weight))
     return None
+
+
+def deployed_bias(program: Program, table: Table, node: fx.Node, like: Tensor) -> Tensor:
+    """A layer's bias by now, zeros without one.
+
+    Shapes: like, result [O].
+    """
+    site = Site(node.meta["address"], "bias")
+    if (found := table.get(site, Bias)) is not None:
+        return found.value.to(like)
+    if ops.args(node).get("bias") is None:
+        return torch.zeros_like(like)
+    return program.constant_at(site).detach()
 
 
 def deployed_weight(codes: Codes, bits: int) -> Tensor:

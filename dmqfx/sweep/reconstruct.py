@@ -18,7 +18,7 @@ from dmqfx.numbers.adaround import Annealing, Cells, rectified, unsettled
 from dmqfx.numbers.packing import pack, unpack
 from dmqfx.numbers.rounding import Grid
 from dmqfx.sweep.blockwalk import Arrival, forward, quantized_twins
-from dmqfx.sweep.deploy import scaled_weight
+from dmqfx.sweep.deploy import deployed_bias, scaled_weight
 
 __all__ = ["Reconstructed", "layers_with_codes", "reconstructed"]
 
@@ -98,7 +98,7 @@ class _Layer:
         self._lower = grid.real(self.cells.lower).to(self._weight)
         self._alpha = self.cells.alpha.to(self._weight).requires_grad_()
         self._moved = torch.zeros_like(self._step).requires_grad_(biases)
-        self._bias = _bias(program, table, node, self._step)
+        self._bias = deployed_bias(program, table, node, self._step)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -129,16 +129,6 @@ class _Layer:
         if self._moved.requires_grad:
             entries[Site(self.at, "bias")] = Bias((self._bias + self._moved * self._step).detach())
         return entries
-
-
-def _bias(program: Program, table: Table, node: fx.Node, like: Tensor) -> Tensor:
-    """A layer's bias by now, zeros without one."""
-    site = Site(node.meta["address"], "bias")
-    if (found := table.get(site, Bias)) is not None:
-        return found.value.to(like)
-    return (
-        torch.zeros_like(like) if ops.args(node).get("bias") is None else program.constant_at(site).detach()
-    )
 
 
 class _Problem:

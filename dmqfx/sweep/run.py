@@ -28,7 +28,7 @@ from dmqfx.storage.manifest import read_manifest, write_manifest
 
 __all__ = ["NoRun", "OtherRun", "Run", "Written", "packed", "running", "unpacked"]
 
-_RECORD, _TENSORS, _PLAN = "record.json", "tensors.safetensors", "plan"
+_RECORD, _TENSORS, _PLAN, _STATE = "record.json", "tensors.safetensors", "plan", "state"
 _DAMAGED = "%s\n  it is computed again, and so is what came after it"
 _log = logging.getLogger(__name__)
 
@@ -57,6 +57,13 @@ class NoRun:
 
     def write(self, number: int, site: Site, written: Written) -> None:
         """Keep what a turn wrote."""
+
+    def state(self) -> tuple[int, dict[str, Tensor]] | None:
+        """How far what has no turns had come, and its tensors."""
+        return None
+
+    def keep(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep them, instead of those before."""
 
 
 class Run(NoRun):
@@ -98,6 +105,21 @@ class Run(NoRun):
     def write(self, number: int, site: Site, written: Written) -> None:
         """Keep what a turn wrote; it is there whole, or not at all."""
         self._write(_name(number), *_parts({"site": site, **vars(written)}))
+
+    def state(self) -> tuple[int, dict[str, Tensor]] | None:
+        """How far what has no turns had come, and its tensors; None if it had not begun."""
+        for folder in sorted(self._folder.glob(f"{_STATE}-*"), reverse=True):
+            if (record := self._read(folder.name)) is not None:
+                return int(record["number"]), record["tensors"]
+        return None
+
+    def keep(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep them, instead of those before; they are there whole, or those before are."""
+        name = f"{_STATE}-{number:07d}"
+        self._write(name, *_parts({"number": number, "tensors": dict(tensors)}))
+        for folder in self._folder.glob(f"{_STATE}-*"):
+            if folder.name != name:
+                shutil.rmtree(folder)
 
     def _write(self, name: str, record: Mapping[str, Json], tensors: dict[str, Tensor]) -> None:
         try:
@@ -142,6 +164,9 @@ class OtherRun(Run):
 
     def write(self, number: int, site: Site, written: Written) -> None:
         """The first process writes."""
+
+    def keep(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """The first process keeps them."""
 
 
 @contextmanager

@@ -1,0 +1,312 @@
+"""Steps and biases learned for the UNet's output: all at once, by slopes through the whole quantized network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
+
+from dmqfx import processes
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.blocks import blocks
+from dmqfx.graph.modules import is_fixed
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import Bias, Codes, Entry, Table
+from dmqfx.numbers.quant import QParams
+from dmqfx.runtime.operators import timestep_group
+from dmqfx.sweep.blockwalk import Learned, forward, quantized_twins, stretches
+from dmqfx.sweep.chunks import Chunk
+from dmqfx.sweep.deploy import deployed_bias
+from dmqfx.sweep.finite import finite, refuse_not_finite
+from dmqfx.sweep.values import Pair
+from dmqfx.sweep.wayback import remembered
+
+__all__ = ["FARTHEST", "Descent", "Network", "Objective", "Steps"]
+
+FARTHEST = 2.0
+"""What a step may be multiplied or divided by at most."""
+_BIAS_STEPS = 8.0  # a bias moves in steps of its channel's weight, these at a time
+_WEIGHTS_SHARE = 0.2  # of the rate, for the steps of weights
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How far each iteration moves.
+
+    Units: `rate` is Adam's, for the logarithm of an input's step; a weight's step moves a fifth as fast, a bias
+    by eight of its channel's weight steps for each 1 of a logarithm. The rate grows from 0 for the share `warmup`
+    of the iterations, and all along it falls to 0 by a cosine.
+    Example:
+        >>> how = Descent(iterations=100, rate=1.0, warmup=0.1)
+        >>> [round(how.factor(k), 2) for k in (0, 9, 50, 99)]
+        [0.1, 0.98, 0.5, 0.0]
+    """
+
+    iterations: int
+    rate: float
+    warmup: float
+
+    def factor(self, iteration: int) -> float:
+        """What the rate is multiplied by."""
+        begun = max(1, round(self.warmup * self.iterations))
+        return min(1.0, (iteration + 1) / begun) * (1 + math.cos(math.pi * iteration / self.iterations)) / 2
+
+
+class Steps:
+    """The steps of inputs and weights, and the biases of layers with codes, while they are learned.
+
+    Shapes: a number for each entry of a scale [G, 1], [G, C] or [1, O], and for each bias [O]; 0 is as it was.
+    """
+
+    def __init__(self, program: Program, table: Table, nodes: Sequence[fx.Node]) -> None:
+        self._table = table
+        self.twins = quantized_twins(program, table, nodes)
+        self._scales, self._weights, self._biases = (
+            dict[Site, Tensor](),
+            dict[Site, Tensor](),
+            dict[Site, Tensor](),
+        )
+        self._nodes = {node: node.meta["address"] for node in nodes if "address" in node.meta}
+        self._before: dict[Site, Tensor] = {}
+        for node, at in self._nodes.items():
+            for arg in ops.args(node):
+                site = Site(at, arg)
+                if (codes := table.get(site, Codes)) is not None:
+                    self._weights[site] = torch.zeros_like(codes.qparams.scale)
+                    self._begin_bias(program, node, codes)
+                elif (params := table.get(site, QParams)) is not None:
+                    self._scales[site] = torch.zeros_like(params.scale)
+        for each in self.numbers:
+            each.requires_grad_()
+
+    def _begin_bias(self, program: Program, node: fx.Node, codes: Codes) -> None:
+        rows = codes.qparams.scale.flatten().expand(codes.shape[0])
+        site = Site(node.meta["address"], "bias")
+        self._before[site] = deployed_bias(program, self._table, node, rows)
+        self._biases[site] = torch.zeros_like(rows)
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        """All that is learned, in an order that does not change."""
+        return [*self._scales.values(), *self._weights.values(), *self._biases.values()]
+
+    def groups(self, rate: float) -> list[dict[str, object]]:
+        """The numbers with their rates, as optimizers take them."""
+        parts = ((self._scales, 1.0), (self._weights, _WEIGHTS_SHARE), (self._biases, 2.0))
+        return [{"params": list(part.values()), "lr": rate * share} for part, share in parts if part]
+
+    def learned(self) -> Learned:
+        """The steps, weights and biases as they are by now, by operation and argument."""
+        found: dict[fx.Node, dict[str, Tensor]] = {}
+        for node, at in self._nodes.items():
+            for arg in ops.args(node):
+                site = Site(at, arg)
+                if site in self._scales:
+                    found.setdefault(node, {})[arg] = self._scale(site)
+                elif site in self._weights:
+                    weight, wider = self.twins[node].constants[arg], self._weights[site].flatten().exp()
+                    own = found.setdefault(node, {})
+                    own[arg] = weight * wider.view(-1, *[1] * (weight.dim() - 1))
+                    own["bias"] = self._bias(Site(at, "bias"), Site(at, arg))
+        return found
+
+    def entries(self) -> dict[Site, Entry]:
+        """What the table gets."""
+        with torch.no_grad():
+            found: dict[Site, Entry] = {}
+            for site in self._scales:
+                params = self._table.get(site, QParams)
+                assert params is not None  # it was when learning began
+                found[site] = replace(params, scale=self._scale(site))
+            for site in self._weights:
+                codes = self._table.get(site, Codes)
+                assert codes is not None
+                scale = codes.qparams.scale * self._weights[site].exp()
+                found[site] = replace(
+                    codes, qparams=replace(codes.qparams, scale=scale), nearest=False, adjacent=False
+                )
+                bias = Site(site.at, "bias")
+                found[bias] = Bias(self._bias(bias, site))
+            return found
+
+    def bound(self) -> None:
+        """Put back what went too far."""
+        most = math.log(FARTHEST)
+        with torch.no_grad():
+            for each in (*self._scales.values(), *self._weights.values()):
+                each.clamp_(-most, most)
+
+    def _scale(self, site: Site) -> Tensor:
+        params = self._table.get(site, QParams)
+        assert params is not None  # it was when learning began
+        return params.scale * self._scales[site].exp()
+
+    def _bias(self, site: Site, weight: Site) -> Tensor:
+        codes = self._table.get(weight, Codes)
+        assert codes is not None  # it was when learning began
+        return self._before[site] + self._biases[site] * (_BIAS_STEPS * codes.qparams.scale.flatten())
+
+
+class Network:
+    """The float and the quantized network, from inputs to outputs.
+
+    With `sparing`, what a residual block, or what lies between two, computes is not kept for the way back but
+    computed again.
+    """
+
+    def __init__(self, program: Program, *, sparing: bool = False) -> None:
+        self._program, self.sparing = program, sparing
+        self._stretches = [
+            [node for node in stretch if node.op != "output"]
+            for stretch in stretches(program, blocks(program))
+        ]
+        self._out = next(node for node in program.graph.nodes if node.op == "output").all_input_nodes
+        self._needed = self._later()
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All operations."""
+        return [node for stretch in self._stretches for node in stretch]
+
+    def __call__(self, chunk: Chunk, steps: Steps | None = None, learned: Learned | None = None) -> Tensor:
+        """The outputs, side by side: those of the float network without `steps`.
+
+        Shapes: float [B, numbers of a row].
+        """
+        values = self._given(chunk)
+        for number in range(len(self._stretches)):
+            values = self._stretch(number, values, chunk, steps, learned)
+        return torch.cat([_rows(values[node]) for node in self._out], 1)
+
+    def blame(self, chunk: Chunk, steps: Steps) -> None:
+        """Raise for the first operation whose value is not finite.
+
+        Raises: CalibrationError naming it and the row.
+        """
+        real = forward(self._program, self.nodes, self._given(chunk), chunk.timestep)
+        quantized = forward(
+            self._program, self.nodes, self._given(chunk), chunk.timestep, steps.twins, steps.learned()
+        )
+        for node in self.nodes:
+            refuse_not_finite(node, Pair(real[node], quantized[node]), chunk.timestep, chunk.numbers)
+
+    def kept(self, chunk: Chunk, steps: Steps, learned: Learned) -> tuple[int, int]:
+        """Bytes that the chunk keeps for its way back: all of it, and with `sparing`."""
+        values, whole, most, between = self._given(chunk), 0, 0, 0
+        for number in range(len(self._stretches)):
+            with remembered() as memory, torch.enable_grad():
+                found = self._computed(number, values, chunk, steps, learned)
+            values = {
+                node: value.detach() if isinstance(value, Tensor) else value for node, value in found.items()
+            }
+            whole, most = whole + memory.nbytes, max(most, memory.nbytes)
+            between += sum(value.nbytes for value in values.values() if isinstance(value, Tensor))
+        return whole, most + between
+
+    def _given(self, chunk: Chunk) -> dict[fx.Node, object]:
+        places = (node for node in self._program.graph.nodes if node.op == "placeholder")
+        return {node: chunk.inputs[str(node.target)] for node in places}
+
+    def _stretch(
+        self,
+        number: int,
+        values: Mapping[fx.Node, object],
+        chunk: Chunk,
+        steps: Steps | None,
+        learned: Learned | None,
+    ) -> dict[fx.Node, object]:
+        if not (self.sparing and torch.is_grad_enabled()):
+            return self._computed(number, values, chunk, steps, learned)
+        found: dict[fx.Node, object] = checkpoint(
+            self._computed, number, values, chunk, steps, learned, use_reentrant=False
+        )
+        return found
+
+    def _computed(
+        self,
+        number: int,
+        values: Mapping[fx.Node, object],
+        chunk: Chunk,
+        steps: Steps | None,
+        learned: Learned | None,
+    ) -> dict[fx.Node, object]:
+        """The values that are still read behind a stretch."""
+        twins = None if steps is None else steps.twins
+        found = forward(self._program, self._stretches[number], values, chunk.timestep, twins, learned)
+        return {node: found[node] for node in self._needed[number] if node in found}
+
+    def _later(self) -> list[list[fx.Node]]:
+        """The values that are still read behind each stretch."""
+        needed, found = set(self._out), list[list[fx.Node]]()
+        for stretch in reversed(self._stretches):
+            found.append(
+                [node for node in self._program.graph.nodes if node in needed and not is_fixed(node)]
+            )
+            needed |= {read for node in stretch for read in node.all_input_nodes}
+        return found[::-1]
+
+
+@dataclass(eq=False)
+class Objective:
+    """The error of the outputs on all chunks, every timestep group relative to its own before learning.
+
+    Where processes share the rows, chunks are those of this one.
+
+    Shapes: weight [G], the inverse of each group's error before learning; 0 where there was none.
+    """
+
+    network: Network
+    chunks: Sequence[Chunk]
+    edges: Tensor
+    wanted: list[Tensor] = field(init=False)
+    weight: Tensor = field(init=False)
+
+    def begin(self, steps: Steps) -> None:
+        """Two looks at all rows: at what the outputs should be, and at what they lack."""
+        with torch.no_grad():
+            self.wanted = []
+            for chunk in self.chunks:
+                self.wanted.append(self.network(chunk))
+            error = self._errors(steps)
+        self.weight = torch.where(error > 0, 1 / error.clamp(min=torch.finfo(error.dtype).tiny), 0.0)
+
+    def left(self, steps: Steps) -> float:
+        """The mean over timestep groups of what is left of each one's error; 1 when learning begins."""
+        with torch.no_grad():
+            error = self._errors(steps)
+        live = self.weight > 0
+        return float((error * self.weight)[live].mean()) if bool(live.any()) else 0.0
+
+    def loss(self, k: int, rows: slice, steps: Steps, learned: Learned) -> Tensor:
+        """The sum over some rows of a chunk."""
+        part = self.chunks[k].part(rows)
+        error = (self.network(part, steps, learned) - self.wanted[k][rows]).square().mean(1)
+        weight = self.weight.to(error)[timestep_group(part.timestep, self.edges.to(part.timestep.device))]
+        return (error * weight).sum()
+
+    def _errors(self, steps: Steps) -> Tensor:
+        """The mean squared error of each timestep group.
+
+        Shapes: float64 [G].
+        """
+        sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64)
+        learned = steps.learned()
+        for chunk, wanted in zip(self.chunks, self.wanted, strict=True):
+            error = (self.network(chunk, steps, learned) - wanted).square().mean(1).double().cpu()
+            if not finite(error):
+                self.network.blame(chunk, steps)
+            group = timestep_group(chunk.timestep.cpu(), self.edges)
+            sums[0].index_add_(0, group, error)
+            sums[1].index_add_(0, group, torch.ones_like(error))
+        total, count = processes.summed(sums)
+        return total / count.clamp(min=1)
+
+
+def _rows(value: object) -> Tensor:
+    assert isinstance(value, Tensor)  # a program's outputs are tensors
+    return value.flatten(1)

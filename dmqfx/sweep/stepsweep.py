@@ -1,0 +1,284 @@
+"""Learning steps from beginning to end: what it will take is said, then the iterations, kept in a run directory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dmqfx import processes
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.graph.address import Site
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import Entry
+from dmqfx.numbers import speeds
+from dmqfx.numbers.speeds import finish
+from dmqfx.sweep.budget import fitting, scaled
+from dmqfx.sweep.chunks import Chunk, mixed
+from dmqfx.sweep.endtoend import Descent, Network, Objective, Steps
+from dmqfx.sweep.estimate import Estimate, duration, tell
+from dmqfx.sweep.finite import refuse_broken_weights
+from dmqfx.sweep.plan import Named, calibration_for, told_options
+from dmqfx.sweep.run import NoRun
+from dmqfx.sweep.values import megabytes
+from dmqfx.sweep.visits import kept
+
+__all__ = ["Found", "learn_steps"]
+
+_log = logging.getLogger(__name__)
+_OFTEN: Final = 20.0
+"""Seconds of learning that a killed process may lose, and an iteration."""
+_BETAS: Final = (0.9, 0.99)
+
+
+class Learner(Named, Protocol):
+    """A pass that learns steps.
+
+    Units: rows of calibration, batch of them at a time; groups of timesteps that count alike; iterations.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def groups(self) -> int: ...
+
+    @property
+    def iterations(self) -> int: ...
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def warmup(self) -> float: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What learning came to: entries, and the share of the error that is left, the mean over timestep groups."""
+
+    entries: dict[Site, Entry]
+    left: float
+
+
+def learn_steps(program: Program, step: Learner, ctx: PassContext) -> Found:
+    """Learn.
+
+    Where there are several processes each has a share of every batch, and slopes are summed.
+
+    Raises: CalibrationError without calibration data, for data that do not fit, for values that are not
+        finite; StoreError for a run directory or a disk.
+    """
+    refuse_broken_weights(program)
+    data = calibration_for(program, [(step, ctx)])
+    assert data is not None  # a learner needs some
+    with kept(program, data, [(step, ctx)]) as run:
+        plan = _planned(program, step, ctx, data, run.factor)
+        run.begin(plan.factor)
+        edges = torch.tensor([ctx.train_timesteps * k / step.groups for k in range(1, step.groups)])
+        network = Network(program, sparing=plan.sparing)
+        steps, started = Steps(program, program.table, network.nodes), speeds.clock()
+        objective = Objective(network, plan.chunks, edges)
+        with tqdm(total=plan.step.iterations, desc=step.name(), disable=not ctx.progress) as bar:
+            objective.begin(steps)
+            _descend(objective, steps, plan, run, ctx, bar)
+        left = objective.left(steps)
+        tell(step.name(), speeds.clock() - started, plan.seconds)
+    return Found(steps.entries(), left)
+
+
+def _descend(
+    objective: Objective, steps: Steps, plan: _Plan, run: NoRun, ctx: PassContext, bar: tqdm[None]
+) -> None:
+    """All iterations that a run directory does not know yet."""
+    how = Descent(plan.step.iterations, plan.step.rate, plan.step.warmup)
+    adam = torch.optim.Adam(steps.groups(how.rate), betas=_BETAS, foreach=False)
+    rates = [group["lr"] for group in adam.param_groups]
+    begun = _resumed(run, steps, adam)
+    bar.update(begun)
+    saved = speeds.clock()
+    for iteration, k in enumerate(_order(len(plan.chunks), how.iterations, ctx.seed)):
+        if iteration < begun:
+            continue
+        for group, rate in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = rate * how.factor(iteration)
+        loss = _slopes(objective, steps, k, plan)
+        adam.step()
+        steps.bound()
+        bar.set_postfix_str(f"loss {loss:.3g}", refresh=False)
+        bar.update()
+        last = iteration + 1 == how.iterations
+        if last or speeds.clock() - saved > _OFTEN:
+            run.keep(iteration + 1, _state(steps, adam))
+            saved = speeds.clock()
+
+
+def _slopes(objective: Objective, steps: Steps, k: int, plan: _Plan) -> float:
+    """Each number's slope for one batch, in parts that fit the memory; the batch's loss."""
+    rows, total = len(objective.chunks[k].timestep), torch.zeros((), dtype=torch.float64)
+    for each in steps.numbers:
+        each.grad = torch.zeros_like(each)
+    for start in range(0, rows, plan.portion):
+        with torch.enable_grad():
+            loss = objective.loss(k, slice(start, start + plan.portion), steps, steps.learned())
+            (loss / plan.whole[k]).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+        total += loss.detach().double().cpu() / plan.whole[k]
+    for each in steps.numbers:
+        each.grad = processes.summed(each.grad)
+    return float(processes.summed(total))
+
+
+def _order(chunks: int, iterations: int, seed: int) -> Iterator[int]:
+    """Which batch each iteration looks at: all in random order, then all in another one."""
+    generator, left = torch.Generator().manual_seed(seed), list[int]()
+    for _ in range(iterations):
+        left = left or torch.randperm(chunks, generator=generator).tolist()
+        yield left.pop()
+
+
+def _state(steps: Steps, adam: torch.optim.Adam) -> dict[str, Tensor]:
+    """All that later iterations depend on."""
+    found = {}
+    for k, each in enumerate(steps.numbers):
+        found[f"{k}"] = each.detach()
+        found |= {f"{k}.{name}": value for name, value in adam.state[each].items()}
+    return found
+
+
+def _resumed(run: NoRun, steps: Steps, adam: torch.optim.Adam) -> int:
+    """How many iterations were made before; what they came to is taken."""
+    known = run.state() if processes.is_first() else None
+    begun = int(processes.agreed(known[0] if known is not None else 0))
+    if not begun:
+        return 0
+    known = known or run.state()
+    assert known is not None  # the first process has it, and writes no other before all go on
+    _log.info("%d iterations were made before", begun)
+    for k, each in enumerate(steps.numbers):
+        with torch.no_grad():
+            each.copy_(known[1][f"{k}"])
+        names = ("step", "exp_avg", "exp_avg_sq")
+        adam.state[each] = {name: known[1][f"{k}.{name}"] for name in names}
+    return begun
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The pass and its rows as a time budget and the memory want them.
+
+    Units: `chunks` are this process's share of every batch, `whole` the rows of all of it; portion in rows that
+    are computed at a time; seconds of all.
+    """
+
+    step: Learner
+    chunks: Sequence[Chunk]
+    whole: Sequence[int]
+    sparing: bool
+    portion: int
+    factor: float
+    seconds: float
+
+
+def _planned(
+    program: Program, step: Learner, ctx: PassContext, data: Calibration, factor: float | None
+) -> _Plan:
+    """The plan, said in one line; `factor` is given where a run had already settled it."""
+    largest = max(
+        mixed(data, program, step.rows, step.batch, ctx.generator()),
+        key=lambda chunk: chunk.inputs["sample"].numel(),
+    )
+    trial = _Trial.of(program, largest, step.batch, ctx.memory)
+
+    def seconds(factor: float) -> float:
+        changed = scaled(step, factor)
+        return trial.seconds(min(changed.rows, len(data)), changed.iterations)
+
+    if factor is None and ctx.budget is not None:
+        factor = fitting(seconds, ctx.budget)
+    factor = processes.agreed(1.0 if factor is None else factor)
+    changed, told = scaled(step, factor), told_options([(step, ctx)], factor)
+    rows = min(changed.rows, len(data))
+    estimate = Estimate(rows, seconds(factor), trial.memory)
+    _log.info("%s, %s%s", step.name(), estimate, told, extra={"memory": estimate.memory})
+    if ctx.budget is not None and estimate.seconds > ctx.budget:
+        _log.warning("that is more than the budget of %s, and the least there is", duration(ctx.budget))
+    if trial.memory > ctx.memory:
+        _log.warning("that is more than the memory budget of %s, for one row", megabytes(ctx.memory))
+    whole = mixed(data, program, changed.rows, changed.batch, ctx.generator())
+    parts = processes.count()
+    own = [chunk.part(slice(processes.rank(), None, parts)) for chunk in whole]
+    counts = [len(chunk.timestep) for chunk in whole]
+    return _Plan(changed, own, counts, trial.sparing, trial.portion, factor, estimate.seconds)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a batch costs.
+
+    Units: look and iterate in seconds for one row, of the float network, of the quantized one, and of a step of
+    learning; memory in bytes.
+    """
+
+    real: float
+    quantized: float
+    iterate: float
+    batch: int
+    memory: int
+    sparing: bool
+    portion: int
+
+    @staticmethod
+    def of(program: Program, chunk: Chunk, batch: int, memory: int) -> _Trial:
+        """Try the parts of a batch that fit the memory."""
+        network = Network(program)
+        steps = Steps(program, program.table, network.nodes)
+        one = chunk.part(slice(1))
+        whole, spared = network.kept(one, steps, steps.learned())
+        network.sparing = whole * batch > memory
+        each = spared if network.sparing else whole
+        portion = max(1, min(batch, memory // max(1, each)))
+        some = chunk.part(slice(portion))
+        objective = Objective(network, [some], torch.empty(0))
+        with torch.no_grad():
+            real = _seconds(program, partial(network, some))
+            quantized = _seconds(program, partial(network, some, steps, steps.learned()))
+        objective.begin(steps)
+
+        def step() -> None:
+            with torch.enable_grad():
+                objective.loss(0, slice(None), steps, steps.learned()).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+
+        rows = len(some.timestep)
+        iterate = _seconds(program, step)
+        return _Trial(
+            real / rows, quantized / rows, iterate / rows, batch, each * portion, network.sparing, portion
+        )
+
+    def seconds(self, rows: int, iterations: int) -> float:
+        """Of learning: two looks of the quantized network, one of the float one, and the iterations."""
+        own = rows / processes.count()
+        return (
+            own * (self.real + 2 * self.quantized)
+            + iterations * self.batch / processes.count() * self.iterate
+        )
+
+
+def _seconds(program: Program, work: Callable[[], object]) -> float:
+    """Of the second time: the first one builds kernels."""
+    took = 0.0
+    for _ in range(2):
+        started = speeds.clock()
+        work()
+        finish(program.device)
+        took = speeds.clock() - started
+    return took
