@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.channelwise import Absorber, absorber, divisor
-from dmqfx.graph.facts import QDQ, ROUNDED, SCALED, Fact
+from dmqfx.graph.facts import MEASURED, QDQ, ROUNDED, SCALED, Fact
 from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.graph.pipeline import Preserves
 from dmqfx.graph.rewrite import Refuse, Rewriter
@@ -51,10 +51,13 @@ def _fold(rw: Rewriter, found: Absorber, factor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class AbsorbScaling(RewritePass):
-    """x / gamma  ->  x, with 1 / gamma in the rows of what makes x."""
+    """x / gamma  ->  x, with 1 / gamma in the rows of what makes x.
+
+    What the UNet's output feels of those rows is another thing afterwards, so it is measured behind this pass.
+    """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({SCALED})
     clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ, MEASURED})
     preserves: ClassVar[Preserves] = Preserves.EXACT
     rules: ClassVar[tuple[Rule, ...]] = (absorb,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,8 +14,11 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CORRECTED, ROUNDED, Fact
 from dmqfx.graph.modules import call_with, constant, constant_of
 from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS
 from dmqfx.graph.table import Bias, Entry
+from dmqfx.numbers import effort
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.sweep.deploy import Deployed, pending_scales
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Reader, Turn
@@ -33,6 +37,18 @@ class CorrectBias(SweepPass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
     provides: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
+
+    def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
+        """Seconds of rounding the tensor once more, and of the means of both outputs."""
+        if reader.weight_spec is None:
+            return 0.0
+        positions = values / (reader.shape[1] * reader.groups * math.prod(reader.geometry.stride))
+        rounded = effort.rounding(speeds, values) if reader.spec is not None else 0.0
+        return rounded + 2 * effort.means(speeds, positions * reader.shape[0])
+
+    def calls(self, reader: Reader) -> int:
+        """Of the float layer and of the quantized one."""
+        return 2 if reader.weight_spec is not None else 0
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """One call of each reader's float layer and one of its quantized layer for every chunk."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dmqfx.errors import CalibrationError
-from dmqfx.graph.facts import PLANNED, QDQ, Fact
+from dmqfx.graph.facts import MEASURED, PLANNED, QDQ, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.sweep.chunks import chunked, shared
@@ -23,6 +23,7 @@ class MeasureSensitivity(Pass):
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
+    provides: ClassVar[frozenset[Fact]] = frozenset({MEASURED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
     rows: int = 80

@@ -105,6 +105,9 @@ class RoundWeights(SweepPass):
             if ctx.journal.exhausted:
                 return
             try:
+                if self.method != "nearest" and reader.groups > 1:
+                    why = f"a convolution in {reader.groups} groups has no local problem in common; rounded to nearest"
+                    ctx.journal.refuse(reader.weight, self.method, why)
                 if self.method == "nearest" or reader.groups > 1:
                     ctx.journal.apply(reader.weight, "nearest", str(reader.weight_spec))
                     yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec)

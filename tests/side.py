@@ -28,6 +28,12 @@ from dmqfx.numbers.quant import RangeMethod
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Turn
 
+BLOCKS = (
+    ("fit-ranges", {}),
+    ("round-weights", {}),
+    ("reconstruct-blocks", {"rows": 8, "batch": 4, "iterations": 40, "rate": 0.1}),
+)
+
 
 @dataclass(frozen=True)
 class Break(SweepPass):
@@ -75,8 +81,7 @@ def work(kind: str, folder: Path) -> Table:
         return swept(chain(), kept, SWEEP, Stop()).table
     if kind == "blocks":
         kept = replace(ctx, run_dir=folder / "run")
-        learn = ("reconstruct-blocks", {"rows": 8, "batch": 4, "iterations": 12, "rate": 0.1})
-        return swept(chain(4, residual=True), kept, (*SWEEP, learn)).table
+        return swept(chain(4, residual=True), kept, BLOCKS).table
     if kind == "steps":
         learn = ("learn-steps", {"rows": 12, "batch": 4, "iterations": 8, "groups": 4})
         return swept(chain(4, residual=True), replace(ctx, run_dir=folder / "run"), (*SWEEP, learn)).table

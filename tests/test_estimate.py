@@ -153,6 +153,21 @@ def test_every_pass_counts_for_what_it_does() -> None:
     assert added("vote-shifts", where="all") > 0
 
 
+def test_a_corrected_bias_costs_both_calls_of_the_layer_and_looks_at_what_they_give() -> None:
+    found, _ = costs(4)
+    steps = pipeline([("correct-bias", {})]).steps
+    readers, alone = found.schedule.readers, sum(found.turns((), 4))
+    calls = 2 * len(readers)  # of a second each in this trial, for as many rows
+    for rows in (4, 12):
+        added = sum(found.turns(steps, rows)) - alone * rows / 4  # type: ignore[arg-type]  # a sweep pass
+        assert calls * rows / 4 < added < (calls + 1) * rows / 4
+    looked = [steps[0].cost(found.program, reader, 1e7, found.speeds) for reader in readers]  # type: ignore[attr-defined]
+    assert min(looked) > 0
+    floating = [replace(reader, weight_spec=None) for reader in readers]
+    assert not any(steps[0].calls(reader) for reader in floating)  # type: ignore[attr-defined]
+    assert not any(steps[0].cost(found.program, reader, 1e7, found.speeds) for reader in floating)  # type: ignore[attr-defined]
+
+
 def test_votes_are_counted_at_long_skips() -> None:
     program = planned("unconditional")
     schedule = Schedule(program)

@@ -104,6 +104,10 @@ MISTAKES = {
         HEAD + "default: {weight: float, input: {bits: 8, groups: [100, 100]}}\npipeline: [a]",
         "2:57: default.input.groups: boundaries must ascend, but 100 follows 100",
     ),
+    "a boundary below every timestep": (
+        HEAD + "default: {weight: float, input: {bits: 8, groups: [-5, 100]}}\npipeline: [a]",
+        "2:52: default.input.groups: timesteps are 0 or more, so no call lies below -5 (leave it out)",
+    ),
     "an infinite boundary": (
         HEAD + "default: {weight: float, input: {bits: 8, groups: [100, .inf]}}\npipeline: [a]",
         "2:57: default.input.groups: expected a number, got .inf, not a finite decimal number",

@@ -12,9 +12,10 @@ from torch import Tensor, fx
 
 import dmqfx
 from dmqfx.errors import CalibrationError, VerifyError
+from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.pipeline import run_step
-from dmqfx.graph.registry import create
+from dmqfx.graph.registry import create, pipeline
 from dmqfx.graph.table import Planned, Sensitivity
 from dmqfx.passes import round_weights
 
@@ -105,3 +106,33 @@ def test_rounding_that_minds_it_passes_verification_and_a_shuffled_weight_does_n
 
     with patch.object(round_weights, "handed_on", shuffled), pytest.raises(VerifyError, match="Codes of"):
         dmqfx.verify(before, step, ctx=ctx)
+
+
+def test_scales_are_absorbed_before_what_the_output_feels_is_measured() -> None:
+    """Absorbing changes how large a producer's output is, and with it what an error there does."""
+    program = program_before("absorb-scaling", "shifts")
+    order = [("measure-sensitivity", {}), ("absorb-scaling", {})]
+    ((at, told),) = pipeline(order).problems(program)
+    assert at == 1
+    assert "absorb-scaling, comes too late: 'measured'" in told
+    assert told.endswith("move it before measure-sensitivity")
+    assert not list(pipeline(order[::-1]).problems(program))
+
+
+@pytest.mark.parametrize("method", ["gptq", "adaround"])
+def test_a_convolution_in_groups_says_that_it_is_rounded_to_nearest(method: str) -> None:
+    program = program_before("round-weights", "shifts")
+    step = create("round-weights", {"method": method, "rows": 32, "iterations": 2})
+    record = run_step(step, program, context("shifts")).log[-1]
+    told = {str(each.at): (each.rule, each.reason) for each in record.refused}
+    grouped = {
+        str(node.meta["address"]) for node in program.calls("conv2d") if ops.args(node)["groups"] != 1
+    } & {str(each.at) for each in record.applied}
+    assert grouped
+    assert set(told) == grouped
+    for rule, reason in told.values():
+        assert rule == method
+        assert "a convolution in 2 groups" in reason
+        assert reason.endswith("rounded to nearest")
+    nearest = run_step(create("round-weights"), program, context("shifts")).log[-1]
+    assert nearest.refused == ()

@@ -17,6 +17,7 @@ __all__ = [
     "FLAGGED",
     "INTEGER",
     "LEARNED",
+    "MEASURED",
     "OBSERVED",
     "PAIRED",
     "PLANNED",
@@ -96,6 +97,9 @@ CALIBRATED = Fact("calibrated", "planned activation sites have their ranges in t
 FITTED = Fact("fitted", "planned activation sites have their scale and zero point in the table")
 PAIRED = Fact("paired", "layers that share an input share one equivalent scale")
 LEARNED = Fact("learned", "pairs have their equivalent scale in the table")
+MEASURED = Fact(
+    "measured", "layers have in the table what the output feels of theirs, as large as they are now"
+)
 SCALED = Fact("scaled", "x / gamma stands before scaled layers and gamma in their weights")
 SHIFTED = Fact("shifted", "channels that want finer steps have their shifts in the table")
 ROUNDED = Fact("rounded", "planned weights have their integer codes in the table", _no_codes)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmqfx.numbers.fitting import Sample, search
 from dmqfx.numbers.gptq import COLUMNS, ROW_BLOCKS, by_columns, elimination
-from dmqfx.numbers.quant import QuantSpec, params_from_range
+from dmqfx.numbers.quant import QuantSpec, dequantize, params_from_range, quantize
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Grid, damped
 from dmqfx.numbers.speeds import Prepare, Speeds
@@ -21,8 +21,10 @@ __all__ = [
     "fitted_range",
     "learned_codes",
     "learned_scale",
+    "means",
     "product",
     "reconstruction",
+    "rounding",
     "votes",
     "weight_range",
 ]
@@ -75,6 +77,16 @@ def fitted_range(speeds: Speeds, size: int, groups: int) -> float:
     return counted + groups * speeds.seconds(_range_search, 1, at=(1,), exponent=0)
 
 
+def rounding(speeds: Speeds, size: float) -> float:
+    """Seconds of rounding so many numbers to codes and back."""
+    return speeds.seconds(_rounded, size, at=(2**12, 2**17, 2**22), exponent=1)
+
+
+def means(speeds: Speeds, size: float) -> float:
+    """Seconds of the means of rows of so many numbers in all, in double precision."""
+    return speeds.seconds(_averaged, size, at=(2**12, 2**17, 2**22), exponent=1)
+
+
 def votes(speeds: Speeds, size: float, largest: int) -> float:
     """Seconds of `step_errors` over so many numbers, for steps down to 1/2^largest."""
     return speeds.seconds(_voting(largest), size, at=(2**12, 2**20), exponent=1)
@@ -97,6 +109,18 @@ def _centred(size: int, device: torch.device) -> Callable[[], object]:
     x = _noise(64, size // 64, device=device, dtype=torch.float32)
     mean, share = x[0].double(), x[:, :1].double()
     return lambda: (x.double() - mean) * share
+
+
+def _rounded(size: int, device: torch.device) -> Callable[[], object]:
+    x = _noise(size // 64, 64, device=device, dtype=torch.float32)
+    params = params_from_range(x.amin().view(1, 1), x.amax().view(1, 1), QuantSpec(8), 1)
+    scale, zero_point, ends = params.scale, params.zero_point, (params.qmin, params.qmax)
+    return lambda: dequantize(quantize(x, scale, zero_point, None, 1, *ends), scale, zero_point, None, 1)
+
+
+def _averaged(size: int, device: torch.device) -> Callable[[], object]:
+    x = _noise(4, size // 256, 64, device=device, dtype=torch.float32)
+    return lambda: x.double().mean(1)
 
 
 def _elimination(size: int, device: torch.device) -> Callable[[], object]:

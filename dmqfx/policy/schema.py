@@ -138,6 +138,10 @@ class _Settings:
             return self.reader.whole(tree, path, 1, _MOST_GROUPS)
         items = self.reader.listing(tree, path) or ()
         found = [self.reader.number(item, path) for item in items]
+        for number, item in zip(found, items, strict=True):
+            if number is not None and number < 0:
+                mend = f"timesteps are 0 or more, so no call lies below {number:g} (leave it out)"
+                self.reader.note(item.mark, f"{path}: {mend}")
         for before, after, item in zip(found, found[1:], items[1:], strict=False):
             if before is not None and after is not None and not before < after:
                 self.reader.note(

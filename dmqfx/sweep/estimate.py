@@ -25,7 +25,10 @@ class Costly(Sampling, Protocol):
     """What an estimate asks of a pass."""
 
     def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
-        """Seconds for one reader of a tensor that has so many numbers on all calibration rows."""
+        """Seconds for one reader of a tensor that has so many numbers on all calibration rows, calls left out."""
+
+    def calls(self, reader: Reader) -> int:
+        """How often it computes the reader's layer on all calibration rows."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,16 @@ class Costs:
             for _, readers in segment.turns:
                 asked = ((step, reader) for step in steps for reader in readers)
                 found.append(
-                    waiting
-                    + sum(step.cost(self.program, reader, values, self.speeds) for step, reader in asked)
+                    waiting + sum(self._of_reader(step, reader, values, share) for step, reader in asked)
                 )
                 waiting = 0.0
         return [*found[:-1], found[-1] + waiting] if found else []
+
+    def _of_reader(self, step: Costly, reader: Reader, values: float, share: float) -> float:
+        own = step.cost(self.program, reader, values, self.speeds)
+        if calls := step.calls(reader):
+            own += calls * share * self.trial.forward.get(self.program.node(reader.site.at), 0.0)
+        return own
 
     def working(self) -> int:
         """The most bytes that computing a chunk takes, both values of everything.

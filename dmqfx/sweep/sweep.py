@@ -61,6 +61,10 @@ class SweepPass(JointPass):
             return 3 * iterations * effort.product(speeds, rows, columns, out)
         return self.solution(program, reader, speeds)
 
+    def calls(self, reader: Reader) -> int:
+        """How often it computes the reader's layer on all calibration rows: those calls are not in `cost`."""
+        return 0
+
     def solution(self, program: Program, reader: Reader, speeds: Speeds) -> float:
         """Seconds of a reader's normal equations and of codes by handing errors on."""
         felt = program.table.get(Site(reader.site.at, "out"), Sensitivity)
