@@ -78,7 +78,10 @@ setup(
         Extension(
             "dmqfx.runtime.kernels.libdmqfx",
             sources=[f"{HERE}/{source}" for source in SOURCES],
-            depends=[f"{HERE}/{header}" for header in ("code.h", "layer.h", "sets.h", "square.h", "tile.h")],
+            depends=[
+                f"{HERE}/{header}"
+                for header in ("code.h", "desk.h", "layer.h", "sets.h", "square.h", "tile.h")
+            ],
             optional=True,
         )
     ],

@@ -1,9 +1,10 @@
-"""Whole UNet calls of the bundled emoji model: float, simulate, and cpu without and with fused operators.
+"""Whole UNet calls: float, simulate, and cpu without and with fused operators.
 
-    python benchmarks/bench_unet.py [--compiled DIR] [--batch 32] [--seconds 60]
+    python benchmarks/bench_unet.py [--model emoji] [--policy w4a8] [--compiled DIR] [--batch 32] [--seconds 60] [--profile]
 
 The ways take turns on the same inputs in one run; a way's time is the median of its turns, in processor time of
-the one thread, since other programs may run beside it. The table of operator kinds is of an interpreter's run.
+the one thread, since other programs may run beside it. Where input channels have steps of their own (vote-shifts), one
+more way has those layers in plain torch. --profile adds milliseconds by kind of operator, of an interpreter's run.
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from unittest.mock import patch
 
 import torch
 from machine import write
+from models import sd15
 from torch import Tensor, fx
 
 import dmqfx
 from dmqfx import emoji
 from dmqfx.graph import ops
+from dmqfx.graph.rewrite import Refuse, Rewriter
+from dmqfx.passes import lower_cpu
 from dmqfx.runtime.targets import Target
+from dmqfx.runtime.unet import CompiledUNet
 
 UNFUSED = Target("cpu without fuse", ("lower-reference", "lower-cpu"), "layers alone are native")
+MODELS = {"emoji": (emoji.load_unet, emoji.LATENT, (8, 128)), "sd15": (sd15, (4, 64, 64), (77, 768))}
+SHIFTS_IN_TORCH = "cpu, shifts in torch"
 
 
 class _Timed(fx.Interpreter):
@@ -49,7 +57,7 @@ def kinds(module: fx.GraphModule, inputs: Mapping[str, Tensor], times: int) -> d
     timed.seconds.clear()
     for _ in range(times):
         timed.run(*given)
-    return {kind: round(1e3 * total / times, 2) for kind, total in timed.seconds.most_common(14)}
+    return {kind: round(1e3 * total / times, 2) for kind, total in timed.seconds.most_common(16)}
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -66,53 +74,89 @@ def in_turn(ways: Mapping[str, Callable[[], object]], seconds: float) -> dict[st
     return {name: round(statistics.median(each), 1) for name, each in spent.items()}
 
 
-@torch.no_grad()
-def main() -> None:
-    """Measure, write results/unet_emoji.json."""
+def with_shifts_in_torch(made: CompiledUNet) -> CompiledUNet | None:
+    """The target cpu but for layers whose input channels are shifted, or None if there are none."""
+    honest = lower_cpu._operands
+    shifted = []
+
+    def refusing(rw: Rewriter, root: fx.Node, *more: object) -> object:
+        if ops.args(root)["shift"] is None:
+            return honest(rw, root, *more)
+        shifted.append(root)
+        return Refuse("plain torch, to compare", root)
+
+    with patch.object(lower_cpu, "_operands", refusing):
+        found = made.retarget("cpu")
+        found.runner  # noqa: B018  # lowered here
+    return found if shifted else None
+
+
+def lowered(made: CompiledUNet) -> dict[str, CompiledUNet]:
+    """The program for each way to run it."""
+    found = {name: made.retarget(name) for name in ("simulate", "cpu")} | {
+        UNFUSED.name: made.retarget(UNFUSED)
+    }
+    without = with_shifts_in_torch(made)
+    return found if without is None else found | {SHIFTS_IN_TORCH: without}
+
+
+def draw(model: str, batch: int) -> dict[str, Tensor]:
+    """Inputs whose samples are at timesteps of their own."""
+    _, latent, context = MODELS[model]
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "sample": torch.randn(batch, *latent, generator=generator),
+        "timestep": torch.randint(1000, (batch,), generator=generator).float(),
+        "encoder_hidden_states": torch.randn(batch, *context, generator=generator),
+    }
+
+
+def options() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compiled", help="a directory of save_pretrained; else w4a8 is compiled")
+    parser.add_argument("--model", choices=list(MODELS), default="emoji", help="sd15 has random parameters")
+    parser.add_argument("--policy", default="w4a8", help="the policy to compile; w4a8 unless said otherwise")
+    parser.add_argument("--compiled", help="a directory of save_pretrained, made with the policy")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60, help="how long the ways take turns")
-    options = parser.parse_args()
+    parser.add_argument("--profile", action="store_true", help="milliseconds of each kind of operator too")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, write results/unet_MODEL.json, or unet_MODEL_POLICY.json for others than w4a8."""
+    given = options()
     torch.set_num_threads(1)
-    unet = emoji.load_unet()
+    unet = MODELS[given.model][0]()
     made = (
-        dmqfx.load(options.compiled)
-        if options.compiled
-        else dmqfx.compile(unet, "w4a8", report_rows=0, progress=False)
+        dmqfx.load(given.compiled)
+        if given.compiled
+        else dmqfx.compile(unet, given.policy, report_rows=0, progress=False)
     )
-    fused, unfused = made.retarget("cpu"), made.retarget(UNFUSED)
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "sample": torch.randn(options.batch, *emoji.LATENT, generator=generator),
-        "timestep": torch.randint(1000, (options.batch,), generator=generator).float(),
-        "encoder_hidden_states": torch.randn(options.batch, 8, 128, generator=generator),
+    if made.policy is None or made.policy.name != given.policy:
+        raise SystemExit(f"{given.compiled} was not made with {given.policy}")
+    inputs, ways = draw(given.model, given.batch), lowered(made)
+    outputs = {name: ways[name](**inputs, return_dict=False)[0] for name in ("cpu", UNFUSED.name)}
+    off = (outputs["cpu"] - outputs[UNFUSED.name]).norm() / outputs[UNFUSED.name].norm()
+    calls = {
+        name: lambda m=model: m(**inputs, return_dict=False)
+        for name, model in {"float": unet, **ways}.items()
     }
-    models = {
-        "float": unet,
-        "simulate": made.retarget("simulate"),
-        "cpu without fuse": unfused,
-        "cpu": fused,
+    milliseconds = in_turn(calls, given.seconds)
+    result: dict[str, object] = {
+        "what": f"{given.model} UNet, {given.policy}, batch {given.batch}, one thread",
+        "milliseconds_a_call": milliseconds,
+        "float_over": {name: round(milliseconds["float"] / ms, 2) for name, ms in milliseconds.items()},
+        "fused_from_unfused_relative_l2": float(f"{off:.2e}"),
     }
-    outputs = {name: model(**inputs, return_dict=False)[0] for name, model in models.items()}
-    off = (outputs["cpu"] - outputs["cpu without fuse"]).norm() / outputs["cpu without fuse"].norm()
-    milliseconds = in_turn(
-        {name: lambda m=model: m(**inputs, return_dict=False) for name, model in models.items()},
-        options.seconds,
-    )
-    write(
-        "unet_emoji",
-        {
-            "what": f"bundled emoji UNet, w4a8, batch {options.batch}, one thread",
-            "milliseconds_a_call": milliseconds,
-            "float_over": {name: round(milliseconds["float"] / ms, 2) for name, ms in milliseconds.items()},
-            "fused_from_unfused_relative_l2": float(f"{off:.2e}"),
-            "operator_milliseconds_without_fuse": kinds(unfused.runner, inputs, 5),
-            "operator_milliseconds": kinds(fused.runner, inputs, 5),
-        },
-    )
+    if given.profile:
+        names = [name for name in ways if name != "simulate"]
+        result["operator_milliseconds"] = {name: kinds(ways[name].runner, inputs, 5) for name in names}
+    suffix = "" if given.policy == "w4a8" else f"_{given.policy.replace('-', '_')}"
+    write(f"unet_{given.model}{suffix}", result)
 
 
 if __name__ == "__main__":

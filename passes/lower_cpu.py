@@ -20,7 +20,9 @@ from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 
 CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
-HANDED_ON = ("x_codes", "x_scale", "x_zero_point", "group", "bits", "weight_shape", "w_scale", "bias")
+HANDED_ON = (
+    "x_codes", "x_scale", "x_zero_point", "group", "bits", "weight_shape", "w_scale", "bias", "shift",
+)  # fmt: skip
 
 
 @rule(p.qconv2d(packed_weight=p.attr("packed")))
@@ -65,10 +67,6 @@ def _operands(
     named = ops.args(root)
     if why := absent():
         return Refuse(why, root)
-    if named["shift"] is not None:
-        return Refuse(
-            "its input channels have steps of their own (a shift), which the kernels do not take", root
-        )
     codes = OPS.unpack(rw.value(packed), named["bits"], named["signed"], named["weight_shape"])
     zero_point = rw.value(ops.tensor(root, "w_zero_point"))
     centered = integer.centered_weight(codes, zero_point)
@@ -79,6 +77,7 @@ def _operands(
             "make the weight's grid symmetric",
             root,
         )
-    blob = weights.pack(centered.to(torch.int8), groups)
+    shift = rw.value(ops.tensor(root, "shift")) if named["shift"] is not None else None
+    blob = weights.pack(centered.to(torch.int8), groups, shift)
     name = str(packed.target).removesuffix("_packed") + "_kernel"
     return {**{arg: named[arg] for arg in HANDED_ON}, "packed_weight": rw.constant(name, blob)}

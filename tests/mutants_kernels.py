@@ -14,7 +14,7 @@ from dmqfx.runtime.kernels import weights
 
 def laid_out(change: Callable[[Tensor], Tensor]) -> Plant:
     """lower-cpu with the codes of every weight changed before they are packed."""
-    return patched("pack", lambda honest: lambda codes, groups: honest(change(codes), groups), where=weights)
+    return patched("pack", lambda honest: lambda codes, *given: honest(change(codes), *given), where=weights)
 
 
 def one_code_off(codes: Tensor) -> Tensor:
@@ -38,6 +38,11 @@ def zero_point_of_the_next_group(rw: Rewriter, found: Mapping[str, fx.node.Argum
     return rw.constant("rolled", rw.value(zero_point).roll(1, 0)) if isinstance(zero_point, fx.Node) else None
 
 
+def shift_of_the_next_group(rw: Rewriter, found: Mapping[str, fx.node.Argument]) -> fx.node.Argument:
+    shift = found["shift"]
+    return rw.constant("rolled_shift", rw.value(shift).roll(1, 0)) if isinstance(shift, fx.Node) else None
+
+
 def without_padding(honest: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in honest if name != "padding")
 
@@ -59,6 +64,22 @@ MUTANTS: tuple[Mutant, ...] = tuple(
                 "up.0.conv2/conv2d",
             ),
         },
+    )
+)
+MUTANTS += tuple(
+    planted(
+        "lower-cpu",
+        {
+            "channels with finer steps are not shifted": (
+                operands(shift=nothing),
+                "up.0.conv_shortcut/conv2d",
+            ),
+            "the shifts are those of the next group": (
+                operands(shift=shift_of_the_next_group),
+                "up.0.conv_shortcut/conv2d",
+            ),
+        },
+        policy="shifts",
     )
 )
 

@@ -59,6 +59,24 @@ def draw_weight(data: st.DataObject, shape: tuple[int, ...]) -> Tensor:
     return draw(data, shape, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
+def draw_shift(data: st.DataObject, groups: int, channels: int, most: int) -> Tensor | None:
+    """No shift, or one for each timestep group and input channel, often the largest or none at all."""
+    largest = data.draw(st.sampled_from((0, 1, 3, 7)))
+    if largest == 0:
+        return None
+    largest = min(largest, most)
+    shift = torch.randint(largest + 1, (groups, channels), dtype=torch.uint8)
+    match data.draw(st.sampled_from(("any", "outermost", "one channel", "greatest"))):
+        case "outermost":
+            shift = torch.where(shift > 0, largest, 0).to(torch.uint8)
+        case "one channel":
+            shift = torch.zeros_like(shift)
+            shift[-1, -1] = largest
+        case "greatest":
+            shift = torch.full_like(shift, largest)
+    return shift
+
+
 def relaid(data: st.DataObject, x: Tensor) -> Tensor:
     """The same numbers, laid out otherwise in memory."""
     match data.draw(st.sampled_from(("as it is", "channels last", "cut from a larger one"))):
@@ -88,15 +106,15 @@ def test_a_convolution_has_the_bits_of_the_reference(data: st.DataObject) -> Non
     batch = data.draw(st.sampled_from((0, 1, 2, 7)))
     x, zero_point, group = draw_input(data, (batch, groups * depth, *size))
     x, w = relaid(data, x), draw_weight(data, (groups * per_group, depth, *taps))
-    where = (stride, padding, dilation, groups)
+    where, shift = (stride, padding, dilation, groups), draw_shift(data, len(zero_point), groups * depth, 7)
     blob = weights.pack(w, groups)
     assert torch.equal(weights.unpack(blob, w.shape, groups), w)
-    expected = integer.conv2d_accumulators(x, zero_point, group, w, ZERO, *where)
+    expected = integer.conv2d_accumulators(x, zero_point, group, w, ZERO, *where, shift)
     w_scale, bias = torch.rand(1, data.draw(st.sampled_from((1, len(w))))), torch.randn(len(w))
     x_scale, bias_or_none = torch.rand(len(zero_point), 1), data.draw(st.sampled_from((bias, None)))
-    real = integer.conv2d(x, x_scale, zero_point, group, w, w_scale, ZERO, bias_or_none, *where)
+    real = integer.conv2d(x, x_scale, zero_point, group, w, w_scale, ZERO, bias_or_none, *where, shift)
     for each in here():
-        given_ = (zero_point, group, blob, w.shape, w_scale, bias_or_none, *where, each)
+        given_ = (zero_point, group, blob, w.shape, w_scale, bias_or_none, *where, each, shift)
         assert torch.equal(layers.conv2d(x, None, *given_), expected), each
         assert torch.equal(layers.conv2d(x, x_scale, *given_), real), each
 
@@ -111,11 +129,11 @@ def test_a_linear_layer_has_the_bits_of_the_reference(data: st.DataObject) -> No
     x, zero_point, group = draw_input(data, (*lead, depth))
     w = draw_weight(data, (rows, depth))
     blob, w_scale, bias = weights.pack(w, 1), torch.rand(1, rows), torch.randn(rows)
-    x_scale = torch.rand(len(zero_point), 1)
-    expected = integer.linear_accumulators(x, zero_point, group, w, ZERO)
-    real = integer.linear(x, x_scale, zero_point, group, w, w_scale, ZERO, bias)
+    x_scale, shift = torch.rand(len(zero_point), 1), draw_shift(data, len(zero_point), depth, 3)
+    expected = integer.linear_accumulators(x, zero_point, group, w, ZERO, shift)
+    real = integer.linear(x, x_scale, zero_point, group, w, w_scale, ZERO, bias, shift)
     for each in here():
-        given_ = (zero_point, group, blob, w.shape, w_scale, bias, each)
+        given_ = (zero_point, group, blob, w.shape, w_scale, bias, each, shift)
         assert torch.equal(layers.linear(x, None, *given_), expected), each
         assert torch.equal(layers.linear(x, x_scale, *given_), real), each
 
@@ -139,6 +157,38 @@ def test_sums_as_long_and_large_as_they_can_be_do_not_overflow_on_the_way(
         assert torch.equal(found, expected), each
 
 
+@pytest.mark.parametrize("activation_bits", [4, 6, 8])
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_shifted_sums_as_long_and_large_as_they_can_be_do_not_overflow_on_the_way(
+    activation_bits: int, weight_bits: int, sign: int
+) -> None:
+    """Every product the greatest of its format, in three timestep groups of a batch: nothing, all, or some shifted."""
+    depth, greatest = 4 * 260 + 2, 2**activation_bits - 1
+    code = -(2 ** (weight_bits - 1)) if sign < 0 else 2 ** (weight_bits - 1) - 1
+    x, zero_point = torch.full((7, depth), greatest, dtype=torch.uint8), torch.tensor([[0], [1], [greatest]])
+    w = torch.full((17, depth), code, dtype=torch.int8)
+    w[3, ::2] = 0
+    shift = torch.stack([torch.zeros(depth), torch.full((depth,), 3), torch.arange(depth) % 4]).byte()
+    group = torch.tensor([2, 1, 0, 1, 0, 2, 1])
+    expected = integer.linear_accumulators(x, zero_point, group, w, ZERO, shift)
+    packed = weights.pack(w, 1, shift)
+    for each in here():
+        found = layers.linear(x, None, zero_point, group, packed, w.shape, ZERO, None, each, shift)
+        assert torch.equal(found, expected), each
+
+
+def test_a_strip_that_is_full_has_a_row_for_the_zero_point_left() -> None:
+    """Shifted layers take the zero point's share from a position more; 94 to 97 lie around the longest strip."""
+    w, shift = torch.randint(-8, 8, (20, 24), dtype=torch.int8), torch.randint(4, (1, 24), dtype=torch.uint8)
+    for rows in (94, 95, 96, 97, 190, 191):
+        x = torch.randint(256, (rows, 24), dtype=torch.uint8)
+        expected = integer.linear_accumulators(x, ZERO + 77, None, w, ZERO, shift)
+        for each in here():
+            given_ = (ZERO + 77, None, weights.pack(w, 1), w.shape, ZERO, None, each, shift)
+            assert torch.equal(layers.linear(x, None, *given_), expected), each
+
+
 def test_padding_counts_in_the_room_of_16_bit_sums() -> None:
     """The codes are small and the zero point is not: a bound on the codes alone would be too generous."""
     x, zero_point = torch.zeros(1, 64, 1, 1, dtype=torch.uint8), torch.full((1, 1), 255, dtype=torch.int32)
@@ -155,7 +205,13 @@ def test_padding_counts_in_the_room_of_16_bit_sums() -> None:
 def test_a_sum_that_could_leave_int32_is_refused_when_weights_are_packed() -> None:
     with pytest.raises(ValueError, match="could overflow int32"):
         weights.pack(torch.full((1, 67000), 127, dtype=torch.int8), 1)
-    assert weights.pack(torch.full((1, 66000), 127, dtype=torch.int8), 1).numel() > 66000
+    few = torch.full((1, 66000), 127, dtype=torch.int8)
+    assert weights.pack(few, 1).numel() > 66000
+    shift = torch.zeros(2, 66000, dtype=torch.uint8)
+    assert weights.pack(few, 1, shift).numel() > 66000
+    shift[1, :400] = 3
+    with pytest.raises(ValueError, match=r"shifted by the steps .* could overflow int32"):
+        weights.pack(few, 1, shift)
 
 
 @contextmanager
@@ -185,12 +241,14 @@ def test_the_number_of_threads_changes_nothing(count: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_operators_have_the_bits_of_the_reference_operators(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_operators_have_the_bits_of_the_reference_operators(dtype: torch.dtype, shifted: bool) -> None:
     x, group = torch.randint(256, (3, 8, 5, 6), dtype=torch.uint8), torch.tensor([1, 0, 1])
     w, bias = torch.randint(-128, 128, (6, 4, 3, 3), dtype=torch.int8), torch.randn(6, dtype=dtype)
     x_scale, w_scale = torch.rand(2, 1, dtype=dtype), torch.rand(1, 6, dtype=dtype)
     zero_point = torch.tensor([[3], [250]], dtype=torch.int32)
-    head, tail = (x, x_scale, zero_point, group), ([1, 2], [1, 0], [1, 1], 2)
+    shift = torch.randint(4, (2, 8), dtype=torch.uint8) if shifted else None
+    head, tail = (x, x_scale, zero_point, group), ([1, 2], [1, 0], [1, 1], 2, shift)
     expected = OPS.qconv2d(
         *head, w.flatten().view(torch.uint8), 8, True, list(w.shape), w_scale, ZERO, bias, *tail
     )
@@ -221,10 +279,11 @@ def spoiled(at: int, value: int) -> Tensor:
         (blob()[:8].clone(), "does not start with the header"),
         (blob().view(torch.int8), "does not start with the header"),
         (spoiled(0, 0), "does not start with the header"),
-        (spoiled(4, 99), "does not start with the header of version 1"),
+        (spoiled(4, 99), "does not start with the header of version 2"),
         (spoiled(8, 0), r"it has \d+ bytes"),
         (spoiled(12, 2), "where the layer has"),
         (spoiled(33, 77), "where the layer has"),
+        (spoiled(36, 8), "where the layer has"),
     ],
 )
 def test_malformed_weights_are_refused_before_the_kernel_sees_them(wrong: Tensor, told: str) -> None:
@@ -233,7 +292,7 @@ def test_malformed_weights_are_refused_before_the_kernel_sees_them(wrong: Tensor
         layers.linear(x, None, ZERO, None, wrong, (4, 20), ZERO, None)
 
 
-@pytest.mark.parametrize(("at", "value"), [(32, 3), (64, 200), (-1, 0x10), (80, 0x77)])
+@pytest.mark.parametrize(("at", "value"), [(32, 3), (36, 3), (64, 200), (-1, 0x10), (80, 0x77)])
 def test_numbers_that_do_not_follow_from_the_codes_are_found(at: int, value: int) -> None:
     assert torch.equal(
         weights.unpack(blob(), (4, 20), 1).flatten(), torch.arange(-8, 8, dtype=torch.int8).repeat(5)
@@ -257,6 +316,21 @@ def test_sizes_that_do_not_fit_are_refused_by_name() -> None:
         layers.conv2d(x, None, ZERO.repeat(1, 8), None, packed, w.shape, ZERO, None, padding=(1, 1))
     with pytest.raises(ValueError, match="2 timestep groups need a group index"):
         layers.conv2d(x, None, ZERO.repeat(2, 1), None, packed, w.shape, ZERO, None, padding=(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("shift", "told"),
+    [
+        (torch.zeros(1, 7, dtype=torch.uint8), r"a shift torch.uint8 \[1, 7\] for 8 input channels"),
+        (torch.zeros(1, 8, dtype=torch.int32), "a shift torch.int32"),
+        (torch.zeros(2, 8, dtype=torch.uint8), "2 timestep groups need a group index"),
+        (torch.full((1, 8), 31, dtype=torch.uint8), "shifted by more than 30 bits"),
+    ],
+)
+def test_shifts_that_do_not_fit_are_refused_by_name(shift: Tensor, told: str) -> None:
+    w, x = torch.ones(4, 8, 3, 3, dtype=torch.int8), torch.zeros(2, 8, 3, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=told):
+        layers.conv2d(x, None, ZERO, None, weights.pack(w, 1), w.shape, ZERO, None, shift=shift)
 
 
 # --- the environment
@@ -297,12 +371,15 @@ def test_without_the_library_it_is_said_once_and_layers_run_in_plain_torch(
     )
     scales = (torch.rand(1, 1), ZERO + 7, None, weights.pack(w, 1), list(w.shape), torch.rand(1, 4), None)
     rows = (x[:, :, 0, 0], *scales[:3], weights.pack(w[:, :, 0, 0], 1), [4, 8], *scales[5:])
-    expected = layers.conv2d(x, *scales), layers.linear(*rows)
+    shift = torch.randint(4, (1, 8), dtype=torch.uint8)
+    expected = layers.conv2d(x, *scales), layers.linear(*rows), layers.conv2d(x, *scales, shift=shift)
     monkeypatch.setenv("DMQFX_KERNELS", "/nowhere.so")
     library.cache_clear()
     try:
         assert torch.equal(layers.conv2d(x, *scales), expected[0])
         assert torch.equal(layers.linear(*rows), expected[1])
+        assert torch.equal(layers.conv2d(x, *scales, shift=shift), expected[2])
+        assert not torch.equal(expected[2], expected[0])
         assert "a C++ compiler" in native.absent()
     finally:
         library.cache_clear()

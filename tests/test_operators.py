@@ -121,6 +121,7 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
         (*coding_case(), "group", 2, torch.randn(4), torch.randn(4), 1e-5, "silu"),
     ),
     "kernel_quantize empty batch": lambda: (OPS.kernel_quantize, coding_case(0)),
+    "kernel_conv2d shifted": lambda: (OPS.kernel_conv2d, (*kernel_case(3), torch.randint(4, (3, 4)).byte())),
     "kernel_linear": lambda: (
         OPS.kernel_linear,
         (*input_arguments(torch.randn(2, 3, 5), 3), *kernel_weight((4, 5), 1), torch.randn(4)),

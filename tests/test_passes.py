@@ -30,7 +30,7 @@ from dmqfx.graph.pipeline import Pass, PassContext, Pipeline, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create, passes
 from dmqfx.graph.rewrite import Rewriter
-from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, SkipConcat
+from dmqfx.graph.table import ChannelScale, Codes, LayerPair, Planned, Range, Shift, SkipConcat
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.passes.apply_scaling import column_factor
 from dmqfx.passes.learn_scaling import LIMIT, closed_form
@@ -584,12 +584,17 @@ def test_lower_cpu_makes_native_what_the_kernels_take_and_keeps_no_other_weight_
         assert held == {f"{stem}_kernel", f"{stem}_scale"}
 
 
-def test_lower_cpu_leaves_shifted_channels_to_the_reference_and_dequantizes_float_weights_once() -> None:
+def test_lower_cpu_makes_shifted_channels_native_and_dequantizes_float_weights_once() -> None:
     shifted = after("lower-cpu", "shifts")
-    assert {reason.partition(" (")[0] for reason in refusals(shifted).values() if "shift" in reason} == {
-        "its input channels have steps of their own"
+    arms = {site.at for site in shifted.table.of(Shift)}
+    assert arms
+    assert not [reason for reason in refusals(shifted).values() if "shift" in reason]
+    native = {
+        node.meta["address"] for node in shifted.calls("kernel_conv2d") if ops.args(node)["shift"] is not None
     }
-    assert any(ops.args(node)["shift"] is not None for node in shifted.calls("qconv2d"))
+    grids = {at for at in arms if str(at) in refusals(shifted)}  # weights that no kernel takes
+    assert native == arms - grids
+    assert native
     per_channel = after("lower-cpu", "attention")
     assert "up.0.conv_shortcut.weight_simulated" in per_channel.weights()
     assert not list(per_channel.calls("unpack"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from dmqfx.numbers import packing, quant
 from dmqfx.runtime import integer
 from dmqfx.runtime.kernels import codes, layers
+from dmqfx.runtime.kernels.codes import quantize as kernel_quantize
 
 _GRID = "Tensor scale, Tensor zero_point"
 _INPUT = "Tensor x_codes, Tensor x_scale, Tensor x_zero_point, Tensor? group"
@@ -108,10 +109,11 @@ def kernel_conv2d(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """qconv2d by a native kernel, which reads centered codes in a form of its own; `bits` is what they came from."""
     head = (x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
-    return layers.conv2d(*head, stride, padding, dilation, groups)
+    return layers.conv2d(*head, stride, padding, dilation, groups, shift=shift)
 
 
 def kernel_linear(
@@ -124,29 +126,11 @@ def kernel_linear(
     weight_shape: Sequence[int],
     w_scale: Tensor,
     bias: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """qlinear by a native kernel, as kernel_conv2d."""
-    return layers.linear(x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
-
-
-def kernel_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group: Tensor | None,
-    axis: int,
-    qmin: int,
-    qmax: int,
-    norm: str = "none",
-    norm_groups: int = 1,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 0.0,
-    activation: str = "none",
-) -> Tensor:
-    """quantize of activation(norm(x)) by a native kernel; see runtime.kernels.codes.quantize."""
-    normed = (norm, norm_groups, norm_weight, norm_bias, eps)
-    return codes.quantize(x, scale, zero_point, group, axis, qmin, qmax, *normed, activation)
+    head = (x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
+    return layers.linear(*head, shift=shift)
 
 
 def _fake_timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
@@ -226,6 +210,7 @@ def _fake_kernel_conv2d(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
+    shift: Tensor | None = None,
 ) -> Tensor:
     return _convolved(x_codes, x_scale, weight_shape, stride, padding, dilation)
 
@@ -240,24 +225,13 @@ def _fake_kernel_linear(
     weight_shape: Sequence[int],
     w_scale: Tensor,
     bias: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
 
 
 def _fake_kernel_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group: Tensor | None,
-    axis: int,
-    qmin: int,
-    qmax: int,
-    norm: str = "none",
-    norm_groups: int = 1,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 0.0,
-    activation: str = "none",
+    x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None, axis: int, qmin: int, *_: object
 ) -> Tensor:
     return codes.laid_out(x, axis, qmin)
 
@@ -297,8 +271,8 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
     "unpack": ("Tensor packed, int bits, bool signed, SymInt[] shape", packing.unpack, _fake_unpack),
     "qconv2d": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_CONV}, {_SHIFT}", qconv2d, _fake_qconv2d),
     "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_SHIFT}", qlinear, _fake_qlinear),
-    "kernel_conv2d": (f"{_INPUT}, {_KERNEL_WEIGHT}, {_CONV}", kernel_conv2d, _fake_kernel_conv2d),
-    "kernel_linear": (f"{_INPUT}, {_KERNEL_WEIGHT}", kernel_linear, _fake_kernel_linear),
+    "kernel_conv2d": (f"{_INPUT}, {_KERNEL_WEIGHT}, {_CONV}, {_SHIFT}", kernel_conv2d, _fake_kernel_conv2d),
+    "kernel_linear": (f"{_INPUT}, {_KERNEL_WEIGHT}, {_SHIFT}", kernel_linear, _fake_kernel_linear),
     "kernel_quantize": (
         f"Tensor x, {_GRID}, Tensor? group, int axis, int qmin, int qmax, {_NORM}, str activation='none'",
         kernel_quantize,

@@ -31,6 +31,13 @@ int64_t greatest_code(const DmqfxLayer& layer) {
   return greatest;
 }
 
+int64_t greatest_shift(const DmqfxLayer& layer) {
+  uint8_t greatest = 0;
+  const int64_t count = layer.shifts == nullptr ? 0 : layer.batch * layer.groups * layer.given;
+  for (int64_t k = 0; k < count; ++k) greatest = layer.shifts[k] > greatest ? layer.shifts[k] : greatest;
+  return greatest;
+}
+
 double seconds() {
   timespec now;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);  // other programs may run beside this one
@@ -63,11 +70,14 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
     return kNotHere;
   for (int64_t k = 0; k < layer->batch; ++k)
     if (layer->zero_points[k] < 0 || layer->zero_points[k] > 255) return kBadZeroPoint;
+  const int64_t shift = greatest_shift(*layer);
+  if (shift > 30 || layer->headroom < 0 || layer->headroom > 7) return kBadShift;
   if (layer->raw != nullptr) arrange(*layer, threads);
   int64_t room = INT64_MAX;
   const InstructionSet* chosen = &named(instruction_set);
   if (instruction_set == kOfAvx2) {
-    const int64_t most = layer->pair * greatest_code(*layer);
+    const int64_t within = shift < layer->headroom ? shift : layer->headroom;  // the sums take the rest
+    const int64_t most = (layer->pair << within) * greatest_code(*layer);
     if (most > 0) room = INT16_MAX / most;
     if (room == 0) chosen = &kAvx2Wide;
   }

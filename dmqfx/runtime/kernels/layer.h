@@ -17,11 +17,13 @@ struct DmqfxLayer {
   int64_t out_image, out_channel, out_position;  // strides of the output, in elements
   int64_t nibbles;                    // whether two weights share a byte
   int64_t pair;                       // what two neighbouring weights can make of codes of 1, at most
+  int64_t headroom;                   // bits by which every weight can be shifted within its 8
   int64_t planes;                     // whether `raw` has its channels outside, [batch, groups * given, height, width]
   int64_t flip;                       // 128 to make signed codes unsigned, else 0
   const uint8_t* raw;                 // codes that have to be arranged first, or null
   uint8_t* codes;                     // [batch, height, width, groups * channels]
   const int32_t* zero_points;         // [batch], 0..255; padding stands for it
+  const uint8_t* shifts;              // [batch, groups * given], bits by which centered codes are shifted, or null
   const uint8_t* weights;             // [groups, blocks of 16, taps, channels / 4, 16, 4]
   const int32_t* sums;                // [groups * out_channels], of the weights of an output channel
   const float* input_scales;          // [batch]
@@ -54,7 +56,7 @@ struct DmqfxCoding {
 
 #define DMQFX_EXPORT __attribute__((visibility("default")))
 
-enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3 };
+enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3, kBadShift = 4 };
 
 // Which of the instruction sets 0 (scalar), 1 (AVX2) and 2 (AVX-512 VNNI) this machine and this build have, as bits.
 DMQFX_EXPORT int dmqfx_instruction_sets(void);

@@ -32,18 +32,21 @@ def conv2d(
     dilation: Pair = (1, 1),
     groups: int = 1,
     instruction_set: str | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """accumulators * (x_scale[group] * w_scale) + bias in the dtype of x_scale; the int32 accumulators without x_scale.
 
+    A shift moves the centered codes of each input channel to the left by its bits; `weights.pack` has seen it.
+
     Shapes: x_codes uint8 or int8 [B, C, H, W]; x_scale, x_zero_point [G, 1]; group int64 [B] or None; blob as
-    `weights.pack` makes it of [O, C / groups, h, w]; w_scale [1, O] or [1, 1]; bias [O]. Off the CPU, or
-    without the library, it is computed in plain torch.
+    `weights.pack` makes it of [O, C / groups, h, w]; w_scale [1, O] or [1, 1]; bias [O]; shift uint8 [G, C]. Off
+    the CPU, or without the library, it is computed in plain torch.
     Raises: StoreError for a malformed blob; ValueError for sizes that do not fit or a zero point that is no code.
     """
     epilogue = _Epilogue(x_scale, group, w_scale, bias, 1)
     if not _is_native(x_codes):
         codes, zero = unpack(blob, weight_shape, groups), x_zero_point.new_zeros(1, 1)
-        where = (stride, padding, dilation, groups)
+        where = (stride, padding, dilation, groups, shift)
         return epilogue.apply(integer.conv2d_accumulators(x_codes, x_zero_point, group, codes, zero, *where))
     weights = Weights.open(blob, weight_shape, groups)
     batch, channels, height, width = x_codes.shape
@@ -58,7 +61,7 @@ def conv2d(
     layer.planes = not x_codes.is_contiguous(memory_format=torch.channels_last)
     x = x_codes.contiguous() if layer.planes else x_codes
     out = (batch, weight_shape[0], *sizes)
-    return _run(layer, x, x_zero_point, weights, epilogue, out, instruction_set)
+    return _run(layer, x, x_zero_point, shift, weights, epilogue, out, instruction_set)
 
 
 def linear(
@@ -71,16 +74,17 @@ def linear(
     w_scale: Tensor,
     bias: Tensor | None,
     instruction_set: str | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """As conv2d, of rows.
 
-    Shapes: x_codes [B, ..., K]; weight_shape [O, K].
+    Shapes: x_codes [B, ..., K]; weight_shape [O, K]; shift uint8 [G, K].
     Raises: as conv2d.
     """
     epilogue = _Epilogue(x_scale, group, w_scale, bias, -1)
     if not _is_native(x_codes):
         codes, zero = unpack(blob, weight_shape, 1), x_zero_point.new_zeros(1, 1)
-        return epilogue.apply(integer.linear_accumulators(x_codes, x_zero_point, group, codes, zero))
+        return epilogue.apply(integer.linear_accumulators(x_codes, x_zero_point, group, codes, zero, shift))
     weights = Weights.open(blob, weight_shape, 1)
     if x_codes.shape[-1] != weights.channels:
         raise ValueError(f"{x_codes.shape[-1]} input channels for weights {list(weight_shape)}")
@@ -90,7 +94,7 @@ def linear(
     layer.stride = layer.dilation = _pair((1, 1))
     layer.out_image, layer.out_channel, layer.out_position = rows * weight_shape[0], 1, weight_shape[0]
     out = (*x_codes.shape[:-1], weight_shape[0])
-    return _run(layer, x_codes.contiguous(), x_zero_point, weights, epilogue, out, instruction_set)
+    return _run(layer, x_codes.contiguous(), x_zero_point, shift, weights, epilogue, out, instruction_set)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +125,7 @@ def _run(
     layer: Layer,
     x: Tensor,
     zero_point: Tensor,
+    shift: Tensor | None,
     weights: Weights,
     epilogue: _Epilogue,
     out: Sequence[int],
@@ -130,7 +135,8 @@ def _run(
     result = torch.empty(tuple(out), dtype=torch.float32 if epilogue.fused else torch.int32)
     layer.groups, layer.out_channels, layer.given = weights.groups, weights.out_channels, weights.channels
     layer.channels = weights.channels + -weights.channels % QUAD
-    layer.taps, layer.nibbles, layer.pair = _pair(weights.taps), weights.nibbles, weights.pair
+    layer.taps, layer.nibbles = _pair(weights.taps), weights.nibbles
+    layer.pair, layer.headroom = weights.pair, weights.headroom
     layer.flip = 128 if x.dtype == torch.int8 else 0
     zero_points = (_of_samples(zero_point, epilogue.group, layer.batch).int() + layer.flip).contiguous()
     kept = [x, zero_points, weights.codes, weights.sums, result]  # alive until the kernel is done
@@ -141,6 +147,9 @@ def _run(
         layer.raw, layer.codes = x.data_ptr(), kept[-1].data_ptr()
     else:
         layer.codes = x.data_ptr()
+    if shift is not None:
+        kept.append(_shifts(shift, epilogue.group, (layer.batch, layer.groups * layer.given)))
+        layer.shifts = kept[-1].data_ptr()
     if epilogue.fused:
         kept += _scales(layer, epilogue)
         layer.real = result.data_ptr()
@@ -165,6 +174,17 @@ def _scales(layer: Layer, epilogue: _Epilogue) -> list[Tensor]:
         kept.append(epilogue.bias.float().contiguous())
         layer.biases = kept[-1].data_ptr()
     return kept
+
+
+def _shifts(shift: Tensor, group: Tensor | None, sizes: tuple[int, int]) -> Tensor:
+    """Each sample's own row of [G, C]."""
+    if shift.dtype != torch.uint8 or shift.shape[1] != sizes[1]:
+        raise ValueError(
+            f"a shift {shift.dtype} {list(shift.shape)} for {sizes[1]} input channels, not uint8 [G, C]"
+        )
+    if group is None and len(shift) != 1:
+        raise ValueError(f"shifts of {len(shift)} timestep groups need a group index")
+    return (shift.expand(sizes) if group is None else shift[group]).contiguous()
 
 
 def _of_samples(parameter: Tensor, group: Tensor | None, batch: int) -> Tensor:

@@ -37,8 +37,8 @@ class Layer(ctypes.Structure):
             (name, c_int64)
             for name in ("out_height", "out_width", "out_image", "out_channel", "out_position")
         ),
-        *((name, c_int64) for name in ("nibbles", "pair", "planes", "flip")),
-        *((name, c_void_p) for name in ("raw", "codes", "zero_points", "weights", "sums")),
+        *((name, c_int64) for name in ("nibbles", "pair", "headroom", "planes", "flip")),
+        *((name, c_void_p) for name in ("raw", "codes", "zero_points", "shifts", "weights", "sums")),
         *((name, c_void_p) for name in ("input_scales", "weight_scales", "biases", "real", "integer")),
     )
 
@@ -76,13 +76,17 @@ class Library:
         """Compute a layer.
 
         Raises: DmqfxError for an instruction set that is not there or no memory; ValueError for a zero point
-        outside the codes.
+        outside the codes or a shift beyond 30.
         """
         number = INSTRUCTION_SETS.index(instruction_set or self.chosen)
         status = self.handle.dmqfx_run(ctypes.byref(layer), number, torch.get_num_threads())
         if status == 2:
             raise ValueError(
                 "a zero point of the input is not one of its codes; padding could not stand for it"
+            )
+        if status == 4:
+            raise ValueError(
+                "an input channel is shifted by more than 30 bits, or weights have no such headroom"
             )
         if status != 0:
             raise DmqfxError(

@@ -14,21 +14,13 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "desk.h"
 #include "layer.h"
 #ifdef __SSE2__
 #include <xmmintrin.h>
 #endif
 
 namespace {
-
-constexpr int kLane = 16;       // output channels of a block
-constexpr int kQuad = 4;        // input channels of a step
-constexpr int kStep = kLane * kQuad;
-constexpr int64_t kChunk = 1024;  // steps whose weights are unpacked together: they stay in the second cache
-constexpr int64_t kStrip = 96;    // output positions of a piece of work, a multiple of every kRows
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t pieces(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 // sums[row][channel] += the steps from..to; rows[row * taps + tap] points to the codes under a tap.
 // `room` is how many steps the running sums of the instruction set surely hold.
@@ -85,40 +77,6 @@ Tile<Isa> tile_of(int64_t blocks) {
   return tile<Isa, 1>;
 }
 
-// Two signed weights of 4 bits a byte to one of 8: the low halves are the first 8 channels of a step.
-inline void widen(const uint8_t* packed, int64_t steps, int8_t* weights) {
-  for (; steps > 0; --steps, packed += kStep / 2, weights += kStep)
-    for (int k = 0; k < kStep / 2; ++k) {
-      weights[k] = static_cast<int8_t>(((packed[k] & 15) ^ 8) - 8);
-      weights[k + kStep / 2] = static_cast<int8_t>(((packed[k] >> 4) ^ 8) - 8);
-    }
-}
-
-// What one thread works in.
-struct Desk {
-  int8_t* weights = nullptr;
-  int32_t* sums = nullptr;
-  const uint8_t** rows = nullptr;
-  uint8_t* padding = nullptr;
-  int64_t table = -1;  // which image, group and strip `rows` belongs to
-
-  bool furnish(const DmqfxLayer& layer, int64_t blocks) {
-    const auto taps = static_cast<size_t>(layer.taps[0] * layer.taps[1]);
-    weights = static_cast<int8_t*>(room(static_cast<size_t>(blocks * kChunk * kStep)));
-    sums = static_cast<int32_t*>(room(static_cast<size_t>(kStrip * blocks * kLane) * sizeof(int32_t)));
-    rows = static_cast<const uint8_t**>(room(kStrip * taps * sizeof(uint8_t*)));
-    padding = static_cast<uint8_t*>(room(static_cast<size_t>(layer.channels)));
-    return weights && sums && rows && padding;
-  }
-  ~Desk() {
-    std::free(weights);
-    std::free(sums);
-    std::free(rows);
-    std::free(padding);
-  }
-  static void* room(size_t bytes) { return std::aligned_alloc(64, (bytes + 64) / 64 * 64); }
-};
-
 // One strip of positions of one image and group.
 struct Strip {
   int64_t number, image, group, first, count;
@@ -158,6 +116,7 @@ inline void turn(const int32_t* from, int64_t from_row, float* to, int64_t to_ro
 }
 
 // Sums to results: minus zero point times sum of weights; times both scales, plus bias, rounded one by one.
+// Of shifted weights that product is the sum behind the strip's last.
 inline void finish(const DmqfxLayer& layer, const Strip& strip, int64_t block, int64_t blocks, int32_t* sums) {
   const int64_t width = blocks * kLane;
   const int64_t within = block * kLane, used = least(width, layer.out_channels - within);
@@ -166,7 +125,9 @@ inline void finish(const DmqfxLayer& layer, const Strip& strip, int64_t block, i
   const int64_t place = strip.image * layer.out_image + channel * layer.out_channel + strip.first * layer.out_position;
   const int32_t* of_weights = layer.sums + channel;
   uint32_t less[64];
-  for (int64_t n = 0; n < used; ++n) less[n] = zero_point * static_cast<uint32_t>(of_weights[n]);
+  for (int64_t n = 0; n < used; ++n)
+    less[n] = layer.shifts == nullptr ? zero_point * static_cast<uint32_t>(of_weights[n])
+                                      : static_cast<uint32_t>(sums[strip.count * width + n]);
   const auto total = [&](int64_t k, int64_t n) {
     return static_cast<int32_t>(static_cast<uint32_t>(sums[k * width + n]) - less[n]);
   };
@@ -205,37 +166,78 @@ inline void finish(const DmqfxLayer& layer, const Strip& strip, int64_t block, i
       std::memcpy(to + n * layer.out_channel + k, sums + k * width + n, sizeof(float));
 }
 
-// One strip by up to kBlocks blocks of output channels.
+// Part of a layer: up to kBlocks blocks of 16 output channels, and what their sums hold.
+struct Part {
+  int64_t block, blocks, room;
+};
+
+// Adds the products of `rows` positions to the sums; of weights times factors, if there are any.
 template <class Isa>
-void work(const DmqfxLayer& layer, const Strip& strip, int64_t block, int64_t room, Desk& desk) {
+void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t rows, const uint8_t* factors, Desk& desk) {
   const int64_t taps = layer.taps[0] * layer.taps[1], quads = layer.channels / kQuad, steps = taps * quads;
-  const int64_t every = pieces(layer.out_channels, kLane), blocks = least(Isa::kBlocks, every - block);
-  const int64_t width = blocks * kLane, bytes = layer.nibbles ? kStep / 2 : kStep;
-  const uint8_t* packed = layer.weights + (strip.group * every + block) * steps * bytes;
-  std::memset(desk.sums, 0, static_cast<size_t>(kStrip * width) * sizeof(int32_t));
+  const int64_t bytes = layer.nibbles ? kStep / 2 : kStep, width = part.blocks * kLane;
+  const uint8_t* packed =
+      layer.weights + (strip.group * pieces(layer.out_channels, kLane) + part.block) * steps * bytes;
   for (int64_t from = 0; from < steps; from += kChunk) {
     const int64_t to = least(from + kChunk, steps);
     const auto* weights = reinterpret_cast<const int8_t*>(packed + from * bytes);
     int64_t stride = steps * kStep;
-    if (layer.nibbles) {
+    if (layer.nibbles || factors != nullptr) {
       stride = (to - from) * kStep;
-      for (int64_t k = 0; k < blocks; ++k)
-        widen(packed + (k * steps + from) * bytes, to - from, desk.weights + k * stride);
+      for (int64_t k = 0; k < part.blocks; ++k) {
+        const uint8_t* of_block = packed + (k * steps + from) * bytes;
+        int8_t* panel = desk.weights + k * stride;
+        if (layer.nibbles) widen(of_block, to - from, panel);
+        if (factors != nullptr)
+          multiply(layer.nibbles ? panel : reinterpret_cast<const int8_t*>(of_block), from, to - from, quads, factors, panel);
+      }
       weights = desk.weights;
     }
-    for (int64_t k = 0; k < strip.count; k += Isa::kRows)
-      tile_of<Isa>(blocks)(desk.rows + k * taps, taps, quads, from, to, room, weights, stride,
-                           desk.sums + k * width, width);
+    for (int64_t k = 0; k < rows; k += Isa::kRows)
+      tile_of<Isa>(part.blocks)(desk.rows + k * taps, taps, quads, from, to, part.room, weights, stride,
+                                desk.sums + k * width, width);
   }
-  finish(layer, strip, block, blocks, desk.sums);
+}
+
+// Input channels with steps of their own: (code << shift) * weight = code * (weight << shift). What does not fit the
+// 8 bits of a weight is left to the sums: channels of large shifts go first, and their sums are shifted by the rest.
+template <class Isa>
+void accumulate_shifted(const DmqfxLayer& layer, const Strip& strip, Part part, Desk& desk) {
+  const uint8_t* shifts = layer.shifts + (strip.image * layer.groups + strip.group) * layer.given;
+  const int64_t rows = strip.count + 1, span = layer.headroom + 1;  // the last row is the zero point's
+  int64_t most = 0;
+  for (int64_t c = 0; c < layer.given; ++c) most = shifts[c] > most ? shifts[c] : most;
+  for (int64_t left = most / span * span; left >= 0; left -= span) {
+    uint8_t any = 0;
+    for (int64_t c = 0; c < layer.channels; ++c) {
+      const int64_t shift = c < layer.given ? shifts[c] - left : -1;
+      desk.factors[c] = shift >= 0 && shift < span ? static_cast<uint8_t>(1 << shift) : 0;
+      any |= desk.factors[c];
+    }
+    if (any != 0) accumulate<Isa>(layer, strip, part, rows, desk.factors, desk);
+    for (int64_t k = 0; left > 0 && k < rows * part.blocks * kLane; ++k)
+      desk.sums[k] = static_cast<int32_t>(static_cast<uint32_t>(desk.sums[k]) << span);
+  }
+}
+
+// One strip by up to kBlocks blocks of output channels.
+template <class Isa>
+void work(const DmqfxLayer& layer, const Strip& strip, Part part, Desk& desk) {
+  std::memset(desk.sums, 0, static_cast<size_t>(kStrip * part.blocks * kLane) * sizeof(int32_t));
+  if (layer.shifts == nullptr)
+    accumulate<Isa>(layer, strip, part, strip.count, nullptr, desk);
+  else
+    accumulate_shifted<Isa>(layer, strip, part, desk);
+  finish(layer, strip, part.block, part.blocks, desk.sums);
 }
 
 // All of a layer; false if there is no memory.
 template <class Isa>
 bool run(const DmqfxLayer& layer, int64_t room, int threads) {
   static_assert(kStrip % Isa::kRows == 0 && Isa::kBlocks * kLane <= 64);
-  const int64_t positions = layer.out_height * layer.out_width, strips = pieces(positions, kStrip);
-  const int64_t panels = pieces(pieces(layer.out_channels, kLane), Isa::kBlocks);
+  const int64_t long_one = layer.shifts == nullptr ? kStrip : kStrip - 1;  // the zero point has a row too
+  const int64_t positions = layer.out_height * layer.out_width, strips = pieces(positions, long_one);
+  const int64_t blocks = pieces(layer.out_channels, kLane), panels = pieces(blocks, Isa::kBlocks);
   const int64_t pieces_of_work = layer.batch * layer.groups * strips * panels;
   bool failed = false;
   threads = static_cast<int>(least(threads, pieces_of_work));
@@ -250,11 +252,12 @@ bool run(const DmqfxLayer& layer, int64_t room, int threads) {
 #pragma omp for schedule(dynamic)
     for (int64_t k = 0; k < pieces_of_work; ++k) {
       if (!ready) continue;
-      const int64_t number = k / panels, outer = number / strips, first = number % strips * kStrip;
-      const Strip strip{number, outer / layer.groups, outer % layer.groups, first, least(kStrip, positions - first)};
+      const int64_t number = k / panels, outer = number / strips, first = number % strips * long_one;
+      const Strip strip{number, outer / layer.groups, outer % layer.groups, first, least(long_one, positions - first)};
+      const int64_t block = k % panels * Isa::kBlocks;
       if (desk.table != number) point(layer, strip, desk);
       desk.table = number;
-      work<Isa>(layer, strip, k % panels * Isa::kBlocks, room, desk);
+      work<Isa>(layer, strip, Part{block, least(Isa::kBlocks, blocks - block), room}, desk);
     }
   }
   return !failed;

@@ -22,7 +22,8 @@ __all__ = ["LANE", "QUAD", "Weights", "pack", "unpack"]
 
 LANE, QUAD = 16, 4
 _STEP, _HEADER = LANE * QUAD, 16  # codes of a step; int32 numbers of the header
-_MAGIC, _VERSION = 0x4B514D44, 1
+_MOST_HEADROOM = 7
+_MAGIC, _VERSION = 0x4B514D44, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +31,9 @@ class Weights:
     """A blob, opened: views of its parts.
 
     Shapes: codes uint8, 1-D, as the kernel reads them; sums int32 [groups * out_channels].
-    Units: pair is the greatest magnitude that two neighbouring codes can make of activation codes of 1; out_channels
-    and channels are those of one group, channels before they are filled up.
+    Units: pair is the greatest magnitude that two neighbouring codes can make of activation codes of 1, headroom the
+    bits by which every code can be shifted to the left and still has 8; out_channels and channels are those of one
+    group, channels before they are filled up.
     """
 
     codes: Tensor
@@ -42,6 +44,7 @@ class Weights:
     channels: int
     taps: tuple[int, int]
     pair: int
+    headroom: int
 
     @classmethod
     def open(cls, blob: Tensor, shape: Sequence[int], groups: int) -> Weights:
@@ -58,11 +61,12 @@ class Weights:
             raise _malformed(
                 f"{blob.dtype} {list(blob.shape)} does not start with the header of version {_VERSION}"
             )
-        nibbles, *sizes, pair = numbers[2:9]
+        nibbles, *sizes, pair, headroom = numbers[2:10]
         high, wide = _taps(shape)
         expected = [groups, shape[0] // max(groups, 1), shape[1], high, wide]
-        if sizes != expected or not 0 <= pair <= 256 or nibbles not in (0, 1):
-            raise _malformed(f"it says {numbers[2:9]} where the layer has {expected}")
+        bounded = 0 <= pair <= 256 and 0 <= headroom <= _MOST_HEADROOM
+        if sizes != expected or not bounded or nibbles not in (0, 1):
+            raise _malformed(f"it says {numbers[2:10]} where the layer has {expected}")
         sums = 4 * shape[0]
         steps = groups * math.ceil(expected[1] / LANE) * high * wide * math.ceil(shape[1] / QUAD)
         length = head + sums + steps * (_STEP // 2 if nibbles else _STEP)
@@ -70,21 +74,21 @@ class Weights:
             raise _malformed(f"it has {blob.numel()} bytes where the layer {list(shape)} needs {length}")
         return cls(
             blob[head + sums :], blob[head : head + sums].view(torch.int32), bool(nibbles), groups, expected[1],
-            shape[1], (high, wide), pair,
+            shape[1], (high, wide), pair, headroom,
         )  # fmt: skip
 
 
-def pack(codes: Tensor, groups: int) -> Tensor:
-    """A blob of centered codes, in half the bytes where all of them lie in -8..7.
+def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
+    """A blob of centered codes, in half the bytes where all of them lie in -8..7; `shift` is not in it.
 
-    Shapes: codes int8 [O, C / groups, h, w] or [O, K]; returns uint8, 1-D.
-    Raises: ValueError if 8 bit activations could overflow int32 with these codes.
+    Shapes: codes int8 [O, C / groups, h, w] or [O, K]; shift uint8 [G, C], of the input; returns uint8, 1-D.
+    Raises: ValueError if 8 bit activations, shifted, could overflow int32 with these codes.
     Example:
         >>> blob = pack(torch.tensor([[1, -2, 3, 7, -8]], dtype=torch.int8), 1)
         >>> unpack(blob, (1, 5), 1)
         tensor([[ 1, -2,  3,  7, -8]], dtype=torch.int8)
     """
-    if (why := integer.overflow(codes.float())) is not None:
+    if (why := integer.overflow(codes.float(), shift)) is not None:
         raise ValueError(why)
     high, wide = _taps(codes.shape)
     out, channels = codes.shape[0] // groups, codes.shape[1]
@@ -97,7 +101,18 @@ def pack(codes: Tensor, groups: int) -> Tensor:
     if nibbles:
         half = data.view(torch.uint8)
         data = (half[:, : _STEP // 2] & 15) | (half[:, _STEP // 2 :] << 4)
-    numbers = [_MAGIC, _VERSION, int(nibbles), groups, out, channels, high, wide, _pair(laid)]
+    numbers = [
+        _MAGIC,
+        _VERSION,
+        int(nibbles),
+        groups,
+        out,
+        channels,
+        high,
+        wide,
+        _pair(laid),
+        _headroom(laid),
+    ]
     header = torch.tensor(numbers + [0] * (_HEADER - len(numbers)), dtype=torch.int32)
     sums = codes.flatten(1).sum(1, dtype=torch.int32)
     parts = (header.to(codes.device), sums, data.reshape(-1))
@@ -120,9 +135,9 @@ def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     codes = laid.permute(0, 1, 4, 3, 5, 2).reshape(groups, -1, quads * QUAD, high * wide)
     filled, codes = codes, codes[:, : weights.out_channels, : weights.channels]
     codes = codes.reshape(tuple(shape)).contiguous()
-    if _pair(laid) != weights.pair or not torch.equal(
-        codes.flatten(1).sum(1, dtype=torch.int32), weights.sums
-    ):
+    bounds = (_pair(laid), _headroom(laid))
+    sums = codes.flatten(1).sum(1, dtype=torch.int32)
+    if bounds != (weights.pair, weights.headroom) or not torch.equal(sums, weights.sums):
         raise _malformed("its sums do not follow from its codes")
     if int(filled.count_nonzero()) != int(codes.count_nonzero()):
         raise _malformed("what fills it up is not 0")
@@ -136,6 +151,17 @@ def _pair(laid: Tensor) -> int:
     pairs = laid.reshape(-1, 2).to(torch.int16)
     up, down = pairs.clamp(min=0).sum(1).amax(), pairs.clamp(max=0).sum(1).amin()
     return max(int(up), -int(down))
+
+
+def _headroom(laid: Tensor) -> int:
+    """The bits by which every code can be shifted to the left and still has 8."""
+    if laid.numel() == 0:
+        return _MOST_HEADROOM
+    least, greatest = int(laid.amin()), int(laid.amax())
+    fits = (
+        bits for bits in range(_MOST_HEADROOM, 0, -1) if least << bits >= -128 and greatest << bits <= 127
+    )
+    return next(fits, 0)
 
 
 def _taps(shape: Sequence[int]) -> tuple[int, int]:
