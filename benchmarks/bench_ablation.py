@@ -35,7 +35,7 @@ from dmqfx.policy.policy import Policy
 from dmqfx.seeing import wording
 
 ABLATION = Path(__file__).parent / "ablation"
-ALWAYS = ("w4a8", "w4a6", "w4a8-aware", "w4a6-aware")
+ALWAYS = ("w4a8-quick", "w4a6-quick", "w4a8", "w4a6")
 COLUMNS: Mapping[str, tuple[str, int]] = {
     "output_db": ("output SQNR dB", 2),
     "first_db": ("first 5", 2),

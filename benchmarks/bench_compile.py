@@ -1,6 +1,6 @@
 """Cost of compiling the SD1.5 configuration (860 M random parameters): seconds of every stage, peak memory, file size.
 
-    python benchmarks/bench_compile.py [--policy w4a8] [--seconds 60]
+    python benchmarks/bench_compile.py [--policy w4a8-quick] [--seconds 60]
 
 The peak is that of the whole process: interpreter, torch and the float UNet included.
 """
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--policy", default="w4a8")
+    parser.add_argument("--policy", default="w4a8-quick")
     parser.add_argument(
         "--seconds", type=float, default=60, help="what the calibration made from the model may take"
     )

@@ -1,6 +1,6 @@
 """What a compilation is estimated to take beside what it takes: seconds and memory of every sweep and stream of rows.
 
-    python benchmarks/bench_estimate.py [--case emoji] [--policy w4a6-aware] [--processor]
+    python benchmarks/bench_estimate.py [--case emoji] [--policy w4a6] [--processor]
 
 Both may be repeated. `--processor` counts processor seconds in place of the clock's, for a machine that is shared;
 run it with one thread. The peak of memory is that of the process above what it was when the estimate was made.
@@ -28,7 +28,7 @@ from dmqfx.graph.program import Program
 from dmqfx.numbers import speeds
 from dmqfx.policy.policy import Policy
 
-POLICIES = ("w4a6", "w4a6-aware", "w4a8-aware")
+POLICIES = ("w4a6-quick", "w4a6", "w4a8")
 CASES = ("emoji", "sd15-narrow")
 
 

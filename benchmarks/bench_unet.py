@@ -1,6 +1,6 @@
 """Whole UNet calls: float, simulate, and cpu without and with fused operators.
 
-    python benchmarks/bench_unet.py [--model emoji] [--policy w4a8] [--compiled DIR] [--batch 32] [--seconds 60] [--profile]
+    python benchmarks/bench_unet.py [--model emoji] [--policy w4a8-quick] [--compiled DIR] [--batch 32] [--seconds 60] [--profile]
 
 The ways take turns on the same inputs in one run; a way's time is the median of its turns, in processor time of
 the one thread, since other programs may run beside it. Where input channels have steps of their own (vote-shifts), one
@@ -117,7 +117,7 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=list(MODELS), default="emoji", help="sd15 has random parameters")
-    parser.add_argument("--policy", default="w4a8", help="the policy to compile; w4a8 unless said otherwise")
+    parser.add_argument("--policy", default="w4a8-quick", help="the policy to compile; w4a8-quick unless said otherwise")
     parser.add_argument("--compiled", help="a directory of save_pretrained, made with the policy")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60, help="how long the ways take turns")
@@ -127,7 +127,7 @@ def options() -> argparse.Namespace:
 
 @torch.no_grad()
 def main() -> None:
-    """Measure, write results/unet_MODEL.json, or unet_MODEL_POLICY.json for others than w4a8."""
+    """Measure, write results/unet_MODEL.json, or unet_MODEL_POLICY.json for others than w4a8-quick."""
     given = options()
     torch.set_num_threads(1)
     unet = MODELS[given.model][0]()
@@ -155,7 +155,7 @@ def main() -> None:
     if given.profile:
         names = [name for name in ways if name != "simulate"]
         result["operator_milliseconds"] = {name: kinds(ways[name].runner, inputs, 5) for name in names}
-    suffix = "" if given.policy == "w4a8" else f"_{given.policy.replace('-', '_')}"
+    suffix = "" if given.policy == "w4a8-quick" else f"_{given.policy.replace('-', '_')}"
     write(f"unet_{given.model}{suffix}", result)
 
 

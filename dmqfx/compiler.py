@@ -45,7 +45,7 @@ class NothingQuantizedWarning(UserWarning):
 
 def compile(
     unet: UNet,
-    policy: str | PathLike[str] | Mapping[str, object] | Policy = "w4a8",
+    policy: str | PathLike[str] | Mapping[str, object] | Policy = "w4a8-quick",
     *,
     calibration: Calibration | None = None,
     target: str | Target = "auto",

@@ -25,6 +25,6 @@ print(calibration.describe())
 calibration.save("calibration")
 calibration = dmqfx.Calibration.load("calibration")
 
-for policy in ("w8a8", "w4a8"):
+for policy in ("w8a8", "w4a8-quick"):
     q = dmqfx.compile(pipe.unet, policy, calibration=calibration)
     print(f"\n{policy}\n{q.report.summary()}")

@@ -120,7 +120,7 @@ def compiled(target: str = "auto") -> CompiledUNet:
     """The quantized program as a module, with a policy and a report."""
     report = Report("UNet2DModel", (), {981.0: 12.5, 1.0: float("inf")}, 2, 4000, 1000, ())
     return CompiledUNet(
-        quantized_program(), config=CONFIG, target=target, policy=Policy.load("w4a8"), report=report,
+        quantized_program(), config=CONFIG, target=target, policy=Policy.load("w4a8-quick"), report=report,
         provenance={"seed": 0, "calibration": None},
     )  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_a_policy_whose_text_has_changed_is_measured_again(
     once: Callable[..., object], tmp_path: Path
 ) -> None:
     mine = tmp_path / "mine.yaml"
-    text = "schema: dmqfx.policy/1\nname: mine\nextends: w4a8\ndefault:\n  input: {bits: BITS}\n"
+    text = "schema: dmqfx.policy/1\nname: mine\nextends: w4a8-quick\ndefault:\n  input: {bits: BITS}\n"
     mine.write_text(text.replace("BITS", "8"))
     line = ("--policies", str(mine), "--seeds", "0")
     assert once(*line) == [(str(mine), 0)]

@@ -92,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(home / "unet" / "config.json", home / "hollow")
     (home / "prompts.txt").write_text("a cat\n\na dog\n")
     (home / "typo.yaml").write_text(
-        "schema: dmqfx.policy/1\nname: t\nextends: w4a8\ndefault:\n  weight: {bitts: 4}\n"
+        "schema: dmqfx.policy/1\nname: t\nextends: w4a8-quick\ndefault:\n  weight: {bitts: 4}\n"
     )
     return home
 
@@ -286,9 +286,9 @@ def test_passes_lists_the_built_in_ones_and_tells_one(dmqfx: Ask) -> None:
 
 
 def test_policies_prints_a_yaml_to_start_from(dmqfx: Ask, folder: Path) -> None:
-    shipped = {"w8a8", "w4a8", "w4a6", "w4a8-aware", "w4a6-aware", "w8a16", "w4a16"}
+    shipped = {"w8a8", "w4a8", "w4a6", "w4a8-quick", "w4a6-quick", "w8a16", "w4a16"}
     assert set(dmqfx("policies", "--json").data) == shipped
-    text = dmqfx("policies", "w4a8.yaml").out
+    text = dmqfx("policies", "w4a8-quick.yaml").out
     assert "# Symmetric weights need no zero point" in text
     (folder / "mine.yaml").write_text(text)
     assert dmqfx("policies", "mine.yaml").code == 0

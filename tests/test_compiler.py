@@ -54,7 +54,7 @@ def test_an_order_that_cannot_work_is_refused_before_anything_runs(monkeypatch: 
         monkeypatch.setattr(f"dmqfx.compiler.{long}", pytest.fail)
     with pytest.raises(PolicyError) as caught:
         dmqfx.compile(
-            small(torch.float32), "w4a8", overrides=["pipeline=[plan-sites, canonicalize, insert-qdq]"]
+            small(torch.float32), "w4a8-quick", overrides=["pipeline=[plan-sites, canonicalize, insert-qdq]"]
         )
     first, second = str(caught.value).splitlines()
     assert re.fullmatch(
@@ -108,7 +108,7 @@ def test_a_policy_of_floats_gives_the_float_unet(tmp_path: Path) -> None:
 def test_a_mistake_in_what_extends_a_shipped_policy_is_told_where_it_was_made(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "schema: dmqfx.policy/1\nname: mine\nextends: w4a8\ndefault:\n  input: {range: percentile}\n"
+        "schema: dmqfx.policy/1\nname: mine\nextends: w4a8-quick\ndefault:\n  input: {range: percentile}\n"
     )
     with pytest.raises(PolicyError, match=rf"{path}:5:10: observers keep only extremes"):
         check_pipeline(dmqfx.Policy.load(path))

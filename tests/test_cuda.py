@@ -17,7 +17,7 @@ from dmqfx.runtime.unet import CompiledUNet
 EVERYTHING = {
     "schema": "dmqfx.policy/1",
     "name": "everything",
-    "extends": "w4a8",
+    "extends": "w4a8-quick",
     "default": {"input": {"range": "mse", "groups": 4}},
     "pipeline": [
         *("canonicalize", "flag-skips", "split-skips", "plan-sites", "pair-layers"),

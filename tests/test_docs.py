@@ -58,7 +58,7 @@ directory = "pipeline"
     + GRAPH
     + """
 from dmqfx import Calibration, Policy
-ctx = PassContext(Policy.load("w4a8"), Calibration.record(pipe, prompts=["a cat"], steps=2))
+ctx = PassContext(Policy.load("w4a8-quick"), Calibration.record(pipe, prompts=["a cat"], steps=2))
 before = "plan-sites insert-observers freeze-observers pair-layers learn-scaling".split()
 program = registry.pipeline((name, {}) for name in before).run(program, ctx)
 """,

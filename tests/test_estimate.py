@@ -223,7 +223,7 @@ def test_a_budget_reaches_the_sweep_from_compile(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, "dmqfx"):
         q = compile_unet(
             emoji.load_unet(),
-            "w4a6-aware",
+            "w4a6",
             calibration=emoji_calibration(count=1, steps=1),
             overrides=["pipeline.measure-sensitivity.rows=1"],
             report_rows=0,

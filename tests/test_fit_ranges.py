@@ -69,7 +69,7 @@ def test_a_pipeline_of_observers_is_refused_where_more_than_extremes_is_asked_fo
         {
             "schema": "dmqfx.policy/1",
             "name": "x",
-            "extends": "w4a8",
+            "extends": "w4a8-quick",
             "default": {"input": {"range": "percentile"}},
         }
     )
@@ -87,7 +87,7 @@ def test_a_pipeline_of_observers_is_refused_where_more_than_extremes_is_asked_fo
     ],
 )
 def test_what_no_range_can_be_is_refused(key: str, spec: dict[str, object], told: str) -> None:
-    policy = {"schema": "dmqfx.policy/1", "name": "x", "extends": "w4a6-aware", "default": {key: spec}}
+    policy = {"schema": "dmqfx.policy/1", "name": "x", "extends": "w4a6", "default": {key: spec}}
     with pytest.raises(PolicyError, match=told):
         explain(Policy.load(policy), operations(planned(MODEL)))
 

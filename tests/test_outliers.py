@@ -52,7 +52,7 @@ def compiled(*steps: str) -> CompiledUNet:
     policy = {
         "schema": "dmqfx.policy/1",
         "name": "wild",
-        "extends": "w4a6",
+        "extends": "w4a6-quick",
         "default": {"input": {"groups": 4}},
         "pipeline": [*pipeline, "insert-qdq"],
     }

@@ -21,7 +21,7 @@ from dmqfx.policy.schema import KEYS, RULE_KEYS, SPEC_KEYS
 
 
 def test_the_shipped_policies_are_these() -> None:
-    assert shipped.names() == ("w4a16", "w4a6", "w4a6-aware", "w4a8", "w4a8-aware", "w8a16", "w8a8")
+    assert shipped.names() == ("w4a16", "w4a6", "w4a6-quick", "w4a8", "w4a8-quick", "w8a16", "w8a8")
 
 
 @pytest.mark.parametrize(
@@ -33,14 +33,24 @@ def test_the_shipped_policies_are_these() -> None:
             PartialSpec(8, "affine", "tensor", "minmax", 20),
         ),
         (
-            "w4a8",
+            "w4a8-quick",
             PartialSpec(4, "symmetric", "channel", "mse"),
             PartialSpec(8, "affine", "tensor", "minmax", 20),
         ),
         (
-            "w4a6",
+            "w4a6-quick",
             PartialSpec(4, "symmetric", "channel", "mse"),
             PartialSpec(6, "affine", "tensor", "minmax", 20),
+        ),
+        (
+            "w4a8",
+            PartialSpec(4, "symmetric", "channel", "mse"),
+            PartialSpec(8, "affine", "tensor", "mse", 20),
+        ),
+        (
+            "w4a6",
+            PartialSpec(4, "symmetric", "channel", "mse"),
+            PartialSpec(6, "affine", "tensor", "mse", 20),
         ),
         ("w8a16", PartialSpec(8, "symmetric", "channel", "minmax"), FLOAT),
         ("w4a16", PartialSpec(4, "symmetric", "channel", "mse"), FLOAT),
@@ -158,7 +168,7 @@ def family(site_path: str, known: set[str]) -> str:
 @pytest.mark.parametrize("which", MODELS)
 def test_a_shipped_policy_fits_a_diffusers_model_and_keeps_float_what_it_says(which: str) -> None:
     make, config, kept = MODELS[which]
-    explained = explain(Policy.load("w4a8"), operations_of(make(**config)))
+    explained = explain(Policy.load("w4a8-quick"), operations_of(make(**config)))
     float_weights = {
         each.site.at.path for each in explained if each.site.arg == "weight" and each.spec is None
     }
@@ -185,19 +195,19 @@ def test_every_key_has_a_row_in_the_reference(key: str) -> None:
     assert f"\n| `{key}` | " in PAGE
 
 
-@pytest.mark.parametrize("name", [*shipped.names(), *(rule.name for rule in Policy.load("w4a8").rules)])
+@pytest.mark.parametrize("name", [*shipped.names(), *(rule.name for rule in Policy.load("w4a8-quick").rules)])
 def test_every_shipped_policy_and_every_rule_of_theirs_has_a_row_in_the_reference(name: str) -> None:
     assert f"\n| `{name}` | " in PAGE
 
 
 def test_the_mistakes_in_the_reference_are_those_that_dmqfx_reports() -> None:
     text = (
-        "schema: dmqfx.policy/1\nextends: w4a8\ndefault:\n  weight: {bit: 4}\n"
+        "schema: dmqfx.policy/1\nextends: w4a8-quick\ndefault:\n  weight: {bit: 4}\n"
         "rules:\n  - {name: mid, kind: conv, keep: float}\n"
     )
     with pytest.raises(PolicyError) as caught:
         parse_policy(text, "mine.yaml")
     told = str(caught.value).splitlines()
     with pytest.raises(PolicyError) as caught:
-        Policy.load("w4a8", ["default.weight.bits=16"])
+        Policy.load("w4a8-quick", ["default.weight.bits=16"])
     assert "\n".join([*told, str(caught.value)]) in PAGE

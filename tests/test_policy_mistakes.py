@@ -274,7 +274,7 @@ MISTAKES = {
     "a missing parent": (
         HEAD + "extends: w8a4",
         "2:10: there is no policy 'w8a4', neither as a file nor shipped: did you mean 'w8a8'? "
-        "(legal: w4a16, w4a6, w4a6-aware, w4a8, w4a8-aware, w8a16, w8a8)",
+        "(legal: w4a16, w4a6, w4a6-quick, w4a8, w4a8-quick, w8a16, w8a8)",
     ),
     "a parent that is a list": (HEAD + "extends: [w8a8]", "2:10: extends: expected text, got a list"),
 }
@@ -345,7 +345,7 @@ def test_the_check_of_steps_is_told_names_and_options_and_its_words_are_reported
 
 def test_every_wrong_option_of_a_real_pass_is_told_at_once_where_it_stands() -> None:
     step = "{learn-scaling: {exponent: 7, metod: x, method: smooth}}"
-    assert problems(f"{HEAD}extends: w4a8\npipeline: [{step}]\n", check_step=registry.problems_with) == [
+    assert problems(f"{HEAD}extends: w4a8-quick\npipeline: [{step}]\n", check_step=registry.problems_with) == [
         "p.yaml:3:29: learn-scaling: exponent must be between 0 and 1, not 7",
         "p.yaml:3:42: learn-scaling has no option 'metod'; did you mean 'method'? (legal: batch, exponent, groups,"
         " iterations, method, rate, rows, strength, weighting)",

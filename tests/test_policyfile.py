@@ -132,7 +132,7 @@ def test_a_dict_inside_itself_is_refused() -> None:
 
 
 def test_a_policy_is_its_own_source() -> None:
-    policy = Policy.load("w4a8")
+    policy = Policy.load("w4a8-quick")
     assert Policy.load(policy) == policy
     assert Policy.load(policy, ["name=other"]) == replace(policy, name="other")
 
@@ -150,14 +150,14 @@ def test_a_file_beside_you_beats_a_shipped_one_only_if_you_say_yaml(
     (tmp_path / "w4a8.yaml").write_text(BODY)
     (tmp_path / "w4a6").mkdir()
     assert Policy.load("w4a8.yaml").default.input == FLOAT
-    assert Policy.load("w4a8").default.input != FLOAT
-    assert Policy.load("w4a6") != Policy.load("w4a8")
+    assert Policy.load("w4a8-quick").default.input != FLOAT
+    assert Policy.load("w4a6-quick") != Policy.load("w4a8-quick")
 
 
 def test_an_unknown_name_lists_what_is_shipped_and_the_nearest() -> None:
     assert load_problems("w4a9") == [
         "<policy>:0:0: there is no policy 'w4a9', neither as a file nor shipped: did you mean 'w4a8'? "
-        "(legal: w4a16, w4a6, w4a6-aware, w4a8, w4a8-aware, w8a16, w8a8)"
+        "(legal: w4a16, w4a6, w4a6-quick, w4a8, w4a8-quick, w8a16, w8a8)"
     ]
 
 
@@ -214,8 +214,8 @@ def test_a_child_merges_the_default_appends_rules_and_replaces_the_pipeline(tmp_
 
 
 def test_a_dict_may_extend() -> None:
-    policy = Policy.load({"extends": "w4a8", "rules": [{"at": "x", "keep": "float"}]})
-    assert len(policy.rules) == len(Policy.load("w4a8").rules) + 1
+    policy = Policy.load({"extends": "w4a8-quick", "rules": [{"at": "x", "keep": "float"}]})
+    assert len(policy.rules) == len(Policy.load("w4a8-quick").rules) + 1
 
 
 def test_a_mistake_in_a_parent_is_reported_in_the_parent(tmp_path: Path) -> None:
@@ -228,10 +228,10 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent(tmp_path: Path) -> None
 
 
 def test_a_name_that_the_parent_has_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "child.yaml").write_text(HEAD + "extends: w4a8\nrules: [{name: ends, at: x, keep: float}]\n")
+    (tmp_path / "child.yaml").write_text(HEAD + "extends: w4a8-quick\nrules: [{name: ends, at: x, keep: float}]\n")
     found = load_problems(tmp_path / "child.yaml")
     assert len(found) == 1
-    assert "child.yaml:3:9: rules.ends: the rule at dmqfx/policies/w4a8.yaml:" in found[0]
+    assert "child.yaml:3:9: rules.ends: the rule at dmqfx/policies/w4a8-quick.yaml:" in found[0]
 
 
 def test_a_circle_of_parents_is_refused(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_circle_of_parents_is_refused(tmp_path: Path) -> None:
 
 def test_overrides_reach_every_part_of_a_policy() -> None:
     policy = Policy.load(
-        "w4a8",
+        "w4a8-quick",
         [
             "default.weight.bits=3",
             "default.input.groups=[100, 500]",
@@ -269,7 +269,7 @@ def test_overrides_reach_every_part_of_a_policy() -> None:
 
 
 def test_a_later_override_wins() -> None:
-    assert Policy.load("w4a8", ["default.weight.bits=3", "default.weight.bits=2"]).default.weight == (
+    assert Policy.load("w4a8-quick", ["default.weight.bits=3", "default.weight.bits=2"]).default.weight == (
         PartialSpec(2, "symmetric", "channel", "mse")
     )
 
@@ -280,14 +280,14 @@ def test_float_becomes_bits_and_bits_become_float() -> None:
 
 
 def test_an_override_of_one_setting_splits_keep_float() -> None:
-    rule = Policy.load("w4a8", ["rules.ends.weight.bits=8"]).rules[0]
+    rule = Policy.load("w4a8-quick", ["rules.ends.weight.bits=8"]).rules[0]
     assert (rule.weight, rule.input) == (PartialSpec(8), FLOAT)
-    again = Policy.load("w4a8", ["rules.ends.weight.bits=8", "rules.ends.keep=float"]).rules[0]
+    again = Policy.load("w4a8-quick", ["rules.ends.weight.bits=8", "rules.ends.keep=float"]).rules[0]
     assert (again.weight, again.input) == (FLOAT, FLOAT)
 
 
 def test_a_whole_key_can_be_replaced() -> None:
-    assert Policy.load("w4a8", ["pipeline=[canonicalize]", "rules=[]"]).rules == ()
+    assert Policy.load("w4a8-quick", ["pipeline=[canonicalize]", "rules=[]"]).rules == ()
 
 
 @pytest.mark.parametrize(

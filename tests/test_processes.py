@@ -153,7 +153,7 @@ def test_compile_under_torchrun_writes_and_prints_once(
     unet.save_pretrained(tmp_path / "unet")
     Calibration.synthesize(unet, steps=4, trajectories=10).save(tmp_path / "cal")
     arguments = [
-        "compile", str(tmp_path / "unet"), "--calibration", str(tmp_path / "cal"), "--policy", "w4a6",
+        "compile", str(tmp_path / "unet"), "--calibration", str(tmp_path / "cal"), "--policy", "w4a6-quick",
         "--out",
     ]  # fmt: skip
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -35,7 +35,7 @@ def data() -> Calibration:
 
 @pytest.fixture(scope="module")
 def ctx(data: Calibration) -> PassContext:
-    return PassContext(Policy.load("w4a6", ["default.input.groups=5"]), data)
+    return PassContext(Policy.load("w4a6-quick", ["default.input.groups=5"]), data)
 
 
 @pytest.fixture(scope="module")

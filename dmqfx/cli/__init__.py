@@ -17,7 +17,7 @@ dmqfx quantizes diffusion UNets: it captures a diffusers UNet as a graph, rewrit
 and gives back a drop-in module with packed low-bit weights. A YAML policy says which bits go where.
 """
 EXAMPLES = (
-    ("dmqfx demo --out demo.png", "the bundled emoji model, float beside w4a8 and w4a6"),
+    ("dmqfx demo --out demo.png", "the bundled emoji model, float beside w4a8-quick and w4a6"),
     ("dmqfx inspect unet/", "what is in a model, and where its multiply-adds are"),
     ("dmqfx explain unet/ --policy w4a8", "which bits each tensor would get, by which rule"),
     ("dmqfx compile unet/ --policy w4a8 --out unet-w4a8/", "quantize and save"),

@@ -165,7 +165,7 @@ def verify(options: argparse.Namespace) -> int:
         found = verify_saved(compiled, seed=options.seed)
         terminal.say(options, "\n".join(found), dict(line.split(maxsplit=1) for line in found))
         return terminal.OK
-    policy = Policy.load(options.policy or "w4a8", options.overrides, check_step=registry.problems_with)
+    policy = Policy.load(options.policy or "w4a8-quick", options.overrides, check_step=registry.problems_with)
     checked = verify_policy(sources.load_unet(options.model), policy, seed=options.seed, progress=bars())
     terminal.say(options, str(checked), checked.to_data())
     return terminal.OK

@@ -30,12 +30,12 @@ def _demo(commands: Commands[argparse.ArgumentParser]) -> None:
         demo,
         "compile the bundled emoji model and draw float beside quantized",
         (
-            ("dmqfx demo", "w4a8 and w4a6, into demo.png"),
+            ("dmqfx demo", "w4a8-quick and w4a6, into demo.png"),
             ("dmqfx demo --policy w8a8 --policy my.yaml --out mine.png", "other policies"),
         ),
     )
     parser.add_argument("--out", default="demo.png", metavar="PNG", help="the picture [demo.png]")
-    parser.add_argument("--policy", action="append", default=[], help="may be repeated [w4a8 and w4a6]")
+    parser.add_argument("--policy", action="append", default=[], help="may be repeated [w4a8-quick and w4a6]")
     parser.add_argument("--seed", type=whole(0), default=0, help="of noise and calibration [0]")
 
 
@@ -44,7 +44,7 @@ def demo(options: argparse.Namespace) -> int:
     from dmqfx import demo as show
 
     out = files.to_be_file(options.out)
-    rows = show.run(options.policy or ["w4a8", "w4a6"], out, seed=options.seed, progress=bars())
+    rows = show.run(options.policy or ["w4a8-quick", "w4a6"], out, seed=options.seed, progress=bars())
     text = "\n\n".join([show.table(rows), *show.remarks(rows), f"picture: {out.resolve()}"])
     terminal.say(options, text, {"picture": str(out.resolve()), "rows": [row.to_data() for row in rows]})
     return terminal.OK
@@ -149,7 +149,7 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
         "quantize a UNet by a policy and save it",
         (
             ("dmqfx compile emoji --policy w4a6 --out emoji-w4a6/", ""),
-            ("dmqfx compile unet/ --calibration cal/ --out out/", "w4a8, calibrated on what was recorded"),
+            ("dmqfx compile unet/ --calibration cal/ --out out/", "w4a8-quick, calibrated on what was recorded"),
             (
                 "dmqfx compile unet/ --policy my.yaml --set default.weight.bits=3 --out out/",
                 "one setting changed",

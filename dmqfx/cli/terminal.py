@@ -127,7 +127,7 @@ def add_glob(parser: argparse.ArgumentParser) -> None:
 def add_policy(parser: argparse.ArgumentParser) -> None:
     """--policy and --set."""
     parser.add_argument(
-        "--policy", default="w4a8", help="shipped name (see `dmqfx policies`) or YAML file [w4a8]"
+        "--policy", default="w4a8-quick", help="shipped name (see `dmqfx policies`) or YAML file [w4a8-quick]"
     )
     parser.add_argument(
         "--set",

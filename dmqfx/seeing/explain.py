@@ -21,7 +21,7 @@ __all__ = ["explain", "explanations", "table"]
 
 
 def explain(
-    program: Seen, policy: str | PathLike[str] | Mapping[str, object] | Policy = "w4a8", at: str = "**"
+    program: Seen, policy: str | PathLike[str] | Mapping[str, object] | Policy = "w4a8-quick", at: str = "**"
 ) -> str:
     """One line per site: the bits that a policy asks for, the rule that decided, the rules that it overrides.
 
