@@ -1,6 +1,7 @@
 """Whole UNet calls: float, simulate, and cpu without and with fused operators.
 
-    python benchmarks/bench_unet.py [--model emoji] [--policy w4a8-quick] [--compiled DIR] [--batch 32] [--seconds 60] [--profile]
+    python benchmarks/bench_unet.py [--model emoji] [--policy w4a8-quick] [--compiled DIR] [--batch 32] [--seconds 60]
+        [--profile]
 
 The ways take turns on the same inputs in one run; a way's time is the median of its turns, in processor time of
 the one thread, since other programs may run beside it. Where input channels have steps of their own (vote-shifts), one
@@ -117,7 +118,9 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=list(MODELS), default="emoji", help="sd15 has random parameters")
-    parser.add_argument("--policy", default="w4a8-quick", help="the policy to compile; w4a8-quick unless said otherwise")
+    parser.add_argument(
+        "--policy", default="w4a8-quick", help="the policy to compile; w4a8-quick unless said otherwise"
+    )
     parser.add_argument("--compiled", help="a directory of save_pretrained, made with the policy")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60, help="how long the ways take turns")

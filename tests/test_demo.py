@@ -106,10 +106,9 @@ def test_the_demo_draws_float_and_quantized_pictures_that_look_alike(
         assert sheet.size[0] == LEFT + 16 * (CELL + GAP)
     exact, *quantized = told["rows"]
     assert exact["name"] == "float32"
-    assert [row["name"] for row in quantized] == ["w4a8", "w4a6"]
-    for row in quantized:
-        assert row["sites_got"] == row["sites_asked"] == 236
+    assert [row["name"] for row in quantized] == ["w4a8-quick", "w4a6"]
+    for row, sites in zip(quantized, (236, 248), strict=True):  # each arm of a skip is a layer of its own
+        assert row["sites_got"] == row["sites_asked"] == sites
         assert row["bytes_after"] < 0.25 * row["bytes_before"]
         assert row["mean_psnr_db"] > 22
-    assert quantized[0]["mean_psnr_db"] > quantized[1]["mean_psnr_db"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["demo.png"]

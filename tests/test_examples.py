@@ -14,7 +14,11 @@ SAY: dict[str, tuple[str, ...]] = {
         "mean difference",
         "a loaded model gives the same picture: True",
     ),
-    "calibrate_from_a_pipeline.py": ("20 rows  4 trajectories  5 timesteps", "w8a8\nUNet2D", "w4a8-quick\nUNet2D"),
+    "calibrate_from_a_pipeline.py": (
+        "20 rows  4 trajectories  5 timesteps",
+        "w8a8\nUNet2D",
+        "w4a8-quick\nUNet2D",
+    ),
     "your_own_pass.py": ("approximate-gelu alone:", "insert-qdq", "torch.Size([1, 4, 8, 8])"),
 }
 

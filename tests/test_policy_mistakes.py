@@ -345,7 +345,9 @@ def test_the_check_of_steps_is_told_names_and_options_and_its_words_are_reported
 
 def test_every_wrong_option_of_a_real_pass_is_told_at_once_where_it_stands() -> None:
     step = "{learn-scaling: {exponent: 7, metod: x, method: smooth}}"
-    assert problems(f"{HEAD}extends: w4a8-quick\npipeline: [{step}]\n", check_step=registry.problems_with) == [
+    assert problems(
+        f"{HEAD}extends: w4a8-quick\npipeline: [{step}]\n", check_step=registry.problems_with
+    ) == [
         "p.yaml:3:29: learn-scaling: exponent must be between 0 and 1, not 7",
         "p.yaml:3:42: learn-scaling has no option 'metod'; did you mean 'method'? (legal: batch, exponent, groups,"
         " iterations, method, rate, rows, strength, weighting)",

@@ -228,7 +228,9 @@ def test_a_mistake_in_a_parent_is_reported_in_the_parent(tmp_path: Path) -> None
 
 
 def test_a_name_that_the_parent_has_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "child.yaml").write_text(HEAD + "extends: w4a8-quick\nrules: [{name: ends, at: x, keep: float}]\n")
+    (tmp_path / "child.yaml").write_text(
+        HEAD + "extends: w4a8-quick\nrules: [{name: ends, at: x, keep: float}]\n"
+    )
     found = load_problems(tmp_path / "child.yaml")
     assert len(found) == 1
     assert "child.yaml:3:9: rules.ends: the rule at dmqfx/policies/w4a8-quick.yaml:" in found[0]

@@ -125,7 +125,11 @@ def test_nothing_is_pickled_or_dated(saved: Path) -> None:
 
 def test_config_json_is_diffusers_own_with_a_compact_addition(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
-    assert config["quantization_config"] == {"quant_method": "dmqfx", "format_version": 1, "policy": "w4a8-quick"}
+    assert config["quantization_config"] == {
+        "quant_method": "dmqfx",
+        "format_version": 1,
+        "policy": "w4a8-quick",
+    }
     assert UNet2DModel.load_config(saved)["in_channels"] == 4
 
 

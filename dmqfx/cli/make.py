@@ -149,7 +149,10 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
         "quantize a UNet by a policy and save it",
         (
             ("dmqfx compile emoji --policy w4a6 --out emoji-w4a6/", ""),
-            ("dmqfx compile unet/ --calibration cal/ --out out/", "w4a8-quick, calibrated on what was recorded"),
+            (
+                "dmqfx compile unet/ --calibration cal/ --out out/",
+                "w4a8-quick, calibrated on what was recorded",
+            ),
             (
                 "dmqfx compile unet/ --policy my.yaml --set default.weight.bits=3 --out out/",
                 "one setting changed",
