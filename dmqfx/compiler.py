@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
 import torch
 
@@ -28,7 +29,7 @@ from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.report import Report
 from dmqfx.storage.provenance import fingerprint, provenance, weights_digest
-from dmqfx.sweep.budget import seconds_of
+from dmqfx.sweep.budget import bytes_of, seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ def compile(
     progress: bool | None = None,
     report_rows: int = MEASURED_ROWS,
     budget: str | float | None = None,
+    memory: str | int = "6GB",
+    run_dir: str | PathLike[str] | None = None,
 ) -> CompiledUNet:
     """Quantize a diffusers UNet by a policy; the result goes where the UNet went (`pipe.unet = q`).
 
@@ -62,11 +65,14 @@ def compile(
     `overrides` are `a.b=c` strings. Without `calibration`, trajectories are made from the model itself.
     `verify` checks every pass as it runs. `budget` is a time such as 90s, 5min, 1h or overnight that each
     sweep of the policy should take, by what this machine is measured to need: it gets fewer rows, or more
-    iterations. `target` says what the layers run as, see `TARGETS`.
+    iterations. `memory` is what a sweep may take beside the model; what is beyond goes to disk. In `run_dir`
+    finished parts of sweeps are kept: the same call, made again after a kill, goes on behind them to the same
+    bits. `target` says what the layers run as, see `TARGETS`.
 
     Units: seed starts every generator; the report measures SQNR on report_rows calibration rows (0: none).
     Raises: PolicyError, CaptureError, CalibrationError, PipelineError; VerifyError if `verify` finds a
-        wrong pass; ValueError for a budget that is no time.
+        wrong pass; StoreError for a run directory that cannot be used; ValueError for a budget that is no
+        time, or a memory that is no size.
     Example:
         >>> from dmqfx import emoji
         >>> q = compile(emoji.load_unet(), "w8a16", report_rows=0)
@@ -75,6 +81,7 @@ def compile(
     """
     refuse(unet)
     seconds = None if budget is None else seconds_of(budget)
+    room, folder = bytes_of(memory), None if run_dir is None else Path(run_dir)
     bars = processes.is_first() and (sys.stderr.isatty() if progress is None else progress)
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
@@ -90,7 +97,9 @@ def compile(
         data.check(before.inputs)
         if processes.count() > 1:
             processes.same("calibration rows", fingerprint(data.columns()))
-    ctx = PassContext(chosen, data, seed, bars, train_timesteps(unet, data), budget=seconds)
+    ctx = PassContext(
+        chosen, data, seed, bars, train_timesteps(unet, data), memory=room, budget=seconds, run_dir=folder
+    )
     scaled, after = quantize(before, ctx, verify=verify)
     measured = report_rows if processes.is_first() else 0
     report = Report.measure(scaled, after, data, rows=measured, progress=bars)

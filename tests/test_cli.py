@@ -286,7 +286,17 @@ def test_passes_lists_the_built_in_ones_and_tells_one(dmqfx: Ask) -> None:
 
 
 def test_policies_prints_a_yaml_to_start_from(dmqfx: Ask, folder: Path) -> None:
-    shipped = {"w8a8", "w4a8", "w4a6", "w4a8-quick", "w4a6-quick", "w8a16", "w4a16"}
+    shipped = {
+        "w8a8",
+        "w4a8",
+        "w4a6",
+        "w4a8-quick",
+        "w4a6-quick",
+        "dmq-paper-w4a8",
+        "dmq-paper-w4a6",
+        "w8a16",
+        "w4a16",
+    }
     assert set(dmqfx("policies", "--json").data) == shipped
     text = dmqfx("policies", "w4a8-quick.yaml").out
     assert "# Symmetric weights need no zero point" in text

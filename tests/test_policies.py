@@ -21,7 +21,17 @@ from dmqfx.policy.schema import KEYS, RULE_KEYS, SPEC_KEYS
 
 
 def test_the_shipped_policies_are_these() -> None:
-    assert shipped.names() == ("w4a16", "w4a6", "w4a6-quick", "w4a8", "w4a8-quick", "w8a16", "w8a8")
+    assert shipped.names() == (
+        "dmq-paper-w4a6",
+        "dmq-paper-w4a8",
+        "w4a16",
+        "w4a6",
+        "w4a6-quick",
+        "w4a8",
+        "w4a8-quick",
+        "w8a16",
+        "w8a8",
+    )
 
 
 @pytest.mark.parametrize(

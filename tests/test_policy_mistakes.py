@@ -274,7 +274,7 @@ MISTAKES = {
     "a missing parent": (
         HEAD + "extends: w8a4",
         "2:10: there is no policy 'w8a4', neither as a file nor shipped: did you mean 'w8a8'? "
-        "(legal: w4a16, w4a6, w4a6-quick, w4a8, w4a8-quick, w8a16, w8a8)",
+        "(legal: dmq-paper-w4a6, dmq-paper-w4a8, w4a16, w4a6, w4a6-quick, w4a8, w4a8-quick, w8a16, w8a8)",
     ),
     "a parent that is a list": (HEAD + "extends: [w8a8]", "2:10: extends: expected text, got a list"),
 }

@@ -157,7 +157,7 @@ def test_a_file_beside_you_beats_a_shipped_one_only_if_you_say_yaml(
 def test_an_unknown_name_lists_what_is_shipped_and_the_nearest() -> None:
     assert load_problems("w4a9") == [
         "<policy>:0:0: there is no policy 'w4a9', neither as a file nor shipped: did you mean 'w4a8'? "
-        "(legal: w4a16, w4a6, w4a6-quick, w4a8, w4a8-quick, w8a16, w8a8)"
+        "(legal: dmq-paper-w4a6, dmq-paper-w4a8, w4a16, w4a6, w4a6-quick, w4a8, w4a8-quick, w8a16, w8a8)"
     ]
 
 

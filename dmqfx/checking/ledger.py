@@ -97,21 +97,24 @@ def _overstepped(before: Program, after: Program) -> Iterator[Broken]:
 
 def _strayed(before: Program, after: Program) -> Iterator[Broken]:
     """Codes and zero points that changed beside their steps, and steps that went too far."""
-    for kind in (Codes, QParams):
-        for site, now in after.table.of(kind).items():
-            if (was := before.table.get(site, kind)) is None or was is now:
-                continue
-            old, new = (each.qparams if isinstance(each, Codes) else each for each in (was, now))
-            if isinstance(was, Codes) and isinstance(now, Codes) and not torch.equal(was.packed, now.packed):
-                yield Broken(site, "Codes", "codes were changed where only steps may be")
-            if not torch.equal(old.zero_point, new.zero_point):
-                yield Broken(site, kind.__name__, "zero points were changed where only steps may be")
-            elif old.scale.shape == new.scale.shape:
-                ratio = (new.scale / old.scale).log2().abs().max()
-                if not float(ratio) <= 1 + _ROUNDED:
-                    yield Broken(
-                        site, kind.__name__, f"a step went {2 ** float(ratio):.3g} times as far, more than 2"
-                    )
+    for site, codes in after.table.of(Codes).items():
+        if (was := before.table.get(site, Codes)) is None or was is codes:
+            continue
+        if not torch.equal(was.packed, codes.packed):
+            yield Broken(site, "Codes", "codes were changed where only steps may be")
+        yield from _too_far(site, "Codes", was.qparams, codes.qparams)
+    for site, params in after.table.of(QParams).items():
+        if (found := before.table.get(site, QParams)) is not None and found is not params:
+            yield from _too_far(site, "QParams", found, params)
+
+
+def _too_far(site: Site, kind: str, was: QParams, now: QParams) -> Iterator[Broken]:
+    if not torch.equal(was.zero_point, now.zero_point):
+        yield Broken(site, kind, "zero points were changed where only steps may be")
+    elif was.scale.shape == now.scale.shape:
+        farthest = float((now.scale / was.scale).log2().abs().max())
+        if not farthest <= 1 + _ROUNDED:
+            yield Broken(site, kind, f"a step went {2**farthest:.3g} times as far, more than 2")
 
 
 def _unflagged(program: Program, refused: Collection[Address]) -> Iterator[Broken]:

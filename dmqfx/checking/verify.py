@@ -246,7 +246,7 @@ def _floor(ctx: PassContext) -> float | None:
 
 def _run(step: Pass, program: Program, ctx: PassContext, fuel: int | None) -> tuple[Program, Journal]:
     journal = Journal(fuel=fuel)
-    after = step.run(program, replace(ctx, journal=journal))
+    after = step.run(program, replace(ctx, journal=journal, run_dir=None))  # it is computed, not read
     after = replace(after, facts=(program.facts - step.clears) | step.provides)
     check_structure(after, step.name(), program)
     return after, journal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import warnings
 from typing import TYPE_CHECKING
 
@@ -149,10 +150,7 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
         "quantize a UNet by a policy and save it",
         (
             ("dmqfx compile emoji --policy w4a6 --out emoji-w4a6/", ""),
-            (
-                "dmqfx compile unet/ --calibration cal/ --out out/",
-                "w4a8-quick, calibrated on what was recorded",
-            ),
+            ("dmqfx compile unet/ --calibration cal/ --out out/", "w4a8-quick, on what was recorded"),
             (
                 "dmqfx compile unet/ --policy my.yaml --set default.weight.bits=3 --out out/",
                 "one setting changed",
@@ -171,6 +169,17 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="check every pass as it runs")
     parser.add_argument("--seed", type=whole(0), default=0, help="of everything random [0]")
+    _add_limits(parser)
+    parser.add_argument(
+        "--rows", type=whole(0), default=16, help="calibration rows the report is measured on; 0: none [16]"
+    )
+    parser.add_argument(
+        "--min-sqnr", type=float, metavar="DB", help="exit with 3 if the output's SQNR is lower"
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """What a sweep may take, and where it is kept."""
     parser.add_argument(
         "--budget",
         type=_time,
@@ -178,10 +187,16 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
         help="what a sweep may take: 90s, 5min, 1h, overnight; fits rows and iterations [as the policy says]",
     )
     parser.add_argument(
-        "--rows", type=whole(0), default=16, help="calibration rows the report is measured on; 0: none [16]"
+        "--memory",
+        type=_size,
+        default=6 * 2**30,
+        metavar="SIZE",
+        help="what a sweep may take beside the model, as 800MB; more goes to disk [6GB]",
     )
     parser.add_argument(
-        "--min-sqnr", type=float, metavar="DB", help="exit with 3 if the output's SQNR is lower"
+        "--run-dir",
+        metavar="FOLDER",
+        help="where finished layers are kept: after a kill the same command goes on [OUT.run, removed when all is done]",
     )
 
 
@@ -191,6 +206,16 @@ def _time(text: str) -> float:
 
     try:
         return seconds_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _size(text: str) -> int:
+    """The type of --memory, in bytes."""
+    from dmqfx.sweep.budget import bytes_of
+
+    try:
+        return bytes_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -218,6 +243,7 @@ def _compiled(options: argparse.Namespace) -> int:
     check_pipeline(policy)
     out = files.to_be_folder(options.out)
     refuse_foreign(out)
+    run = files.to_be_folder(options.run_dir or f"{out}.run")
     floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]
     if floors and not options.rows:
         raise DmqfxError(f"--rows 0 measures nothing, and {max(floors):g} dB SQNR are wanted; leave it out")
@@ -235,11 +261,15 @@ def _compiled(options: argparse.Namespace) -> int:
             progress=bars() and processes.is_first(),
             report_rows=options.rows,
             budget=options.budget,
+            memory=options.memory,
+            run_dir=run,
         )
     report = q.report
     if not processes.is_first() or report is None:  # every compilation makes one
         return terminal.OK
     q.save_pretrained(out)
+    if not options.run_dir:
+        shutil.rmtree(run, ignore_errors=True)
     about = {"folder": str(out.resolve()), "report": report.to_data()}
     terminal.say(options, f"{report}\n\nwritten to {out}", about)
     return terminal.gate(report.misses(Expect(max(floors, default=None))))

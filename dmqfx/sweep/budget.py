@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Final, TypeVar
 
-__all__ = ["fitting", "scaled", "seconds_of"]
+__all__ = ["bytes_of", "fitting", "scaled", "seconds_of"]
 
 FACTORS: Final = (4.0, 2.0, 1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 """What a policy's own numbers may be multiplied by; more than 1 for iterations alone."""
 OVERNIGHT: Final = 8 * 3600.0
 _UNITS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_SIZES: Final = {"MB": 2**20, "GB": 2**30}
 _Step = TypeVar("_Step")
 
 
@@ -31,6 +32,21 @@ def seconds_of(budget: str | float) -> float:
     if isinstance(seconds, str) or not 0 < seconds < float("inf"):
         raise ValueError(f"a budget is a time such as 90s, 5min, 1h or overnight, not {budget!r}")
     return float(seconds)
+
+
+def bytes_of(memory: str | int) -> int:
+    """A memory budget in bytes: a number of bytes, or words such as 800MB, 6GB, 1.5 GB.
+
+    Raises: ValueError for other words, or nothing.
+    Example:
+        >>> bytes_of("6GB") == 6 * 2**30, bytes_of("512 MB") == 2**29, bytes_of(4096)
+        (True, True, 4096)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", str(memory).replace(" ", ""))
+    size = int(float(found[1]) * _SIZES[found[2]]) if found else memory
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"a memory budget is a size such as 800MB or 6GB, not {memory!r}")
+    return size
 
 
 def scaled(step: _Step, factor: float) -> _Step:

@@ -297,14 +297,15 @@ class Objective:
         sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64)
         learned = steps.learned()
         for chunk, wanted in zip(self.chunks, self.wanted, strict=True):
-            error = (self.network(chunk, steps, learned) - wanted).square().mean(1).double().cpu()
+            error = (self.network(chunk, steps, learned) - wanted).double().square().mean(1).cpu()
             if not finite(error):
                 self.network.blame(chunk, steps)
             group = timestep_group(chunk.timestep.cpu(), self.edges)
             sums[0].index_add_(0, group, error)
             sums[1].index_add_(0, group, torch.ones_like(error))
         total, count = processes.summed(sums)
-        return total / count.clamp(min=1)
+        mean: Tensor = total / count.clamp(min=1)
+        return mean
 
 
 def _rows(value: object) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def learn_steps(program: Program, step: Learner, ctx: PassContext) -> Found:
 
 
 def _descend(
-    objective: Objective, steps: Steps, plan: _Plan, run: NoRun, ctx: PassContext, bar: tqdm[None]
+    objective: Objective, steps: Steps, plan: _Plan, run: NoRun, ctx: PassContext, bar: tqdm[NoReturn]
 ) -> None:
     """All iterations that a run directory does not know yet."""
     how = Descent(plan.step.iterations, plan.step.rate, plan.step.warmup)
@@ -127,14 +127,14 @@ def _slopes(objective: Objective, steps: Steps, k: int, plan: _Plan) -> float:
     """Each number's slope for one batch, in parts that fit the memory; the batch's loss."""
     rows, total = len(objective.chunks[k].timestep), torch.zeros((), dtype=torch.float64)
     for each in steps.numbers:
-        each.grad = torch.zeros_like(each)
+        each.grad = None
     for start in range(0, rows, plan.portion):
         with torch.enable_grad():
             loss = objective.loss(k, slice(start, start + plan.portion), steps, steps.learned())
             (loss / plan.whole[k]).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         total += loss.detach().double().cpu() / plan.whole[k]
     for each in steps.numbers:
-        each.grad = processes.summed(each.grad)
+        each.grad = processes.summed(torch.zeros_like(each) if each.grad is None else each.grad)
     return float(processes.summed(total))
 
 

@@ -1,0 +1,144 @@
+"""`dmqfx compile` is killed, and the same command made again: it goes on, and the files are those of a whole run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from models import one_level, randomize
+
+from dmqfx import Calibration, compile
+from dmqfx.calibration.calibration import CalibrationWarning
+from dmqfx.cli import main
+from dmqfx.errors import StoreError
+
+POLICY = """
+schema: dmqfx.policy/1
+name: short
+extends: w4a6
+pipeline:
+  - canonicalize
+  - flag-skips
+  - split-skips
+  - plan-sites
+  - measure-sensitivity: {rows: 4}
+  - fit-ranges: {rows: 256}
+  - vote-shifts
+  - round-weights: {method: adaround, start: gptq, iterations: 20, rows: 256}
+  - learn-steps: {rows: 8, batch: 4, iterations: 10}
+  - insert-qdq
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """unet/, cal/, short.yaml, and whole/, which was compiled without a kill."""
+    folder = tmp_path_factory.mktemp("killed")
+    unet = one_level()
+    randomize(unet)
+    unet.save_pretrained(folder / "unet")
+    with pytest.warns(CalibrationWarning, match="random"):
+        Calibration.synthesize(unet, steps=4, trajectories=2).save(folder / "cal")
+    (folder / "short.yaml").write_text(POLICY)
+    assert main(command(folder, "whole")) == 0
+    return folder
+
+
+def command(home: Path, out: str, *more: str) -> list[str]:
+    given = (
+        "--policy",
+        home / "short.yaml",
+        "--calibration",
+        home / "cal",
+        "--rows",
+        "0",
+        "--out",
+        home / out,
+    )
+    return ["compile", *map(str, (home / "unet", *given, *more))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Here and in what is killed: bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def turns(run: Path) -> int:
+    return len(list(run.glob("*/turn-*")))
+
+
+def content(folder: Path) -> dict[str, str]:
+    """The digest of every file that holds numbers."""
+    found = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*.safetensors")
+    }
+    assert found
+    return found
+
+
+def test_a_compilation_that_is_killed_goes_on_and_ends_with_the_same_files(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance, kills = random.Random(0), 0
+    for wanted in (1, 4):
+        called, quiet = [sys.executable, "-m", "dmqfx", *command(home, "torn")], subprocess.DEVNULL
+        started = subprocess.Popen(
+            called, stderr=quiet, stdout=quiet, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        while turns(home / "torn.run") < wanted and started.poll() is None:
+            time.sleep(0.002)
+        time.sleep(chance.random() * 0.05)
+        kills += started.poll() is None
+        started.kill()
+        started.wait()
+    assert kills == 2
+    assert not (home / "torn").exists()
+    before = turns(home / "torn.run")
+    assert before >= 4
+    assert main(command(home, "torn")) == 0
+    assert "tensors were finished before" in capsys.readouterr().err
+    assert content(home / "torn") == content(home / "whole")
+    assert not (home / "torn.run").exists()
+
+
+def test_a_run_folder_that_was_named_stays_and_is_read(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in ("one", "two"):
+        assert main(command(home, out, "--run-dir", str(tmp_path / "run"))) == 0
+        told = capsys.readouterr().err
+        assert ("iterations were made before" in told) == (out == "two")
+    assert turns(tmp_path / "run") > 4
+    assert content(home / "one") == content(home / "two") == content(home / "whole")
+
+
+def test_memory_and_run_dir_are_looked_at_before_anything_is_computed(home: Path, tmp_path: Path) -> None:
+    unet = one_level()
+    with pytest.raises(ValueError, match="a memory budget is a size such as 800MB or 6GB, not 'much'"):
+        compile(unet, "w4a8-quick", memory="much")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot keep a run in"):
+        compile(
+            unet, str(home / "short.yaml"), calibration=Calibration.load(home / "cal"),
+            run_dir=tmp_path / "file", report_rows=0,
+        )  # fmt: skip
+
+
+def test_the_command_line_says_what_a_size_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["compile", "emoji", "--out", str(tmp_path / "o"), "--memory", "much"])
+    assert "--memory: a memory budget is a size such as 800MB or 6GB, not 'much'" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "o", ignore_errors=True)
