@@ -230,10 +230,9 @@ def _fake_kernel_linear(
     return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
 
 
-def _fake_kernel_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None, axis: int, qmin: int, *_: object
-) -> Tensor:
-    return codes.laid_out(x, axis, qmin)
+def _fake_kernel_quantize(x: Tensor, scale: Tensor, *given: object) -> Tensor:
+    axis, qmin, activation = given[2], given[3], given[10] if len(given) > 10 else "none"
+    return codes.laid_out(x, axis, qmin, activation)
 
 
 def _convolved(
