@@ -137,4 +137,6 @@ def _plain(
     if activation == "geglu":
         x, gate = x.chunk(2, -1)
         return x * F.gelu(gate)
-    return {"none": lambda y: y, "silu": F.silu, "gelu": F.gelu}[activation](x)
+    if activation == "gelu":
+        return F.gelu(x)
+    return F.silu(x) if activation == "silu" else x
