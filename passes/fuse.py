@@ -20,6 +20,8 @@ CHANNELS = {"kernel_conv2d": 1, "kernel_linear": -1}
 NORM_ARGUMENTS = {"norm_weight": "weight", "norm_bias": "bias", "eps": "eps"}
 GROUP_NORM = p.group_norm(input=p.any("x")).as_("norm")
 LAYER_NORM = p.layer_norm(input=p.any("x")).as_("norm")
+HALVES = p.chunk(self=p.any("x"), chunks=p.value(2)).as_("halves")
+GELU = p.value("none")  # the exact one
 
 
 @rule(p.quantize(x=p.silu(self=GROUP_NORM)))
@@ -46,6 +48,30 @@ def silu_quantize(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
     return _fused(rw, root, x, None, "silu")
 
 
+@rule(p.quantize(x=p.gelu(self=p.any("x"), approximate=GELU)))
+def gelu_quantize(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
+    """quantize(gelu(x))  ->  kernel_quantize(x, gelu)."""
+    return _fused(rw, root, x, None, "gelu")
+
+
+@rule(
+    p.quantize(
+        x=p.mul(
+            self=p.getitem(self=HALVES, index=p.value(0)),
+            other=p.gelu(self=p.getitem(self=HALVES, index=p.value(1)), approximate=GELU),
+        )
+    )
+)
+def geglu_quantize(rw: Rewriter, root: fx.Node, x: fx.Node, halves: fx.Node) -> Outcome:
+    """quantize(linear * gelu(gate)), halves of the last axis of x  ->  kernel_quantize(x, geglu)."""
+    dims, axis = x.meta["val"].dim(), ops.args(halves)["dim"]
+    if not isinstance(axis, int) or axis % dims != dims - 1 or _axis(root, x) != dims - 1:
+        return Refuse("its halves are not those of the last axis", halves)
+    if x.meta["val"].shape[-1] % 2:
+        return Refuse("its halves are not of one size", halves)
+    return _fused(rw, root, x, None, "geglu")
+
+
 @rule(p.quantize(x=p.any("x")))
 def native_quantize(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
     """quantize(x)  ->  kernel_quantize(x), the same codes."""
@@ -54,10 +80,10 @@ def native_quantize(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
 
 @dataclass(frozen=True)
 class Fuse(RewritePass):
-    """norm -> silu -> quantize  ->  one native operator, whose codes lie as integer layers read them.
+    """norm -> activation -> quantize  ->  one native operator, whose codes lie as integer layers read them.
 
     Codes are equal but for ties: the norm's sums and the exponential are rounded elsewhere than in torch. Where a
-    norm or silu has other readers only what follows it is fused.
+    norm or an activation has other readers only what follows it is fused.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
@@ -67,6 +93,8 @@ class Fuse(RewritePass):
         group_norm_quantize,
         layer_norm_quantize,
         silu_quantize,
+        gelu_quantize,
+        geglu_quantize,
         native_quantize,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from planting import Mutant, Plant, edited, nothing, operands, patched, planted
 from torch import Tensor, fx
 
@@ -92,6 +93,15 @@ def wider_groups(rw: Rewriter, node: fx.Node) -> fx.Node | None:
     return rw.like(node, norm_groups=1) if node.meta["address"].path == "down.conv2" else None
 
 
+def halves_swapped(rw: Rewriter, node: fx.Node) -> fx.Node | None:
+    named = ops.args(node)
+    if named["activation"] != "geglu":
+        return None
+    half = ops.tensor(node, "x").meta["val"].shape[-1] // 2
+    rolled = rw.call(torch.ops.aten.roll.default, near=node, self=named["x"], shifts=[half], dims=[-1])
+    return rw.like(node, x=rolled)
+
+
 def norm_forgotten(rw: Rewriter, node: fx.Node) -> fx.Node | None:
     return rw.like(node, norm="none") if ops.args(node)["norm"] == "layer" else None
 
@@ -112,6 +122,10 @@ MUTANTS += tuple(
             "the layer norm is dropped": (
                 edited("kernel_quantize", norm_forgotten),
                 "mid.to_q/quantize~insert-qdq.1",
+            ),
+            "the gate and what it gates change places": (
+                edited("kernel_quantize", halves_swapped),
+                "mid.out/quantize~insert-qdq.1",
             ),
             "a norm's weight and bias change places": (
                 patched("NORM_ARGUMENTS", weight_and_bias_changed),

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-WATCHED = "convolution or linear or overflow or padding or threads or malformed"
+WATCHED = (
+    "convolution or linear or overflow or padding or threads or malformed or strip or codes or magnitudes"
+)
+FILES = ("tests/test_kernels.py", "tests/test_codes.py")
 
 # A layer that says it is longer than its tensors are: the sanitizer must see it.
 PROVOKE = """
@@ -62,9 +65,7 @@ def run(library: Path, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_kernels_touch_nothing_that_is_not_theirs(tmp_path: Path) -> None:
     library = sanitized(tmp_path)
-    done = run(
-        library, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_kernels.py", "-k", WATCHED
-    )
+    done = run(library, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *FILES, "-k", WATCHED)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 80
     told = run(library, "-c", PROVOKE)

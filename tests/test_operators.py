@@ -120,6 +120,10 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
         OPS.kernel_quantize,
         (*coding_case(), "group", 2, torch.randn(4), torch.randn(4), 1e-5, "silu"),
     ),
+    "kernel_quantize geglu": lambda: (
+        OPS.kernel_quantize,
+        (torch.randn(2, 5, 8), *coding_case()[1:4], -1, 0, 255, "none", 1, None, None, 0.0, "geglu"),
+    ),
     "kernel_quantize empty batch": lambda: (OPS.kernel_quantize, coding_case(0)),
     "kernel_conv2d shifted": lambda: (OPS.kernel_conv2d, (*kernel_case(3), torch.randint(4, (3, 4)).byte())),
     "kernel_linear": lambda: (

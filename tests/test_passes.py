@@ -608,6 +608,29 @@ def test_lower_cpu_without_the_library_changes_no_layer_and_says_why(monkeypatch
     assert set(refusals(result).values()) == {"there is no library"}
 
 
+@pytest.mark.parametrize(
+    ("operator", "edit", "activation"),
+    [
+        ("gelu", lambda rw, node: None, "geglu"),
+        ("gelu", lambda rw, node: rw.like(node, approximate="tanh"), "none"),
+        ("chunk", lambda rw, node: rw.like(node, dim=2), "geglu"),
+        (
+            "mul",
+            lambda rw, node: ops.args(node)["other"] if str(node.meta["address"]) == "mid/mul#1" else None,
+            "gelu",
+        ),
+    ],
+)
+def test_fuse_takes_gelu_with_and_without_a_gate_where_it_is_the_exact_one(
+    operator: str, edit: Callable[[Rewriter, fx.Node], fx.Node | None], activation: str
+) -> None:
+    program = run_step(edited(operator, edit)("lower-cpu"), program_before("lower-cpu"), context())
+    fused = run_step(create("fuse"), program, context())
+    found = [node for node in fused.calls("kernel_quantize") if node.meta["address"].path == "mid.out"]
+    assert [ops.args(node)["activation"] for node in found] == [activation]
+    assert ("gelu" in operators(fused)) == (activation == "none")
+
+
 def test_a_convolution_padded_by_a_word_stays_float() -> None:
     graph = fx.Graph()
     sample, _ = graph.placeholder("sample"), graph.placeholder("timestep")

@@ -7,6 +7,7 @@ more; a device with something faster registers its own kernel beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -230,10 +231,9 @@ def _fake_kernel_linear(
     return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
 
 
-def _fake_kernel_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None, axis: int, qmin: int, *_: object
-) -> Tensor:
-    return codes.laid_out(x, axis, qmin)
+def _fake_kernel_quantize(x: Tensor, *given: Any) -> Tensor:
+    axis, qmin, activation = given[3], given[4], given[11] if len(given) > 11 else "none"
+    return codes.laid_out(x, axis, qmin, activation)
 
 
 def _convolved(

@@ -14,7 +14,7 @@ from dmqfx.runtime.kernels.native import Coding, Library, library
 __all__ = ["ACTIVATIONS", "NORMS", "laid_out", "quantize"]
 
 NORMS = ("none", "group", "layer")
-ACTIVATIONS = ("none", "silu")
+ACTIVATIONS = ("none", "silu", "gelu", "geglu")
 
 
 def quantize(
@@ -35,6 +35,7 @@ def quantize(
 ) -> Tensor:
     """quant.quantize of activation(norm(x)); four dimensions with channels on axis 1 come out channels last.
 
+    `geglu` is the first half of the last axis times gelu of the second, without a norm: half as many codes as numbers.
     Without norm and activation these are the codes of quant.quantize. With them a number at the middle of two
     codes may get the other. Every instruction set gives the same codes.
 
@@ -56,13 +57,17 @@ def quantize(
     turned = planes and norm == "none" and x.is_contiguous(memory_format=torch.channels_last)
     coding = Coding(
         batch=1 if group is None and not planes else len(x), channels=channels, planes=planes and not turned,
-        norm=NORMS.index(norm), norm_groups=norm_groups, silu=activation == "silu", least=qmin, greatest=qmax, eps=eps,
+        norm=NORMS.index(norm), norm_groups=norm_groups, activation=ACTIVATIONS.index(activation), eps=eps,
+        least=qmin, greatest=qmax,
         scale_channels=scale.shape[1], zero_point_channels=zero_point.shape[1],
     )  # fmt: skip
     read = {"x": x if turned else x.contiguous(), "scales": scale, "zero_points": zero_point.to(torch.int32)}
-    given = {"gammas": norm_weight, "betas": norm_bias, "group": group}
-    read |= {name: each for name, each in given.items() if each is not None}
-    return _coded(native, coding, read, laid_out(x, axis, qmin), instruction_set)
+    if group is not None:
+        read["group"] = group
+    if norm != "none":
+        read["gammas"] = torch.ones(channels) if norm_weight is None else norm_weight
+        read["betas"] = torch.zeros(channels) if norm_bias is None else norm_bias
+    return _coded(native, coding, read, laid_out(x, axis, qmin, activation), instruction_set)
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -85,11 +90,12 @@ def _coded(
     return out
 
 
-def laid_out(x: Tensor, axis: int, qmin: int) -> Tensor:
+def laid_out(x: Tensor, axis: int, qmin: int, activation: str = "none") -> Tensor:
     """Room for the codes of x."""
     dtype = torch.int8 if qmin < 0 else torch.uint8
     planes = x.dim() == 4 and axis == 1
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=_format(x, planes))
+    shape = [*x.shape[:-1], x.shape[-1] // 2] if activation == "geglu" else x.shape
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=_format(x, planes))
 
 
 def _format(x: Tensor, planes: bool) -> torch.memory_format:
@@ -106,9 +112,13 @@ def _layout(x: Tensor, axis: int, norm: str, activation: str, groups: int) -> tu
     channels = x.shape[axis]
     if norm != "none" and planes != (norm == "group"):
         raise ValueError(f"a {norm} norm with channels on axis {axis} of {list(x.shape)}")
+    if activation == "geglu" and (planes or norm != "none" or channels % 2):
+        raise ValueError(
+            f"geglu of {list(x.shape)} behind a {norm} norm: halves of an even last axis, no norm"
+        )
     if norm == "group" and (groups < 1 or channels % groups):
         raise ValueError(f"{channels} channels do not fall into {groups} groups")
-    return planes, channels
+    return planes, channels // 2 if activation == "geglu" else channels
 
 
 def _plain(
@@ -124,4 +134,9 @@ def _plain(
         x = F.group_norm(x, groups, weight, bias, eps)
     elif norm == "layer":
         x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if activation == "geglu":
+        x, gate = x.chunk(2, -1)
+        return x * F.gelu(gate)
+    if activation == "gelu":
+        return F.gelu(x)
     return F.silu(x) if activation == "silu" else x

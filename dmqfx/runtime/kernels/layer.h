@@ -35,18 +35,21 @@ struct DmqfxLayer {
 
 enum DmqfxNorm { kNoNorm = 0, kGroupNorm = 1, kLayerNorm = 2 };
 
-// Real numbers to codes, channels last: clamp(round(silu(norm(x)) / scale) + zero point), norm and silu where asked.
+enum DmqfxActivation { kNoActivation = 0, kSilu = 1, kGelu = 2, kGeglu = 3 };  // GEGLU: x * gelu(gate)
+
+// Real numbers to codes, channels last: clamp(round(activation(norm(x)) / scale) + zero point), both where asked.
 struct DmqfxCoding {
   int64_t batch, channels, positions;  // positions of one sample
-  int64_t planes;                      // whether x is [batch, channels, positions], else [batch, positions, channels]
+  int64_t planes;                      // whether x is [batch, channels, positions], else [batch, positions, channels],
+                                       // and for GEGLU, which is of rows alone, [batch, positions, 2, channels]
   int64_t norm, norm_groups;           // kGroupNorm of planes, kLayerNorm of rows
-  int64_t silu;
+  int64_t activation;
   int64_t scale_channels, zero_point_channels;  // 1 or channels
   int64_t least, greatest;             // codes
   double eps;
   const float* x;
-  const float* gammas;                 // [channels] or null
-  const float* betas;                  // [channels] or null
+  const float* gammas;                 // [channels], of a norm
+  const float* betas;                  // [channels], of a norm
   const float* scales;                 // [timestep groups, scale_channels]
   const int32_t* zero_points;          // [timestep groups, zero_point_channels]
   const int64_t* group;                // [batch], which timestep group, or null: the first

@@ -48,7 +48,10 @@ class Coding(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("batch", "channels", "positions", "planes", "norm", "norm_groups")),
-        *((name, c_int64) for name in ("silu", "scale_channels", "zero_point_channels", "least", "greatest")),
+        *(
+            (name, c_int64)
+            for name in ("activation", "scale_channels", "zero_point_channels", "least", "greatest")
+        ),
         ("eps", c_double),
         *((name, c_void_p) for name in ("x", "gammas", "betas", "scales", "zero_points", "group")),
         *((name, c_void_p) for name in ("moments", "codes")),
