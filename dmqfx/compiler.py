@@ -92,23 +92,30 @@ def compile(
         data.check(demanded(unet, residuals=has_residuals(data)))
     elif report_rows or needs_calibration(chosen):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
-    before = computing(capture(unet, residuals=data is not None and has_residuals(data)))
-    if data is not None:
-        data.check(before.inputs)
-        if processes.count() > 1:
-            processes.same("calibration rows", fingerprint(data.columns()))
+    before = _captured(unet, data)
     ctx = PassContext(
         chosen, data, seed, bars, train_timesteps(unet, data), memory=room, budget=seconds, run_dir=folder
     )
     scaled, after = quantize(before, ctx, verify=verify)
-    measured = report_rows if processes.is_first() else 0
-    report = Report.measure(scaled, after, data, rows=measured, progress=bars)
+    report = Report.measure(
+        scaled, after, data, rows=report_rows if processes.is_first() else 0, progress=bars
+    )
     _warn(chosen, report)
     made = {"seed": seed, "calibration": data.describe() if data is not None else None}
     origin = {**provenance(before), "float_weights": weights_digest(unet), **made}
     return CompiledUNet(
         after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
+
+
+def _captured(unet: UNet, data: Calibration | None) -> Program:
+    """The graph of the UNet as it is compiled, whose inputs the calibration rows fit, the same in all processes."""
+    before = computing(capture(unet, residuals=data is not None and has_residuals(data)))
+    if data is not None:
+        data.check(before.inputs)
+        if processes.count() > 1:
+            processes.same("calibration rows", fingerprint(data.columns()))
+    return before
 
 
 def _warn(policy: Policy, report: Report) -> None:

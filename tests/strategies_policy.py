@@ -63,7 +63,10 @@ def globs(draw: st.DrawFn) -> str:
 
 def partial_specs(arg: str, **fixed: Any) -> st.SearchStrategy[PartialSpec]:
     """What a rule may say about an argument; `fixed` replaces a field's strategy."""
-    boundaries = st.lists(numbers, min_size=1, max_size=4, unique=True).map(lambda each: tuple(sorted(each)))
+    timesteps = numbers.map(abs)  # no call lies below 0
+    boundaries = st.lists(timesteps, min_size=1, max_size=4, unique=True).map(
+        lambda each: tuple(sorted(each))
+    )
     fields: dict[str, Any] = {
         "bits": st.none() | st.integers(2 if arg == "weight" else 4, 8),
         "grid": st.sampled_from([None, "symmetric", "affine"]),

@@ -328,7 +328,7 @@ def test_a_whole_key_can_be_replaced() -> None:
     ],
 )
 def test_a_wrong_override_is_told_with_its_number_and_place(override: str, expected: str) -> None:
-    found = load_problems("w4a8", "name=x", override)
+    found = load_problems("w4a8-quick", "name=x", override)
     assert len(found) == 1
     assert found[0].startswith(f"--set:2:{expected}")
 

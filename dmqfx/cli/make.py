@@ -6,6 +6,8 @@ import argparse
 import logging
 import shutil
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmqfx.cli import files, sources, terminal
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dmqfx.calibration.calibration import Calibration
+    from dmqfx.runtime.unet import CompiledUNet
 
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -234,7 +237,7 @@ def _compiled(options: argparse.Namespace) -> int:
     from dmqfx.compiler import compile as compile_unet
     from dmqfx.errors import DmqfxError
     from dmqfx.graph import registry
-    from dmqfx.policy.policy import Expect, Policy
+    from dmqfx.policy.policy import Policy
     from dmqfx.storage.store import refuse_foreign
 
     if not processes.is_first():
@@ -264,12 +267,20 @@ def _compiled(options: argparse.Namespace) -> int:
             memory=options.memory,
             run_dir=run,
         )
-    report = q.report
-    if not processes.is_first() or report is None:  # every compilation makes one
+    if not processes.is_first():
         return terminal.OK
     q.save_pretrained(out)
     if not options.run_dir:
         shutil.rmtree(run, ignore_errors=True)
+    return _told(options, q, out, floors)
+
+
+def _told(options: argparse.Namespace, q: CompiledUNet, out: Path, floors: Sequence[float]) -> int:
+    """The report, and the exit code that its floors give."""
+    from dmqfx.policy.policy import Expect
+
+    report = q.report
+    assert report is not None  # every compilation makes one
     about = {"folder": str(out.resolve()), "report": report.to_data()}
     terminal.say(options, f"{report}\n\nwritten to {out}", about)
     return terminal.gate(report.misses(Expect(max(floors, default=None))))

@@ -62,8 +62,7 @@ def quantize(
         scale_channels=scale.shape[1], zero_point_channels=zero_point.shape[1],
     )  # fmt: skip
     read = {"x": x if turned else x.contiguous(), "scales": scale, "zero_points": zero_point.to(torch.int32)}
-    if group is not None:
-        read["group"] = group
+    read |= {} if group is None else {"group": group}
     if norm != "none":
         read["gammas"] = torch.ones(channels) if norm_weight is None else norm_weight
         read["betas"] = torch.zeros(channels) if norm_bias is None else norm_bias
