@@ -65,9 +65,16 @@ def quantize(
     if group is not None:
         read["group"] = group
     if norm != "none":
-        read["gammas"] = torch.ones(channels) if norm_weight is None else norm_weight
-        read["betas"] = torch.zeros(channels) if norm_bias is None else norm_bias
+        read |= _weights_of_norm(norm_weight, norm_bias, channels)
     return _coded(native, coding, read, laid_out(x, axis, qmin, activation), instruction_set)
+
+
+def _weights_of_norm(weight: Tensor | None, bias: Tensor | None, channels: int) -> dict[str, Tensor]:
+    """Both, where there are none too."""
+    return {
+        "gammas": torch.ones(channels) if weight is None else weight,
+        "betas": torch.zeros(channels) if bias is None else bias,
+    }
 
 
 def _readable(tensor: Tensor) -> bool:
