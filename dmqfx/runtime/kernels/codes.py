@@ -64,9 +64,16 @@ def quantize(
     read = {"x": x if turned else x.contiguous(), "scales": scale, "zero_points": zero_point.to(torch.int32)}
     read |= {} if group is None else {"group": group}
     if norm != "none":
-        read["gammas"] = torch.ones(channels) if norm_weight is None else norm_weight
-        read["betas"] = torch.zeros(channels) if norm_bias is None else norm_bias
+        read |= _weights_of_norm(norm_weight, norm_bias, channels)
     return _coded(native, coding, read, laid_out(x, axis, qmin, activation), instruction_set)
+
+
+def _weights_of_norm(weight: Tensor | None, bias: Tensor | None, channels: int) -> dict[str, Tensor]:
+    """Both, where there are none too."""
+    return {
+        "gammas": torch.ones(channels) if weight is None else weight,
+        "betas": torch.zeros(channels) if bias is None else bias,
+    }
 
 
 def _readable(tensor: Tensor) -> bool:
