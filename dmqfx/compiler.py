@@ -85,12 +85,9 @@ def compile(
     bars = processes.is_first() and (sys.stderr.isatty() if progress is None else progress)
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
-    check_pipeline(chosen)
-    check_finite(unet)
+    _check(unet, chosen, calibration)
     data = calibration
-    if data is not None:  # a capture is long; it is checked again on what the graph really reads
-        data.check(demanded(unet, residuals=has_residuals(data)))
-    elif report_rows or needs_calibration(chosen):
+    if data is None and (report_rows or needs_calibration(chosen)):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
     before = _captured(unet, data)
     ctx = PassContext(
@@ -106,6 +103,14 @@ def compile(
     return CompiledUNet(
         after, config=unet.config, target=lowered, policy=chosen, report=report, provenance=origin
     )
+
+
+def _check(unet: UNet, policy: Policy, calibration: Calibration | None) -> None:
+    """Refuse what cannot be compiled before anything long is done; rows are checked again on what the graph reads."""
+    check_pipeline(policy)
+    check_finite(unet)
+    if calibration is not None:
+        calibration.check(demanded(unet, residuals=has_residuals(calibration)))
 
 
 def _captured(unet: UNet, data: Calibration | None) -> Program:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dmqfx.calibration.calibration import Calibration
+    from dmqfx.policy.policy import Policy
     from dmqfx.runtime.unet import CompiledUNet
 
 
@@ -235,7 +236,6 @@ def _compiled(options: argparse.Namespace) -> int:
     from dmqfx import processes
     from dmqfx.compiler import QualityWarning, check_pipeline, needs_calibration
     from dmqfx.compiler import compile as compile_unet
-    from dmqfx.errors import DmqfxError
     from dmqfx.graph import registry
     from dmqfx.policy.policy import Policy
     from dmqfx.storage.store import refuse_foreign
@@ -247,9 +247,7 @@ def _compiled(options: argparse.Namespace) -> int:
     out = files.to_be_folder(options.out)
     refuse_foreign(out)
     run = files.to_be_folder(options.run_dir or f"{out}.run")
-    floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]
-    if floors and not options.rows:
-        raise DmqfxError(f"--rows 0 measures nothing, and {max(floors):g} dB SQNR are wanted; leave it out")
+    floors = _floors(options, policy)
     calibration = _given(options, wanted=options.rows > 0 or needs_calibration(policy))
     unet = sources.load_unet(options.model)
     with warnings.catch_warnings():
@@ -273,6 +271,16 @@ def _compiled(options: argparse.Namespace) -> int:
     if not options.run_dir:
         shutil.rmtree(run, ignore_errors=True)
     return _told(options, q, out, floors)
+
+
+def _floors(options: argparse.Namespace, policy: Policy) -> list[float]:
+    """The SQNR that the command and the policy want, in dB."""
+    from dmqfx.errors import DmqfxError
+
+    floors = [floor for floor in (options.min_sqnr, policy.expect.sqnr_db) if floor is not None]
+    if floors and not options.rows:
+        raise DmqfxError(f"--rows 0 measures nothing, and {max(floors):g} dB SQNR are wanted; leave it out")
+    return floors
 
 
 def _told(options: argparse.Namespace, q: CompiledUNet, out: Path, floors: Sequence[float]) -> int:
