@@ -21,7 +21,6 @@ EVERYTHING = {
     "default": {"input": {"range": "mse", "groups": 4}},
     "pipeline": [
         *("canonicalize", "flag-skips", "split-skips", "plan-sites", "pair-layers"),
-        {"measure-sensitivity": {"rows": 8}},
         {"learn-scaling": {"method": "les", "iterations": 4, "rows": 64}},
         *("apply-scaling", "absorb-scaling"),
         {"measure-sensitivity": {"rows": 8}},
@@ -29,6 +28,7 @@ EVERYTHING = {
         "vote-shifts",
         {"round-weights": {"method": "adaround", "start": "gptq", "rows": 128, "iterations": 10}},
         "correct-bias",
+        {"learn-steps": {"rows": 8, "batch": 4, "iterations": 4, "groups": 4}},
         "insert-qdq",
     ],
 }

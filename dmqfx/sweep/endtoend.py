@@ -87,7 +87,7 @@ class Steps:
     def _begin_bias(self, program: Program, node: fx.Node, codes: Codes) -> None:
         rows = codes.qparams.scale.flatten().expand(codes.shape[0])
         site = Site(node.meta["address"], "bias")
-        self._before[site] = deployed_bias(program, self._table, node, rows)
+        self._before[site] = deployed_bias(program, self._table, node, rows).to(rows)
         self._biases[site] = torch.zeros_like(rows)
 
     @property
@@ -111,8 +111,8 @@ class Steps:
                 elif site in self._weights:
                     weight, wider = self.twins[node].constants[arg], self._weights[site].flatten().exp()
                     own = found.setdefault(node, {})
-                    own[arg] = weight * wider.view(-1, *[1] * (weight.dim() - 1))
-                    own["bias"] = self._bias(Site(at, "bias"), Site(at, arg))
+                    own[arg] = weight * wider.to(weight).view(-1, *[1] * (weight.dim() - 1))
+                    own["bias"] = self._bias(Site(at, "bias"), Site(at, arg)).to(weight)
         return found
 
     def entries(self) -> dict[Site, Entry]:
