@@ -84,3 +84,18 @@ def test_it_compiles_to_something_finite_and_better_than_without_scales() -> Non
     assert bool(torch.isfinite(output(plain)).all())
     assert bool(torch.isfinite(output(scaled)).all())
     assert scaled.report.mean_db > plain.report.mean_db + 1
+
+
+@pytest.mark.filterwarnings("ignore:.*random")
+def test_the_whole_method_is_finite_there_and_better_than_without_scales() -> None:
+    short = [
+        "default.input.groups=4",
+        "pipeline.learn-steps.iterations=20",
+        "pipeline.round-weights.iterations=50",
+    ]
+    whole = dmqfx.compile(
+        wild(), "w4a6", calibration=calls(), overrides=short, progress=False, target="simulate"
+    )
+    plain = compiled("fit-ranges", "round-weights")
+    assert bool(torch.isfinite(output(whole)).all())
+    assert whole.report.mean_db > plain.report.mean_db + 1
