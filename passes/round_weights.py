@@ -19,6 +19,7 @@ from dmqfx.numbers import effort
 from dmqfx.numbers.adaround import Annealing, annealed
 from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.packing import pack
+from dmqfx.numbers.parts import Wide
 from dmqfx.numbers.quant import QuantSpec, quantize
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Reconstruction
@@ -87,12 +88,20 @@ class RoundWeights(SweepPass):
         if not self.problem_rows(reader):
             return effort.weight_range(speeds, math.prod(reader.shape)) if reader.weight_spec else 0.0
         steps = self.iterations if self.method == "adaround" else 0
-        columns, out = math.prod(reader.shape[1:]), reader.shape[0]
-        return self.solution(program, reader, speeds) + effort.learned_codes(speeds, steps, columns, out)
+        columns, out, taps = math.prod(reader.shape[1:]), reader.shape[0], reader.geometry.taps
+        learned = effort.learned_codes(speeds, steps, columns, out, taps)
+        return self.solution(program, reader, speeds) + learned
 
     def problem_rows(self, reader: Reader) -> int:
         """None for `nearest`, and for convolutions in groups, which are rounded so."""
         return super().problem_rows(reader) if reader.groups == 1 else 0
+
+    def problem_nbytes(self, reader: Reader, rows: int) -> int:
+        """What a solution of that many rows computes with, the deployed rows included."""
+        if not self.problem_rows(reader):
+            return 0
+        columns, out = math.prod(reader.shape[1:]), reader.shape[0]
+        return effort.nbytes(rows, columns, out, reader.geometry.taps)
 
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """Search the range, round, pack.
@@ -125,32 +134,34 @@ class RoundWeights(SweepPass):
         codes, told = self._codes(problem)
         ctx.journal.apply(at, self.method, f"{spec}{told}")
         found, adjacent = problem.rounded(codes), self.method == "adaround" and self.start == "nearest"
-        shape = tuple(problem.weight.shape)
+        shape = tuple(found.codes.shape)
         yield at, Codes(pack(found.codes, spec.bits), shape, found.params, nearest=False, adjacent=adjacent)
-        bias, offset = turn.bias(reader), found.offset.to(problem.weight.dtype)
+        bias, offset = turn.bias(reader), found.offset.to(problem.whole.weight.dtype)
         yield Site(reader.site.at, "bias"), Bias(offset if bias is None else bias + offset)
 
-    def _codes(self, problem: Reconstruction) -> tuple[Tensor, str]:
+    def _codes(self, problem: Wide) -> tuple[Tensor, str]:
         """Codes [O, K], and what became of learning them, in words."""
         by_gptq = "gptq" in (self.method, self.start)
-        start = handed_on(problem) if by_gptq else problem.nearest
+        start = problem.solved(handed_on) if by_gptq else problem.nearest
         if self.method == "gptq":
             return start, ""
         how = Annealing(
             self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate
         )
-        codes = annealed(problem, start, how)
+        begin = handed_on if by_gptq else _nearest_codes
+        codes = problem.improved(start, begin, lambda part, begun: annealed(part, begun, how))
         if codes is start:
             return start, f"; no gain over {self.start}, whose codes are kept"
         return codes, f"; {problem.loss(codes) / problem.loss(start):.2g} of the loss of {self.start}"
 
-    def _problem(self, turn: Turn, reader: Reader) -> Reconstruction:
+    def _problem(self, turn: Turn, reader: Reader) -> Wide:
         assert reader.weight_spec is not None  # the caller looked
         rows = turn.rows(reader, self.rows)
+        turn.reserve(self.problem_nbytes(reader, len(rows.real)), reader)
         felt = turn.table.get(Site(reader.site.at, "out"), Sensitivity)
-        return Reconstruction(
+        problem = Reconstruction(
             given=turn.deployed(reader, rows),
-            wanted=rows.real.double() @ turn.weight(reader).flatten(1).double().T,
+            wanted=turn.wanted(reader, rows),
             weight=turn.scaled_weight(reader),
             spec=reader.weight_spec,
             damping=self.damping,
@@ -158,6 +169,7 @@ class RoundWeights(SweepPass):
             importance=None if felt is None else felt.of(rows.timestep),
             metric=None if felt is None else felt.metric,
         )
+        return Wide(problem, rows.taps)
 
 
 def _own_bias(turn: Turn, reader: Reader) -> Iterator[tuple[Site, Entry]]:
@@ -165,6 +177,10 @@ def _own_bias(turn: Turn, reader: Reader) -> Iterator[tuple[Site, Entry]]:
     site, bias = Site(reader.site.at, "bias"), turn.bias(reader)
     if (stale := turn.table.get(site, Bias)) is not None:
         yield site, Bias(stale.value.new_zeros(stale.value.shape) if bias is None else bias)
+
+
+def _nearest_codes(problem: Reconstruction) -> Tensor:
+    return problem.nearest
 
 
 def nearest(weight: Tensor, spec: QuantSpec) -> Codes:

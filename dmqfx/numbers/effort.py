@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmqfx.numbers.fitting import Sample, search
 from dmqfx.numbers.gptq import COLUMNS, ROW_BLOCKS, by_columns, elimination
+from dmqfx.numbers.parts import part_sizes
 from dmqfx.numbers.quant import QuantSpec, dequantize, params_from_range, quantize
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Grid, damped
@@ -22,6 +23,7 @@ __all__ = [
     "learned_codes",
     "learned_scale",
     "means",
+    "nbytes",
     "product",
     "reconstruction",
     "rounding",
@@ -31,6 +33,11 @@ __all__ = [
 
 _TALL = 1024
 _LOOKS = 1.5  # `Reconstruction` centres its rows; before, they are rounded and made double
+_OUTPUTS, _GRAMS, _WEIGHTS = (
+    3,
+    5,
+    8,
+)  # copies of what has the shape of the outputs, of the Gram, of the weight
 _LEARNING_LOOKS = 2.0  # of the kind of `_centred`, in a step of `equivalent.learn`
 _SPEC = QuantSpec(4, "symmetric", "channel", range="mse")
 
@@ -42,22 +49,43 @@ def product(speeds: Speeds, rows: float, columns: float, out: float) -> float:
     return one * rows * columns * out / (_TALL * narrow**2)
 
 
-def reconstruction(speeds: Speeds, rows: int, columns: int, out: int, *, metric: bool) -> float:
+def reconstruction(
+    speeds: Speeds, rows: int, columns: int, out: int, *, metric: bool, taps: int = 1
+) -> float:
     """Seconds of gptq's codes and of what makes its operands: the layer's inputs and outputs at `rows` positions."""
     looked = speeds.seconds(_centred, rows * columns, at=(2**12, 2**17, 2**22), exponent=1)
-    products = product(speeds, rows, columns, columns) + product(speeds, rows, columns, out)
+    sizes = part_sizes(columns, taps)
+    solved = sum(_solution(speeds, rows, size, out, metric=metric) for size in sizes)
+    if len(sizes) > 1:  # what lacks becomes each part's target, and is handed on
+        solved += 2 * product(speeds, rows, columns, out) + _LOOKS * looked
+        solved += sum(product(speeds, size, size, size) / 3 for size in sizes)
+    return (
+        _LOOKS * looked + product(speeds, rows, columns, out) + solved + weight_range(speeds, out * columns)
+    )
+
+
+def _solution(speeds: Speeds, rows: int, columns: int, out: int, *, metric: bool) -> float:
+    """Seconds of a Gram and of handing errors on by it."""
     blocks = ROW_BLOCKS if metric else 1
     height = -(-out // blocks)
     stretch = speeds.seconds(_by_columns, height, at=(4, 32, 256), exponent=1)
     stepwise = blocks * (stretch * columns / COLUMNS + product(speeds, columns / 2, height, columns))
     handed = product(speeds, out / 2, out, columns) if metric else 0.0
     solved = _elimination_of(speeds, columns) + (_elimination_of(speeds, out) if metric else 0.0)
-    return _LOOKS * looked + products + stepwise + handed + solved + weight_range(speeds, out * columns)
+    return product(speeds, rows, columns, columns) + stepwise + handed + solved
 
 
-def learned_codes(speeds: Speeds, steps: int, columns: int, out: int) -> float:
+def learned_codes(speeds: Speeds, steps: int, columns: int, out: int, taps: int = 1) -> float:
     """Seconds of so many steps of `adaround`: two products with the Gram and the metric, in single precision."""
-    return steps * product(speeds, out, columns, columns + out) / 2
+    sizes = part_sizes(columns, taps)
+    return steps * sum(product(speeds, out, size, size + out) for size in sizes) / 2
+
+
+def nbytes(rows: int, columns: int, out: int, taps: int = 1) -> int:
+    """The most that a local problem computes with: its inputs as deployed, and a part's operands in double precision."""
+    widest = max(part_sizes(columns, taps))
+    operands = rows * widest + _OUTPUTS * rows * out + _GRAMS * widest**2 + _WEIGHTS * out * widest
+    return 4 * rows * columns + 8 * operands + 8 * out * columns
 
 
 def learned_scale(speeds: Speeds, steps: int, batch: int, columns: int, out: int) -> float:

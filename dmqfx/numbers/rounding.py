@@ -7,6 +7,7 @@ local problem of a layer; `gptq` and `adaround` are two ways to go about it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,12 +89,10 @@ class Reconstruction:
     def rounded(self, codes: Tensor) -> Rounded:
         """The result with these codes [O, K]; the means, which codes do not see, are left to the offset."""
         mean_x, mean_y = self._means
-        offset = mean_y - self.grid.real(codes) @ mean_x
-        dtype = torch.int8 if self.params.qmin < 0 else torch.uint8
-        return Rounded(codes.to(dtype).view(self.weight.shape), self.params, offset)
+        return Rounded.of(codes, self.weight.shape, self.params, mean_y - self.grid.real(codes) @ mean_x)
 
     @cached_property
-    def _share(self) -> Tensor:
+    def share(self) -> Tensor:
         """Each row's share of the mean [N]; they add up to 1."""
         if self.importance is None or not bool((self.importance > 0).any()):
             return self.given.new_full((len(self.given),), 1 / len(self.given), dtype=torch.float64)
@@ -102,13 +101,14 @@ class Reconstruction:
 
     @cached_property
     def _means(self) -> tuple[Tensor, Tensor]:
-        return self._share @ self.given.double(), self._share @ self.wanted.double()
+        return self.share @ self.given.double(), self.share @ self.wanted.double()
 
     @property
     def _centred(self) -> tuple[Tensor, Tensor]:
         """Inputs and outputs without their means, times the root of the share."""
-        (mean_x, mean_y), root = self._means, self._share.sqrt()[:, None]
-        return (self.given.double() - mean_x) * root, (self.wanted.double() - mean_y) * root
+        (mean_x, mean_y), root = self._means, self.share.sqrt()[:, None]
+        x, y = (each.to(torch.float64, copy=True) for each in (self.given, self.wanted))
+        return x.sub_(mean_x).mul_(root), y.sub_(mean_y).mul_(root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +118,11 @@ class Rounded:
     codes: Tensor
     params: QParams
     offset: Tensor
+
+    @staticmethod
+    def of(codes: Tensor, shape: Sequence[int], params: QParams, offset: Tensor) -> Rounded:
+        """From codes [O, K] of a weight of that shape, in the smallest dtype that holds them."""
+        return Rounded(codes.to(torch.int8 if params.qmin < 0 else torch.uint8).view(shape), params, offset)
 
 
 @dataclass(frozen=True, eq=False)

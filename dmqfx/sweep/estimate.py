@@ -11,6 +11,7 @@ from torch import fx
 
 from dmqfx.graph.program import Program
 from dmqfx.numbers.speeds import Speeds
+from dmqfx.sweep.rows import Geometry
 from dmqfx.sweep.schedule import TURN, Schedule, Segment
 from dmqfx.sweep.trial import Sampling, Trial
 from dmqfx.sweep.turn import Reader
@@ -29,6 +30,9 @@ class Costly(Sampling, Protocol):
 
     def calls(self, reader: Reader) -> int:
         """How often it computes the reader's layer on all calibration rows."""
+
+    def problem_nbytes(self, reader: Reader, rows: int) -> int:
+        """What it computes with at so many output positions, beside the rows that it draws."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,8 @@ class Costs:
 
     def estimate(self, steps: Sequence[Costly], rows: int, memory: int) -> Estimate:
         """Of passes over so many calibration rows in a memory budget."""
-        problems = max(
-            (_nbytes(step, reader) for step in steps for reader in self.schedule.readers), default=0
-        )
+        turns = [readers for segment in self.schedule.segments for _, readers in segment.turns]
+        problems = max((_nbytes(steps, readers, self.working()) for readers in turns), default=0)
         wanted = self.kept() * rows // self.trial.rows + problems
         room = memory - self.working()
         seconds = sum(self.turns(steps, rows))
@@ -139,6 +142,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _nbytes(step: Costly, reader: Reader) -> int:
-    """Memory of a problem's rows: both values in float32, in parts and joined."""
-    return 16 * step.problem_rows(reader) * reader.columns
+def _nbytes(steps: Sequence[Costly], readers: Sequence[Reader], working: int) -> int:
+    """Memory of a turn: both values of its rows in float32, and what the largest problem needs beside `working`."""
+    drawn, most = dict[tuple[Geometry, int], int](), 0
+    for step in steps:
+        for reader in readers:
+            rows = step.problem_rows(reader)
+            drawn[reader.geometry, rows] = 8 * rows * reader.columns
+            most = max(most, step.problem_nbytes(reader, rows))
+    return sum(drawn.values()) + max(0, most - working)

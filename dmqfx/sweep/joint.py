@@ -41,8 +41,8 @@ def sweep(program: Program, steps: Steps) -> Program:
         title = ", ".join(step.name() for step, _ in steps)
         with Progress(title, plan.seconds, shown=ctx.progress) as bar:
             walk = Walk(
-                program, plan.chunks, memory=plan.room, total=plan.rows, seed=ctx.seed, folder=ctx.run_dir,
-                gather=processes.gathered,
+                program, plan.chunks, memory=plan.room, working=plan.working, total=plan.rows, seed=ctx.seed,
+                folder=ctx.run_dir, gather=processes.gathered,
             )  # fmt: skip
             after = program.with_table(walk.run(partial(_visited, visits=visits, steps=plan.steps, bar=bar)))
         tell(title, bar.elapsed, sum(plan.seconds))

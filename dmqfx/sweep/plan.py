@@ -65,13 +65,14 @@ class Plan:
 
     Where processes share the rows, `chunks` are those of this one and `rows` counts all.
 
-    Units: room in bytes for values that are kept; seconds by turn; factor as in `budget`.
+    Units: room in bytes for values that are kept, working for computing; seconds by turn; factor as in `budget`.
     """
 
     steps: Steps
     chunks: Iterable[Chunk]
     rows: int
     room: int
+    working: int
     factor: float
     seconds: Sequence[float]
 
@@ -105,7 +106,7 @@ def planned(
         costs = Costs(program, schedule, Trial(1, {}, {}, {}), Speeds(program.device))
         estimate = costs.estimate([step for step, _ in steps], 0, ctx.memory)
         _log.info("%s, %s", title, estimate, extra={"memory": estimate.memory})
-        return Plan(steps, (), 0, ctx.memory, 1.0, costs.turns([step for step, _ in steps], 0))
+        return Plan(steps, (), 0, ctx.memory, 0, 1.0, costs.turns([step for step, _ in steps], 0))
     _warn_of_gaps(schedule, data.timesteps())
     size, costs = _tried(program, schedule, data, steps)
     if factor is None and ctx.budget is not None:
@@ -119,7 +120,7 @@ def planned(
     some, fewer = [(scaled(step, factor), own) for step, own in steps], _fewer(data, factor, ctx)
     seconds = costs.turns([step for step, _ in some], own_rows(fewer))
     room, chunks = ctx.memory - costs.working(), shared(chunked(fewer, program, size), fewer, size)
-    return Plan(some, chunks, len(fewer), room, factor, seconds)
+    return Plan(some, chunks, len(fewer), room, costs.working(), factor, seconds)
 
 
 def _tried(program: Program, schedule: Schedule, data: Calibration, steps: Steps) -> tuple[int, Costs]:

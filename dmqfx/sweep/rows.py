@@ -79,12 +79,16 @@ class Batches(Protocol):
 
     Where several processes share the rows, it holds those of this one, and `gather` joins what was made of them.
 
-    Units: total is the number of calibration rows, those of other processes included.
+    Units: total is the number of calibration rows, those of other processes included; working in bytes.
     """
 
     @property
     def total(self) -> int:
         """Calibration rows in all."""
+
+    @property
+    def working(self) -> int:
+        """Memory that is set apart for computing a chunk."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -128,12 +132,12 @@ def sampled(batches: Batches, geometry: Geometry, count: int, seed: int, what: s
     Raises: CalibrationError if the memory budget has no room for them.
     """
     each = max(1, -(-count // batches.total))
-    parts: list[Rows] = []
+    joined = _Joined(each * batches.total)
     for batch in batches:
         part = _of_batch(batch, geometry, each, seed)
-        batches.reserve(2 * part.nbytes, what)  # once more when parts are joined
-        parts.append(part)
-    return _gathered(_joined(parts), batches, what)
+        batches.reserve(part.nbytes, what)
+        joined.add(part)
+    return _gathered(joined.rows(), batches, what)
 
 
 def _of_batch(batch: Batch, geometry: Geometry, each: int, seed: int) -> Rows:
@@ -168,9 +172,36 @@ def _gathered(own: Rows, batches: Batches, what: str) -> Rows:
     )
 
 
-def _joined(parts: Sequence[Rows]) -> Rows:
-    real = torch.cat([part.real for part in parts])
-    same = all(part.quantized is part.real for part in parts)
-    quantized = real if same else torch.cat([part.quantized for part in parts])
-    timestep, sample = (torch.cat([getattr(part, k) for part in parts]) for k in ("timestep", "sample"))
-    return Rows(real, quantized, timestep, sample, parts[0].taps)
+class _Joined:
+    """Rows one below the other, in memory that is taken once; what stays untouched of it costs nothing.
+
+    `quantized` is `real` as long as that holds for all parts.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._count = most, 0
+        self._real: Tensor | None = None
+        self._quantized: Tensor | None = None
+        self._parts: list[tuple[Tensor, Tensor, int]] = []
+
+    def add(self, part: Rows) -> None:
+        """Put some more below."""
+        start, end = self._count, self._count + len(part.real)
+        if self._real is None:
+            self._real = part.real.new_empty(self._most, part.real.shape[1])
+        if self._quantized is None and part.quantized is not part.real:
+            self._quantized = torch.empty_like(self._real)
+            self._quantized[:start] = self._real[:start]
+        self._real[start:end] = part.real
+        if self._quantized is not None:
+            self._quantized[start:end] = part.quantized
+        self._parts.append((part.timestep, part.sample, part.taps))
+        self._count = end
+
+    def rows(self) -> Rows:
+        """All that were put here."""
+        assert self._real is not None  # there is calibration data
+        timesteps, samples, taps = zip(*self._parts, strict=True)
+        real = self._real[: self._count]
+        quantized = real if self._quantized is None else self._quantized[: self._count]
+        return Rows(real, quantized, torch.cat(timesteps), torch.cat(samples), taps[0])

@@ -70,11 +70,16 @@ class SweepPass(JointPass):
         felt = program.table.get(Site(reader.site.at, "out"), Sensitivity)
         metric = felt is not None and felt.metric is not None
         out, columns = reader.shape[0], math.prod(reader.shape[1:])
-        return effort.reconstruction(speeds, self.problem_rows(reader), columns, out, metric=metric)
+        rows, taps = self.problem_rows(reader), reader.geometry.taps
+        return effort.reconstruction(speeds, rows, columns, out, metric=metric, taps=taps)
 
     def problem_rows(self, reader: Reader) -> int:
         """Output positions of a reader's local problem that it draws; 0 where there is none."""
         return int(getattr(self, "rows", 0)) if self.needs_calibration and reader.weight_spec else 0
+
+    def problem_nbytes(self, reader: Reader, rows: int) -> int:
+        """What it computes with at that many output positions, beside the rows that it draws, in bytes."""
+        return 0
 
     @classmethod
     def run_jointly(cls, steps: Sequence[tuple[Pass, PassContext]], program: Program) -> Program:

@@ -128,6 +128,11 @@ class _One:
     def __iter__(self) -> Iterator[Batch]:
         yield self.batch
 
+    @property
+    def working(self) -> int:
+        """None: nothing is set apart in a trial."""
+        return 0
+
     def gather(self, x: Tensor) -> Tensor:
         """The trial is every process's own."""
         return x

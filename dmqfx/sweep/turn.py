@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
+from dmqfx.errors import CalibrationError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import channel_axis
 from dmqfx.graph.table import Planned, Range, Sensitivity, Shift, Table
 from dmqfx.numbers.observers import Observer
+from dmqfx.numbers.parts import WIDEST, part_sizes
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.numbers.scaling import column_factor
 from dmqfx.runtime.operators import timestep_group
@@ -24,6 +27,9 @@ from dmqfx.sweep.deploy import deployed_input, pending_scales
 from dmqfx.sweep.rows import Batch, Batches, Geometry, Rows, sampled
 
 __all__ = ["Batch", "Reader", "Turn", "turns"]
+
+_log = logging.getLogger(__name__)
+_PORTION = 512  # rows that are scaled and rounded together
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Turn:
     batches: Batches
     seed: int = 0
     loss: float | None = None
+    _reserved: int = field(default=0, init=False, repr=False)
     _ranges: dict[tuple[float, ...], Range] = field(default_factory=dict, init=False, repr=False)
     _rows: dict[tuple[Geometry, int], Rows] = field(default_factory=dict, init=False, repr=False)
 
@@ -93,9 +100,41 @@ class Turn:
 
         Shapes: [N, C * taps].
         """
-        x = rows.quantized.view(len(rows.quantized), -1, rows.taps)
         params, shift = self.table.get(reader.site, QParams), self.table.get(reader.site, Shift)
-        return deployed_input(x, params, self.gamma(reader), shift, rows.timestep, 1).flatten(1)
+        gamma, found = self.gamma(reader), torch.empty_like(rows.quantized)
+        portions = (torch.split(each, _PORTION) for each in (found, rows.quantized, rows.timestep))
+        for out, x, timestep in zip(*portions, strict=True):
+            channels = x.view(len(x), -1, rows.taps)
+            out.copy_(deployed_input(channels, params, gamma, shift, timestep, 1).flatten(1))
+        return found
+
+    def wanted(self, reader: Reader, rows: Rows) -> Tensor:
+        """What the float layer makes of the rows, without bias.
+
+        Shapes: float64 [N, O].
+        """
+        weight = self.weight(reader).flatten(1)
+        if len(part_sizes(weight.shape[1], rows.taps)) == 1:
+            return rows.real.double() @ weight.double().T
+        found = weight.new_zeros(len(rows.real), len(weight), dtype=torch.float64)
+        for x, w in zip(*(torch.split(each, WIDEST, 1) for each in (rows.real, weight)), strict=True):
+            found.addmm_(x.double(), w.double().T)
+        return found
+
+    def reserve(self, nbytes: int, reader: Reader) -> None:
+        """Room in memory for what a reader's local problem computes with, until the turn ends.
+
+        It may be that of computing a chunk, which nobody does in a turn. Where there is none, a warning says so.
+        """
+        beside = nbytes - self.batches.working - self._reserved
+        if beside <= 0:
+            return
+        try:
+            self.batches.reserve(beside, f"the operands of the local problem of {reader.site}")
+        except CalibrationError as error:
+            _log.warning("%s\n  they are taken beside it", error)
+        else:
+            self._reserved += beside
 
     def bias(self, reader: Reader) -> Tensor | None:
         """The float bias of a reader, or None."""

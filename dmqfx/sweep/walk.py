@@ -32,7 +32,8 @@ class Walk:
     Where processes share the chunks, `total` counts the rows of all, and `gather` joins their tensors.
 
     Units: memory in bytes, for values that are kept from one operation to a later segment's; what is beyond
-    it is set aside in a file in `folder`. The result does not depend on it.
+    it is set aside in a file in `folder`. The result does not depend on it. `working` is beside it, for
+    computing a chunk.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Walk:
         chunks: Iterable[Chunk],
         *,
         memory: int,
+        working: int = 0,
         total: int = 0,
         seed: int = 0,
         folder: Path | None = None,
@@ -49,7 +51,7 @@ class Walk:
         self._program, self._chunks, self._seed = program, chunks, seed
         self.schedule = Schedule(program)
         self.table = program.table
-        self._total, self._gather = total, gather
+        self._total, self._working, self._gather = total, working, gather
         self._now: Moment = (0, 0)
         self._rows: list[tuple[Tensor, int]] = []
         self.values = Values(memory, self._next_use, folder)
@@ -115,7 +117,7 @@ class Walk:
         self._now = (number, TURN)
         if segment.source is None:
             return
-        tensor = _Tensor(self.values, segment.source, self._rows, self._total, self._gather)
+        tensor = _Tensor(self.values, segment.source, self._rows, self._total, self._working, self._gather)
         for axis, readers in segment.turns:
             turn = Turn(self._program, self.table, segment.source, axis, readers, tensor, self._seed)
             self.table = visit(turn)
@@ -174,10 +176,11 @@ class _Tensor:
         node: fx.Node,
         rows: Sequence[tuple[Tensor, int]],
         total: int,
+        working: int,
         gather: Callable[[Tensor], Tensor],
     ) -> None:
         self._values, self._node, self._rows = values, node, rows
-        self.total, self.gather = total, gather
+        self.total, self.working, self.gather = total, working, gather
         self.reserve = values.reserve
 
     def __iter__(self) -> Iterator[Batch]:
