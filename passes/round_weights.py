@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from dmqfx.errors import CalibrationError
@@ -24,6 +25,9 @@ from dmqfx.numbers.quant import QuantSpec, quantize
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Reconstruction
 from dmqfx.numbers.speeds import Speeds
+from dmqfx.numbers.weighting import TimestepWeights, Weighting
+from dmqfx.runtime.operators import timestep_group
+from dmqfx.sweep.deploy import deployed_weight
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Reader, Turn
 
@@ -35,9 +39,11 @@ class RoundWeights(SweepPass):
     Where measure-sensitivity has run, `gptq` and `adaround` mind the UNet's output through the layer's, else
     the layer's alone; `damping` and `asymmetric` are those of Reconstruction. `adaround` begins with the codes
     of the method `start` and keeps those where it ends with a greater loss; `iterations`, `warmup`, the `beta`s,
-    `settling` and `rate` are those of Annealing.
+    `settling` and `rate` are those of Annealing. `weighting` is what rows weigh by their timestep group, with what
+    the output feels: `adaptive` goes by the error that the nearest codes make there, see TimestepWeights.
 
-    Units: `rows` output positions make up a layer's local problem.
+    Units: `rows` output positions make up a layer's local problem; `groups` are parts of equal width of the
+    training timesteps, for the weighting, whose exponent is `strength`.
     Source: `nearest` rounds to the nearest code; `gptq` hands each error on (arXiv 2210.17323); `adaround` learns
     the side of each weight (arXiv 2004.10568).
     """
@@ -56,15 +62,18 @@ class RoundWeights(SweepPass):
     beta_end: float = Annealing.beta_end
     settling: float = Annealing.settling
     rate: float = Annealing.rate
+    weighting: Weighting = "uniform"
+    strength: float = 20.0
+    groups: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("rows", "iterations"):
+        for name in ("rows", "iterations", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("asymmetric", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
-        for name in ("damping", "settling"):
+        for name in ("damping", "settling", "strength"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("beta_start", "beta_end"):
@@ -129,7 +138,7 @@ class RoundWeights(SweepPass):
     def _reconstructed(
         self, turn: Turn, reader: Reader, at: Site, ctx: PassContext
     ) -> Iterator[tuple[Site, Entry]]:
-        problem, spec = self._problem(turn, reader), reader.weight_spec
+        problem, spec = self._problem(turn, reader, ctx), reader.weight_spec
         assert spec is not None  # the caller looked
         codes, told = self._codes(problem)
         ctx.journal.apply(at, self.method, f"{spec}{told}")
@@ -154,7 +163,7 @@ class RoundWeights(SweepPass):
             return start, f"; no gain over {self.start}, whose codes are kept"
         return codes, f"; {problem.loss(codes) / problem.loss(start):.2g} of the loss of {self.start}"
 
-    def _problem(self, turn: Turn, reader: Reader) -> Wide:
+    def _problem(self, turn: Turn, reader: Reader, ctx: PassContext) -> Wide:
         assert reader.weight_spec is not None  # the caller looked
         rows = turn.rows(reader, self.rows)
         turn.reserve(self.problem_nbytes(reader, len(rows.real)), reader)
@@ -169,7 +178,23 @@ class RoundWeights(SweepPass):
             importance=None if felt is None else felt.of(rows.timestep),
             metric=None if felt is None else felt.metric,
         )
+        if self.weighting != "uniform":
+            edges = torch.tensor([ctx.train_timesteps * k / self.groups for k in range(1, self.groups)])
+            group = timestep_group(rows.timestep, edges.to(rows.timestep.device))
+            problem = replace(problem, importance=self._weighed(problem, group))
         return Wide(problem, rows.taps)
+
+    def _weighed(self, problem: Reconstruction, group: Tensor) -> Tensor:
+        """What each row weighs, by the error of the nearest codes in its timestep group; means, which biases take, left out.
+
+        Shapes: group int64 [N]; result [N].
+        """
+        codes = nearest(problem.weight, problem.spec)
+        rounded = deployed_weight(codes, problem.spec.bits).flatten(1).to(problem.given)
+        error = problem.given @ rounded.T - problem.wanted.to(problem.given)
+        losses = (error - error.mean(0)).square().sum(1)
+        felt = torch.ones_like(losses) if problem.importance is None else problem.importance.to(losses)
+        return felt * TimestepWeights(self.weighting, self.groups, self.strength)(losses * felt, group)
 
 
 def _own_bias(turn: Turn, reader: Reader) -> Iterator[tuple[Site, Entry]]:
