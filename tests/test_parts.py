@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweeping import chain, context, recorded, swept
+from sweeping import bits, chain, context, recorded, swept
+from test_estimate import costs
 from torch import Tensor
 
+from dmqfx.graph.registry import pipeline
 from dmqfx.graph.table import Codes
 from dmqfx.numbers import effort, parts
 from dmqfx.numbers.adaround import Annealing, annealed
@@ -21,6 +23,7 @@ from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.parts import Wide, part_sizes
 from dmqfx.numbers.quant import QuantSpec
 from dmqfx.numbers.rounding import Reconstruction
+from dmqfx.sweep.rows import Rows, _Joined
 
 TAPS = 3
 QUICK = Annealing(iterations=60, rate=0.1)
@@ -224,3 +227,48 @@ def test_ten_thousand_columns_take_the_memory_of_a_part() -> None:
 def test_the_estimate_of_a_wide_problem_is_far_below_its_gram() -> None:
     told = effort.nbytes(8192, 23040, 1280, 9)
     assert 2**30 < told < 3.9 * 2**30 < 8 * 23040**2
+
+
+def test_the_told_memory_has_what_the_largest_problem_computes_with() -> None:
+    found, _ = costs(4)
+    count = 2**18
+    steps = pipeline([("round-weights", {"method": "gptq", "rows": count})]).steps
+    told, alone = (found.estimate(each, 4, 2**40).memory for each in (steps, ()))  # type: ignore[arg-type]  # a sweep pass
+    widest = max(reader.columns for reader in found.schedule.readers)
+    rows, deployed, doubled = 8 * count * widest, 4 * count * widest, 8 * count * widest
+    assert told - alone > rows + deployed + doubled - found.working()
+
+
+def test_operands_that_the_budget_has_no_room_for_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The rows have room and nothing else; what is found is the same."""
+    steps = (("fit-ranges", {}), ("round-weights", {"method": "gptq", "rows": 900}))
+    ctx = context(recorded(chain(), 9))
+    roomy = swept(chain(), ctx, steps)
+    assert "taken beside it" not in caplog.text
+    found = costs(4)[0]
+    rows = 9 * 64 * 2 * 4 * max(reader.columns for reader in found.schedule.readers)
+    tight = swept(chain(), replace(ctx, memory=found.working() + rows), steps)
+    assert "the operands of the local problem of conv" in caplog.text
+    assert "taken beside it" in caplog.text
+    assert bits(tight.table) == bits(roomy.table)
+
+
+def test_rows_of_chunks_that_are_and_are_not_quantized_are_joined_as_they_are() -> None:
+    x = torch.arange(24.0).view(6, 4)
+
+    def part(start: int, change: float) -> Rows:
+        real = x[start : start + 2]
+        quantized = real + change if change else real
+        return Rows(real, quantized, torch.full((2,), float(start)), torch.tensor([start, start + 1]))
+
+    joined = _Joined(9)
+    for start, change in ((0, 0.0), (2, 0.5), (4, 0.0)):
+        joined.add(part(start, change))
+    found = joined.rows()
+    assert torch.equal(found.real, x)
+    assert torch.equal(found.quantized - x, torch.tensor([0, 0, 0.5, 0.5, 0, 0])[:, None].expand(6, 4))
+    assert found.sample.tolist() == list(range(6))
+    alike = _Joined(9)
+    alike.add(part(0, 0.0))
+    same = alike.rows()
+    assert same.quantized is same.real

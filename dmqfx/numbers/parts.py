@@ -78,7 +78,7 @@ class Part(Reconstruction):
 
 @dataclass(frozen=True, eq=False)
 class Wide:
-    """A layer's local problem of any width; up to `widest` columns (0: WIDEST) it is solved whole, as if there were no parts.
+    """A layer's local problem of any width; up to `widest` columns (0: WIDEST) it is solved whole.
 
     Units: taps are columns of one input channel, which no part cuts.
     """
