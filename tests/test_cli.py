@@ -262,7 +262,7 @@ def test_why_tells_one_life(dmqfx: Ask, made: dict[str, Answer]) -> None:
 
 
 def test_explain_prints_bits_and_rule_of_every_site_and_compiles_nothing(dmqfx: Ask) -> None:
-    answer = dmqfx("explain", "unet", "--policy", "w4a6", "--set", "rules.ends.weight.bits=8", "--json")
+    answer = dmqfx("explain", "unet", "--policy", "w4a6-quick", "--set", "rules.ends.weight.bits=8", "--json")
     rows = {row.pop("site"): row for row in answer.data}
     eight, six = "8 bit symmetric per channel mse", "6 bit affine per tensor minmax x20"
     assert rows["conv_in/conv2d:weight"] == {"bits": 8, "asked": eight, "rule": "ends", "overrides": []}
