@@ -119,10 +119,10 @@ def drawn(layer: Layer, rows: int) -> Wide:
 def multiplied(layer: Layer, rows: int, method: str) -> float:
     """Multiply-adds that take nearly all of the time."""
     out, channels, taps = layer
-    sizes = part_sizes(channels * taps, taps)
+    sizes, felt = part_sizes(channels * taps, taps), out if out <= LARGEST_METRIC else 0
     if method == "gptq":
-        return sum(rows * k * (k + 2 * out) + 2 * k**3 / 3 + out * k * (k + out) / 2 for k in sizes)
-    return sum(out * k * (k + out) for k in sizes)
+        return sum(rows * k * (k + 2 * out) + 2 * k**3 / 3 + out * k * (k + felt) / 2 for k in sizes)
+    return sum(out * k * (k + felt) for k in sizes)
 
 
 def report(found: dict[Layer, dict[str, float]], options: argparse.Namespace) -> dict[str, object]:
