@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from bench_layers import shapes
 from machine import write
-from torch import Tensor
 
 from dmqfx.numbers import effort
 from dmqfx.numbers.adaround import Annealing, annealed
@@ -29,6 +28,7 @@ from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.parts import Wide, part_sizes
 from dmqfx.numbers.quant import QuantSpec
 from dmqfx.numbers.rounding import Reconstruction
+from dmqfx.sweep.sensitivity import LARGEST_METRIC
 
 Layer = tuple[int, int, int]
 """Outputs, input channels, taps."""
@@ -101,7 +101,7 @@ def learning(wide: Wide, steps: int) -> tuple[float, float]:
 
 
 def drawn(layer: Layer, rows: int) -> Wide:
-    """A problem of correlated inputs of unlike energy, with a metric."""
+    """A problem of correlated inputs of unlike energy, with a metric, where layers of that many outputs get one."""
     out, channels, taps = layer
     noise = torch.Generator().manual_seed(0)
     latent, x = torch.randn(rows, 64, generator=noise), torch.empty(rows, channels * taps)
@@ -111,7 +111,7 @@ def drawn(layer: Layer, rows: int) -> Wide:
         part.mul_(torch.rand(part.shape[1], generator=noise) * 2)
     weight = torch.randn(out, channels, taps, generator=noise) / (channels * taps) ** 0.5
     directions = torch.randn(out, 64, generator=noise)
-    metric: Tensor = (directions @ directions.T / 64).double()
+    metric = (directions @ directions.T / 64).double() if out <= LARGEST_METRIC else None
     spec = QuantSpec(4, "symmetric", "channel", range="mse")
     return Wide(Reconstruction(x, (x @ weight.flatten(1).T).double(), weight, spec, metric=metric), taps)
 
@@ -119,10 +119,10 @@ def drawn(layer: Layer, rows: int) -> Wide:
 def multiplied(layer: Layer, rows: int, method: str) -> float:
     """Multiply-adds that take nearly all of the time."""
     out, channels, taps = layer
-    sizes = part_sizes(channels * taps, taps)
+    sizes, felt = part_sizes(channels * taps, taps), out if out <= LARGEST_METRIC else 0
     if method == "gptq":
-        return sum(rows * k * (k + 2 * out) + 2 * k**3 / 3 + out * k * (k + out) / 2 for k in sizes)
-    return sum(out * k * (k + out) for k in sizes)
+        return sum(rows * k * (k + 2 * out) + 2 * k**3 / 3 + out * k * (k + felt) / 2 for k in sizes)
+    return sum(out * k * (k + felt) for k in sizes)
 
 
 def report(found: dict[Layer, dict[str, float]], options: argparse.Namespace) -> dict[str, object]:

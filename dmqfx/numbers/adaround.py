@@ -128,10 +128,11 @@ class _Pull:
         unit = float(each.sum() * gram.diagonal().sum()) / cells.lower.numel()
         self._off = (grid.real(cells.lower) - problem.target).float()
         self._scale, self._gram = grid.scale.float()[:, None], gram.float()
-        left = torch.diag(grid.scale) if felt is None else grid.scale[:, None] * felt
+        left = grid.scale[:, None] if felt is None else grid.scale[:, None] * felt
         self._felt = (2 * left / unit).float()
 
     def __call__(self, h: Tensor) -> Tensor:
         """Shapes: h, result float32 [O, K]."""
         error = self._off + h * self._scale
-        return self._felt @ (error @ self._gram)
+        pulled = error @ self._gram
+        return self._felt * pulled if self._felt.shape[1] == 1 < len(self._felt) else self._felt @ pulled
