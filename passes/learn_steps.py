@@ -18,8 +18,8 @@ class LearnSteps(Pass):
     The steps of inputs, one for each timestep group, those of weights, and the biases of layers with codes go
     where the squared error of the UNet's output is less, on inputs and with targets of the float trajectory;
     codes and zero points stay. No step is more than doubled or halved. The error of every group of timesteps
-    counts relative to what it was, so that none drowns the others. Steps that lessen the error of no group are
-    not taken.
+    counts relative to what it was, so that none drowns the others. If in their mean no less is left at the end,
+    nothing is taken.
 
     Units: `rows` of calibration, timesteps in equal shares; `batch` of them in each of the `iterations`;
     `groups` of equal width that the training timesteps are cut into; `rate` and `warmup` are those of Descent.

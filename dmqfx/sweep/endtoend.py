@@ -269,9 +269,8 @@ class Objective:
     def begin(self, steps: Steps) -> None:
         """Two looks at all rows: at what the outputs should be, and at what they lack."""
         with torch.no_grad():
-            self.wanted = []
-            for chunk in self.chunks:
-                self.wanted.append(self.network(chunk))
+            nothing = torch.empty(0)  # of a chunk that has fewer rows than there are processes
+            self.wanted = [self.network(each) if len(each.timestep) else nothing for each in self.chunks]
             error = self._errors(steps)
         self.weight = torch.where(error > 0, 1 / error.clamp(min=torch.finfo(error.dtype).tiny), 0.0)
 
@@ -297,6 +296,8 @@ class Objective:
         sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64)
         learned = steps.learned()
         for chunk, wanted in zip(self.chunks, self.wanted, strict=True):
+            if not len(chunk.timestep):
+                continue
             error = (self.network(chunk, steps, learned) - wanted).double().square().mean(1).cpu()
             if not finite(error):
                 self.network.blame(chunk, steps)
