@@ -50,7 +50,7 @@ class Seen(logging.Handler):
         elif "took" in said:
             took, estimated = said["took"], said["estimated"]
             row = {"what": said["what"], "estimated": round(estimated, 2), "took": round(took, 2)}
-            row["took_over_estimated"] = round(took / estimated, 2)
+            row["took_over_estimated"] = round(took / estimated, 2) if estimated else None
             if self._memory:
                 row["megabytes_estimated"] = round(self._memory / 2**20)
                 row["megabytes_taken"] = round((_peak() - self._before) / 2**20)
