@@ -10,7 +10,7 @@ import torch
 
 from dmqfx.graph.address import Site
 from dmqfx.graph.blocks import Block, blocks
-from dmqfx.graph.facts import CORRECTED, QDQ, ROUNDED, STEPPED, Fact
+from dmqfx.graph.facts import CORRECTED, QDQ, ROUNDED, Fact
 from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
@@ -37,7 +37,7 @@ class ReconstructBlocks(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
-    clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED, STEPPED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
     rows: int = 64

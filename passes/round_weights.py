@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, STEPPED, Fact
+from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, Fact
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, Codes, Entry, Sensitivity
@@ -50,7 +50,7 @@ class RoundWeights(SweepPass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
-    clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED, STEPPED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
     method: Literal["nearest", "gptq", "adaround"] = "nearest"
     rows: int = 8192
     damping: float = 0.1

@@ -77,7 +77,7 @@ def pipelines(draw: st.DrawFn, longest: int = 14) -> tuple[Pass, ...]:
     known: frozenset[Fact] = frozenset()
     steps: list[Pass] = []
     for _ in range(draw(st.integers(1, longest))):
-        legal = [cls for cls in exact_passes() if cls().needs <= known]
+        legal = [cls for cls in exact_passes() if cls().needs <= known and not cls.forbids & known]
         new = [cls for cls in legal if cls not in map(type, steps)]
         onward = bool(new) and draw(st.integers(0, 3)) > 0
         steps.append(draw(st.sampled_from(new if onward else legal))())
