@@ -11,12 +11,23 @@ import torch
 from torch import Tensor
 
 from dmqfx.graph.address import Site
-from dmqfx.graph.facts import CALIBRATED, FITTED, LEARNED, PAIRED, ROUNDED, Fact
+from dmqfx.graph.facts import (
+    CALIBRATED,
+    CORRECTED,
+    FITTED,
+    LEARNED,
+    PAIRED,
+    ROUNDED,
+    SHIFTED,
+    STEPPED,
+    Fact,
+)
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import ChannelScale, Entry, LayerPair, Range, Sensitivity
+from dmqfx.graph.table import Bias, ChannelScale, Codes, Entry, LayerPair, Range, Sensitivity, Shift, Table
 from dmqfx.numbers import effort
 from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn, surrogate
+from dmqfx.numbers.quant import QParams
 from dmqfx.numbers.speeds import Speeds
 from dmqfx.numbers.weighting import TimestepWeights, Weighting
 from dmqfx.runtime.operators import timestep_group
@@ -48,7 +59,7 @@ class LearnScaling(SweepPass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PAIRED})
     provides: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
-    clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED, FITTED})
+    clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED, CORRECTED, FITTED, SHIFTED, STEPPED})
     method: Literal["smoothquant", "surrogate", "les"] = "smoothquant"
     exponent: float = 0.5
     iterations: int = 80
@@ -112,6 +123,8 @@ class LearnScaling(SweepPass):
         if bool((gamma == 1).all()):
             ctx.journal.refuse(found, self.method, f"{how} is 1 for every channel")
         elif ctx.journal.apply(found, self.method, f"gamma {gamma.min():.3g} .. {gamma.max():.3g}"):
+            for reader in readers:
+                turn.table = _forgotten(turn.table, reader)
             yield found, ChannelScale(gamma)
 
     def _learned(
@@ -140,6 +153,19 @@ class LearnScaling(SweepPass):
         how = Learning(self.iterations, self.rate, self.batch)
         gamma, name, turn.loss = learn(problem, starts, how, weights, turn.generator())
         return gamma, f"the best start, {name},"
+
+
+def _forgotten(table: Table, reader: Reader) -> Table:
+    """Without what was decided for a layer's input and weight before they were scaled."""
+    at = reader.site.at
+    for site, kinds in (
+        (reader.site, (QParams, Shift)),
+        (Site(at, "weight"), (Codes,)),
+        (Site(at, "bias"), (Bias,)),
+    ):
+        for kind in kinds:
+            table = table.drop(site, kind)
+    return table
 
 
 def _boundaries(readers: Sequence[Reader]) -> tuple[float, ...]:

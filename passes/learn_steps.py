@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dmqfx.graph.facts import CORRECTED, FITTED, QDQ, ROUNDED, STEPPED, Fact
+from dmqfx.graph.options import above, at_least, between
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.sweep.stepsweep import learn_steps
@@ -40,13 +41,9 @@ class LearnSteps(Pass):
     warmup: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("rows", "batch", "iterations", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.rate > 0:
-            raise ValueError(f"rate must be above 0, not {self.rate}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be between 0 and 1, not {self.warmup}")
+        at_least(self, 1, "rows", "batch", "iterations", "groups")
+        above(self, 0, "rate")
+        between(self, 0, 1, "warmup")
 
     @property
     def needs_calibration(self) -> bool:

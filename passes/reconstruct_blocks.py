@@ -12,6 +12,7 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.blocks import Block, blocks
 from dmqfx.graph.facts import CORRECTED, QDQ, ROUNDED, Fact
 from dmqfx.graph.modules import label
+from dmqfx.graph.options import above, at_least, between
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
@@ -52,19 +53,11 @@ class ReconstructBlocks(Pass):
     biases: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("rows", "batch", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("asymmetric", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
-        for name in ("beta_start", "beta_end"):
-            if not getattr(self, name) > 1:
-                raise ValueError(f"{name} must be above 1, not {getattr(self, name)}")
-        if not self.settling >= 0:
-            raise ValueError(f"settling must be at least 0, not {self.settling}")
-        if not self.rate > 0:
-            raise ValueError(f"rate must be above 0, not {self.rate}")
+        at_least(self, 1, "rows", "batch", "iterations")
+        at_least(self, 0, "settling")
+        above(self, 0, "rate")
+        above(self, 1, "beta_start", "beta_end")
+        between(self, 0, 1, "asymmetric", "warmup")
 
     @property
     def needs_calibration(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, Fact
+from dmqfx.graph.options import above, at_least, between
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, Codes, Entry, Sensitivity
@@ -67,20 +68,11 @@ class RoundWeights(SweepPass):
     groups: int = 20
 
     def __post_init__(self) -> None:
-        for name in ("rows", "iterations", "groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("asymmetric", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
-        for name in ("damping", "settling", "strength"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("beta_start", "beta_end"):
-            if not getattr(self, name) > 1:
-                raise ValueError(f"{name} must be above 1, not {getattr(self, name)}")
-        if not self.rate > 0:
-            raise ValueError(f"rate must be above 0, not {self.rate}")
+        at_least(self, 1, "rows", "iterations", "groups")
+        at_least(self, 0, "damping", "settling", "strength")
+        above(self, 0, "rate")
+        above(self, 1, "beta_start", "beta_end")
+        between(self, 0, 1, "asymmetric", "warmup")
 
     @property
     def needs_calibration(self) -> bool:

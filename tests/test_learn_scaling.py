@@ -8,14 +8,17 @@ import pytest
 import torch
 from sweeping import context, output_noise, planned, recorded, swept
 
+from dmqfx.checking.tablecheck import broken_claims
 from dmqfx.checking.verify import verify
 from dmqfx.errors import PassNotFoundError, PipelineError
 from dmqfx.graph.address import Site
+from dmqfx.graph.facts import CORRECTED, FITTED, ROUNDED, SHIFTED, STEPPED
 from dmqfx.graph.pipeline import Pipeline
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create, pipeline
 from dmqfx.graph.rewrite import Journal
-from dmqfx.graph.table import ChannelScale, LayerPair
+from dmqfx.graph.table import Bias, ChannelScale, Codes, LayerPair, Shift
+from dmqfx.numbers.quant import QParams
 
 MODEL = "plain"
 QUICK = {"iterations": 12, "rows": 256, "batch": 64}
@@ -55,6 +58,33 @@ def test_every_pair_gets_a_scale_of_its_channels_or_a_reason(method: str) -> Non
 
 def test_learned_scales_lessen_the_noise_of_the_output() -> None:
     assert noise(learned("les")) < noise(paired())
+
+
+def test_what_was_decided_before_a_layer_was_scaled_is_forgotten() -> None:
+    """Its codes are those of W and its steps those of x, not of W gamma and x / gamma."""
+    rounding = [
+        ("fit-ranges", {}),
+        ("vote-shifts", {"where": "all", "agree": 0.3}),
+        ("round-weights", {"method": "gptq"}),
+    ]
+    data = context(recorded(paired(), 16))
+    before = swept(paired(), data, rounding)
+    after = swept(before, data, [("learn-scaling", {"method": "les", **QUICK})])
+    scaled = {site for at in after.table.of(ChannelScale) for site in _pair(after, at).readers}
+    rounded = {site for site in before.table.of(QParams) if site.arg == "input"}
+    assert 0 < len(scaled & rounded) < len(rounded)  # some pair is refused
+    for kind in (QParams, Shift, Codes, Bias):
+        for site in before.table.of(kind):
+            stays = Site(site.at, "input") not in scaled
+            assert (after.table.get(site, kind) is not None) == stays, (kind, site)
+    assert not {ROUNDED, FITTED, SHIFTED, CORRECTED, STEPPED} & after.facts
+    assert list(broken_claims(after)) == []
+
+
+def _pair(program: Program, at: Site) -> LayerPair:
+    pair = program.table.get(at, LayerPair)
+    assert pair is not None
+    return pair
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,7 +17,9 @@ from sweeping import bits, output
 from torch import Tensor
 
 import dmqfx
+from dmqfx.checking.tablecheck import broken_claims
 from dmqfx.errors import CalibrationError
+from dmqfx.graph.facts import STEPPED
 from dmqfx.graph.journal import Journal
 from dmqfx.graph.pipeline import PassContext, run_step
 from dmqfx.graph.program import Program
@@ -167,9 +169,6 @@ def test_the_slope_of_a_step_is_that_of_lsq(
     out = _Input(params, gamma, shift, 1)(x, timestep, step)
     plain = deployed_input(x, params, gamma, shift, timestep, 1)
     assert torch.allclose(out, plain, atol=1e-5)
-    weight = torch.randn(out.shape, generator=generator)
-    (slope,) = torch.autograd.grad((out * weight).sum(), step)
-
     group = torch.bucketize(timestep, torch.tensor(spec.boundaries), right=True)
     factor = shift.factor[group][:, :, None] if shift is not None else torch.ones(6, 1, 1)
     own = params.scale[group][:, :, None] * factor
@@ -177,9 +176,16 @@ def test_the_slope_of_a_step_is_that_of_lsq(
     exact = (x if gamma is None else x / gamma[None, :, None]) / own + zero
     code = exact.round().clamp(params.qmin, params.qmax)
     clipped = (exact < params.qmin) | (exact > params.qmax)
+    ties = (((exact % 1) - 0.5).abs() < 1e-3) | ((exact - code).abs() > 0.5) & ~clipped
+    edges = ((exact - params.qmin).abs() < 1e-3) | ((exact - params.qmax).abs() < 1e-3)
+    weight = torch.randn(out.shape, generator=generator) * ~(
+        ties | edges
+    )  # which code is a matter of last digits there
+    (slope,) = torch.autograd.grad((out * weight).sum(), step)
     each = torch.where(clipped, code - zero, code - exact) * factor * weight
     wanted = torch.zeros(3).index_add_(0, group, each.flatten(1).sum(1))[:, None]
-    assert torch.allclose(slope, wanted, rtol=1e-3, atol=1e-3 * float(each.abs().sum()))
+    assert float((slope - wanted).abs().max()) < 1e-4 * float(each.abs().sum())
+    assert float(wanted.abs().max()) > 1e-2 * float(each.abs().sum())
 
 
 def test_what_is_not_kept_is_computed_again_and_parts_of_a_batch_add_up() -> None:
@@ -208,9 +214,10 @@ def test_sparing_memory_keeps_less_and_gives_the_same_slopes() -> None:
         found.append([each.grad for each in steps.numbers])
         for each in steps.numbers:
             each.grad = None
+    assert all(each is not None for slopes in found for each in slopes)
     for one, two in zip(*found, strict=True):
-        assert (one is None) == (two is None)
-        assert one is None or two is None or torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+        assert float((one - two).norm()) <= 1e-4 * float(one.norm())
+    assert sum(float(one.norm()) > 0 for one in found[0]) > len(found[0]) / 2
 
 
 @pytest.mark.parametrize("stop", [1, 7, 29])
@@ -258,6 +265,12 @@ def test_a_budget_takes_rows_and_iterations_and_the_record_says_so(tmp_path: Pat
 def test_the_same_seed_gives_the_same_bits() -> None:
     assert bits(learned(ready()).table) == bits(after().table)
     assert bits(learned(ready(seed=1)).table) != bits(after().table)
+
+
+def test_steps_stay_learned_when_codes_are_made_anew() -> None:
+    again = run_step(create("round-weights"), after(), context("shifts"))
+    assert STEPPED in again.facts
+    assert list(broken_claims(again)) == []
 
 
 def test_fuel_bounds_the_sites() -> None:

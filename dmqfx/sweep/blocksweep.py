@@ -18,36 +18,24 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
 from dmqfx.sweep.blocktrial import BlockTrial
 from dmqfx.sweep.blockwalk import Arrival, BlockWalk
-from dmqfx.sweep.budget import fitting, scaled
+from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, mixed
-from dmqfx.sweep.estimate import duration, tell
+from dmqfx.sweep.estimate import tell
 from dmqfx.sweep.finite import refuse_broken_weights
 from dmqfx.sweep.key import of_table
-from dmqfx.sweep.plan import Named, calibration_for, told_options
+from dmqfx.sweep.plan import Learner, calibration_for, settled, tell_plan, told_options
 from dmqfx.sweep.progress import Progress
 from dmqfx.sweep.run import Written, packed, unpacked
 from dmqfx.sweep.values import megabytes
 from dmqfx.sweep.visits import Visits, kept, taken
 
-__all__ = ["Learner", "learn_blocks"]
+__all__ = ["BlockLearner", "learn_blocks"]
 
 _log = logging.getLogger(__name__)
 
 
-class Learner(Named, Protocol):
-    """A pass that learns blocks.
-
-    Units: rows of calibration, batch of them at a time; iterations at each block.
-    """
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def batch(self) -> int: ...
-
-    @property
-    def iterations(self) -> int: ...
+class BlockLearner(Learner, Protocol):
+    """A pass that learns blocks, each with so many iterations."""
 
     def learn(
         self,
@@ -60,7 +48,7 @@ class Learner(Named, Protocol):
         """What the table gets for a block."""
 
 
-def learn_blocks(program: Program, order: Sequence[Block], step: Learner, ctx: PassContext) -> Program:
+def learn_blocks(program: Program, order: Sequence[Block], step: BlockLearner, ctx: PassContext) -> Program:
     """The program with what the pass learned, block by block, in its table.
 
     Where there are several processes the first one learns, and all get its entries bit for bit.
@@ -80,7 +68,7 @@ def learn_blocks(program: Program, order: Sequence[Block], step: Learner, ctx: P
 
 
 def _learned(
-    program: Program, order: Sequence[Block], step: Learner, ctx: PassContext, data: Calibration
+    program: Program, order: Sequence[Block], step: BlockLearner, ctx: PassContext, data: Calibration
 ) -> Table:
     """The table that the first process, or the only one, comes to."""
     sites = [Site(block.at, "out") for block in order]
@@ -109,7 +97,7 @@ def _visited(
     *,
     program: Program,
     visits: Visits,
-    step: Learner,
+    step: BlockLearner,
     ctx: PassContext,
     bar: Progress,
 ) -> Table:
@@ -130,7 +118,7 @@ def _tell_others(written: Written) -> None:
         processes.from_first(packed(written))
 
 
-def _heard(program: Program, order: Sequence[Block], step: Learner, ctx: PassContext) -> Table:
+def _heard(program: Program, order: Sequence[Block], step: BlockLearner, ctx: PassContext) -> Table:
     """The table that the first process comes to, in another one."""
     table = program.table
     told_options([(step, ctx)], processes.agreed(1.0))
@@ -146,7 +134,7 @@ class _Plan:
     Units: room in bytes for values that wait; seconds by block; factor as in `budget`.
     """
 
-    step: Learner
+    step: BlockLearner
     chunks: Sequence[Chunk]
     room: int
     factor: float
@@ -156,7 +144,7 @@ class _Plan:
 def _planned(
     program: Program,
     order: Sequence[Block],
-    step: Learner,
+    step: BlockLearner,
     ctx: PassContext,
     data: Calibration,
     factor: float | None,
@@ -169,16 +157,11 @@ def _planned(
         changed = scaled(step, factor)
         return min(changed.rows, len(data)), changed.iterations
 
-    if factor is None and ctx.budget is not None:
-        factor = fitting(lambda f: sum(trial.seconds(*of(f))), ctx.budget)
-    factor = 1.0 if factor is None else factor
+    factor = settled(factor, ctx, lambda f: sum(trial.seconds(*of(f))))
     rows, iterations = of(factor)
     estimate = trial.estimate(rows, iterations, ctx.memory, finished)
-    told = told_options([(step, ctx)], factor)
-    title = f"{step.name()} over {len(order)} blocks"
-    _log.info("%s, %s%s", title, estimate, told, extra={"memory": estimate.memory})
-    if ctx.budget is not None and sum(trial.seconds(rows, iterations)) > ctx.budget:
-        _log.warning("that is more than the budget of %s, and the least there is", duration(ctx.budget))
+    whole = sum(trial.seconds(rows, iterations))
+    tell_plan(f"{step.name()} over {len(order)} blocks", estimate, [(step, ctx)], factor, whole)
     if trial.beside(rows) > ctx.memory:
         _log.warning(
             "that is more than the memory budget of %s: learning a block takes as much\n"
@@ -188,11 +171,11 @@ def _planned(
     changed = scaled(step, factor)
     chunks = mixed(data, program, changed.rows, changed.batch, ctx.generator())
     seconds = trial.seconds(rows, iterations, finished)
-    return _Plan(scaled(step, factor), chunks, trial.room(rows, ctx.memory), factor, seconds)
+    return _Plan(changed, chunks, trial.room(rows, ctx.memory), factor, seconds)
 
 
 def _tried(
-    program: Program, order: Sequence[Block], step: Learner, ctx: PassContext, data: Calibration
+    program: Program, order: Sequence[Block], step: BlockLearner, ctx: PassContext, data: Calibration
 ) -> BlockTrial:
     """What the largest batch of rows costs."""
     chunk = max(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -178,9 +179,11 @@ class Network:
 
         Shapes: float [B, numbers of a row].
         """
+        spare = self.sparing and torch.is_grad_enabled()
+        compute = partial(checkpoint, self._computed, use_reentrant=False) if spare else self._computed
         values = self._given(chunk)
         for number in range(len(self._stretches)):
-            values = self._stretch(number, values, chunk, steps, learned)
+            values = compute(number, values, chunk, steps, learned)
         return torch.cat([_rows(values[node]) for node in self._out], 1)
 
     def blame(self, chunk: Chunk, steps: Steps) -> None:
@@ -211,21 +214,6 @@ class Network:
     def _given(self, chunk: Chunk) -> dict[fx.Node, object]:
         places = (node for node in self._program.graph.nodes if node.op == "placeholder")
         return {node: chunk.inputs[str(node.target)] for node in places}
-
-    def _stretch(
-        self,
-        number: int,
-        values: Mapping[fx.Node, object],
-        chunk: Chunk,
-        steps: Steps | None,
-        learned: Learned | None,
-    ) -> dict[fx.Node, object]:
-        if not (self.sparing and torch.is_grad_enabled()):
-            return self._computed(number, values, chunk, steps, learned)
-        found: dict[fx.Node, object] = checkpoint(
-            self._computed, number, values, chunk, steps, learned, use_reentrant=False
-        )
-        return found
 
     def _computed(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol, TypeAlias
@@ -28,7 +28,19 @@ from dmqfx.sweep.trial import Trial
 from dmqfx.sweep.turn import Turn
 from dmqfx.sweep.values import megabytes
 
-__all__ = ["Named", "Passes", "Plan", "Steps", "Visitor", "calibration_for", "planned", "told_options"]
+__all__ = [
+    "Learner",
+    "Named",
+    "Passes",
+    "Plan",
+    "Steps",
+    "Visitor",
+    "calibration_for",
+    "planned",
+    "settled",
+    "tell_plan",
+    "told_options",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +58,22 @@ class Named(Protocol):
     @classmethod
     def name(cls) -> str:
         """As in policies."""
+
+
+class Learner(Named, Protocol):
+    """A pass that learns from batches of calibration rows.
+
+    Units: rows of calibration, batch of them at a time; iterations.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def iterations(self) -> int: ...
 
 
 class Visitor(Costly, Named, Protocol):
@@ -109,18 +137,32 @@ def planned(
         return Plan(steps, (), 0, ctx.memory, 0, 1.0, costs.turns([step for step, _ in steps], 0))
     _warn_of_gaps(schedule, data.timesteps())
     size, costs = _tried(program, schedule, data, steps)
-    if factor is None and ctx.budget is not None:
-        factor = fitting(lambda f: _estimate(costs, data, steps, f).seconds, ctx.budget)
-    factor = processes.agreed(1.0 if factor is None else factor)
-    estimate = _estimate(costs, data, steps, factor)
-    told = told_options(steps, factor)
-    _log.info("%s, %s%s", title, estimate, told, extra={"memory": estimate.memory})
-    if ctx.budget is not None and estimate.seconds > ctx.budget:
-        _log.warning("that is more than the budget of %s, and the least there is", duration(ctx.budget))
+    factor = processes.agreed(settled(factor, ctx, lambda f: _estimate(costs, data, steps, f).seconds))
+    tell_plan(title, _estimate(costs, data, steps, factor), steps, factor)
     some, fewer = [(scaled(step, factor), own) for step, own in steps], _fewer(data, factor, ctx)
     seconds = costs.turns([step for step, _ in some], own_rows(fewer))
     room, chunks = ctx.memory - costs.working(), shared(chunked(fewer, program, size), fewer, size)
     return Plan(some, chunks, len(fewer), room, costs.working(), factor, seconds)
+
+
+def settled(factor: float | None, ctx: PassContext, seconds: Callable[[float], float]) -> float:
+    """The factor that a run had settled before, else the one that the time budget has room for, else 1."""
+    if factor is None and ctx.budget is not None:
+        factor = fitting(seconds, ctx.budget)
+    return 1.0 if factor is None else factor
+
+
+def tell_plan(
+    title: str, estimate: Estimate, steps: Passes, factor: float, whole: float | None = None
+) -> None:
+    """Say what passes will take, and warn of a time budget that is too small.
+
+    Units: whole in seconds of all of it, where the estimate is of what is left.
+    """
+    budget, told = steps[0][1].budget, told_options(steps, factor)
+    _log.info("%s, %s%s", title, estimate, told, extra={"memory": estimate.memory})
+    if budget is not None and (estimate.seconds if whole is None else whole) > budget:
+        _log.warning("that is more than the budget of %s, and the least there is", duration(budget))
 
 
 def _tried(program: Program, schedule: Schedule, data: Calibration, steps: Steps) -> tuple[int, Costs]:

@@ -20,12 +20,12 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry
 from dmqfx.numbers import speeds
 from dmqfx.numbers.speeds import finish
-from dmqfx.sweep.budget import fitting, scaled
+from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, mixed
 from dmqfx.sweep.endtoend import Descent, Network, Objective, Steps
-from dmqfx.sweep.estimate import Estimate, duration, tell
+from dmqfx.sweep.estimate import Estimate, tell
 from dmqfx.sweep.finite import refuse_broken_weights
-from dmqfx.sweep.plan import Named, calibration_for, told_options
+from dmqfx.sweep.plan import Learner, calibration_for, settled, tell_plan
 from dmqfx.sweep.run import NoRun
 from dmqfx.sweep.values import megabytes
 from dmqfx.sweep.visits import kept
@@ -38,23 +38,11 @@ _OFTEN: Final = 20.0
 _BETAS: Final = (0.9, 0.99)
 
 
-class Learner(Named, Protocol):
-    """A pass that learns steps.
-
-    Units: rows of calibration, batch of them at a time; groups of timesteps that count alike; iterations.
-    """
-
-    @property
-    def rows(self) -> int: ...
-
-    @property
-    def batch(self) -> int: ...
+class StepLearner(Learner, Protocol):
+    """A pass that learns steps; `groups` of timesteps count alike, `rate` and `warmup` are those of Descent."""
 
     @property
     def groups(self) -> int: ...
-
-    @property
-    def iterations(self) -> int: ...
 
     @property
     def rate(self) -> float: ...
@@ -71,7 +59,7 @@ class Found:
     left: float
 
 
-def learn_steps(program: Program, step: Learner, ctx: PassContext) -> Found:
+def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
     """Learn.
 
     Where there are several processes each has a share of every batch, and slopes are summed.
@@ -180,7 +168,7 @@ class _Plan:
     are computed at a time; seconds of all.
     """
 
-    step: Learner
+    step: StepLearner
     chunks: Sequence[Chunk]
     whole: Sequence[int]
     sparing: bool
@@ -190,7 +178,7 @@ class _Plan:
 
 
 def _planned(
-    program: Program, step: Learner, ctx: PassContext, data: Calibration, factor: float | None
+    program: Program, step: StepLearner, ctx: PassContext, data: Calibration, factor: float | None
 ) -> _Plan:
     """The plan, said in one line; `factor` is given where a run had already settled it."""
     largest = max(
@@ -203,17 +191,16 @@ def _planned(
         changed = scaled(step, factor)
         return trial.seconds(min(changed.rows, len(data)), changed.iterations)
 
-    if factor is None and ctx.budget is not None:
-        factor = fitting(seconds, ctx.budget)
-    factor = processes.agreed(1.0 if factor is None else factor)
-    changed, told = scaled(step, factor), told_options([(step, ctx)], factor)
-    rows = min(changed.rows, len(data))
-    estimate = Estimate(rows, seconds(factor), trial.memory)
-    _log.info("%s, %s%s", step.name(), estimate, told, extra={"memory": estimate.memory})
-    if ctx.budget is not None and estimate.seconds > ctx.budget:
-        _log.warning("that is more than the budget of %s, and the least there is", duration(ctx.budget))
+    factor = processes.agreed(settled(factor, ctx, seconds))
+    changed = scaled(step, factor)
+    estimate = Estimate(min(changed.rows, len(data)), seconds(factor), trial.memory)
+    tell_plan(step.name(), estimate, [(step, ctx)], factor)
     if trial.memory > ctx.memory:
-        _log.warning("that is more than the memory budget of %s, for one row", megabytes(ctx.memory))
+        _log.warning(
+            "that is more than the memory budget of %s: learning from one row takes as much\n"
+            "  mend: a greater memory budget, or no learn-steps in the policy",
+            megabytes(ctx.memory),
+        )
     whole = mixed(data, program, changed.rows, changed.batch, ctx.generator())
     parts = processes.count()
     own = [chunk.part(slice(processes.rank(), None, parts)) for chunk in whole]
