@@ -48,7 +48,7 @@ class LearnScaling(SweepPass):
     expected to make. `les` takes the best of several closed forms and the surrogate's, and learns on from there:
     what the layers make of x / gamma and W * gamma, both rounded as planned, shall differ least from the float
     product; what measure-sensitivity knows of the output counts. A scale that is no better than its start is not
-    taken. `weighting` is that of timestep groups while learning.
+    taken. With `start` identity it begins at 1, as published. `weighting` is that of timestep groups while learning.
 
     Units: exponent 0..1 is the share of the difficulty that moves from the activation into the weight; `rows`
     output positions make up a problem, `batch` of them a step of Adam of rate `rate` on log gamma; `groups` are
@@ -62,6 +62,7 @@ class LearnScaling(SweepPass):
     clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED, CORRECTED, FITTED, SHIFTED, STEPPED})
     method: Literal["smoothquant", "surrogate", "les"] = "smoothquant"
     exponent: float = 0.5
+    start: Literal["best", "identity"] = "best"
     iterations: int = 80
     rows: int = 2048
     batch: int = 256
@@ -144,9 +145,11 @@ class LearnScaling(SweepPass):
             turn, fit, seen, rows, timestep_group(rows.timestep, edges.to(rows.timestep.device))
         )
         x, w = (peak.double() for peak in peaks)
-        starts = {name: powers(x, w, *pair).to(peaks[1].dtype) for name, pair in STARTS.items()}
-        nearest = min(starts.values(), key=lambda gamma: float(problem.expected(gamma)))
-        starts["surrogate"] = surrogate(problem, nearest)
+        kinds = STARTS if self.start == "best" else {"identity": STARTS["identity"]}
+        starts = {name: powers(x, w, *pair).to(peaks[1].dtype) for name, pair in kinds.items()}
+        if self.method == "surrogate" or self.start == "best":
+            nearest = min(starts.values(), key=lambda gamma: float(problem.expected(gamma)))
+            starts["surrogate"] = surrogate(problem, nearest)
         if self.method == "surrogate":
             return starts["surrogate"], "the scale of least expected error"
         weights = TimestepWeights(self.weighting, self.groups, self.strength)

@@ -60,6 +60,17 @@ def test_learned_scales_lessen_the_noise_of_the_output() -> None:
     assert noise(learned("les")) < noise(paired())
 
 
+def test_from_identity_a_scale_goes_no_further_than_its_steps() -> None:
+    """Adam on log gamma moves by its rate a step; the closed forms of these layers lie further away."""
+    few = {"method": "les", **QUICK, "iterations": 3, "rate": 0.01}
+    data = context(recorded(paired(), 16))
+    near = swept(paired(), data, [("learn-scaling", {**few, "start": "identity"})]).table.of(ChannelScale)
+    far = swept(paired(), data, [("learn-scaling", few)]).table.of(ChannelScale)
+    assert near
+    assert all(scale.gamma.log().abs().max() < 0.05 for scale in near.values())
+    assert any(scale.gamma.log().abs().max() > 0.2 for scale in far.values())
+
+
 def test_what_was_decided_before_a_layer_was_scaled_is_forgotten() -> None:
     """Its codes are those of W and its steps those of x, not of W gamma and x / gamma."""
     rounding = [
