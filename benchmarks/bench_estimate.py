@@ -33,29 +33,29 @@ CASES = ("emoji", "sd15-narrow")
 
 
 class Seen(logging.Handler):
-    """Keeps the estimates that are told, with the peak of memory until the work is done."""
+    """Keeps the estimates that are told, with the peak of memory from there (`before`) until the work is done."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
         self.found: list[dict[str, object]] = []
-        self._before, self._memory = 0, 0
+        self.before, self.memory = 0, 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Note what a record says beside its words."""
         said = vars(record)
         if "memory" in said:
-            self._memory = said["memory"]
+            self.memory = said["memory"]
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
-            self._before = _peak()
+            self.before = peak()
         elif "took" in said:
             took, estimated = said["took"], said["estimated"]
             row = {"what": said["what"], "estimated": round(estimated, 2), "took": round(took, 2)}
             row["took_over_estimated"] = round(took / estimated, 2) if estimated else None
-            if self._memory:
-                row["megabytes_estimated"] = round(self._memory / 2**20)
-                row["megabytes_taken"] = round((_peak() - self._before) / 2**20)
+            if self.memory:
+                row["megabytes_estimated"] = round(self.memory / 2**20)
+                row["megabytes_taken"] = round((peak() - self.before) / 2**20)
             self.found.append(row)
-            self._memory = 0
+            self.memory = 0
 
 
 def main() -> None:
@@ -91,7 +91,7 @@ def _case(name: str) -> tuple[Program, Calibration]:
     return capture(unet), Calibration.synthesize(unet, steps=8, trajectories=2)
 
 
-def _peak() -> int:
+def peak() -> int:
     """The largest resident memory since it was last reset, in bytes."""
     lines = dict(
         line.split(":") for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planting import POLICIES, program_before
 from tiny import IN, OUT, plain, planned
+from torch import fx
 from toys import rows, toy
 
 from dmqfx.errors import RewriteError
@@ -20,7 +21,7 @@ from dmqfx.graph import facts, ops, registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.invariants import check_facts
 from dmqfx.graph.journal import Journal
-from dmqfx.graph.modules import build, propagate
+from dmqfx.graph.modules import build, is_fixed, propagate
 from dmqfx.graph.pipeline import PassContext, Pipeline
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
@@ -106,6 +107,18 @@ def test_a_fork_shares_weights_and_a_twin_does_not() -> None:
     assert {name: weight.data_ptr() for name, weight in program.fork().weights().items()} == there
     twin = program.astype(torch.float32)
     assert not {weight.data_ptr() for weight in twin.weights().values()} & set(there.values())
+
+
+@pytest.mark.parametrize("source", ["get_attr", "placeholder"])
+def test_what_is_computed_from_weights_alone_is_fixed_however_long_it_takes(source: str) -> None:
+    """A UNet's chain of operations is longer than Python's stack is deep."""
+    graph = fx.Graph()
+    weight = graph.get_attr("weight")
+    value = weight if source == "get_attr" else graph.placeholder("x")
+    for _ in range(3000):
+        value = graph.call_function(torch.ops.aten.add.Tensor, (weight, value))
+    assert is_fixed(value) == (source == "get_attr")
+    assert not is_fixed(graph.call_function(torch.ops.aten.empty.memory_format, ([1],)))
 
 
 def test_what_arrives_at_a_site_is_found_or_refused_by_name() -> None:

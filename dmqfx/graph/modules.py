@@ -32,9 +32,18 @@ def constant(gm: fx.GraphModule, target: str) -> Tensor:
 
 def is_fixed(node: fx.node.Argument) -> bool:
     """Whether a value is a constant: a weight, or computed from weights alone (a scaled weight)."""
-    if not isinstance(node, fx.Node) or node.op not in ("get_attr", "call_function"):
+    if not isinstance(node, fx.Node):
         return False
-    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(map(is_fixed, node.all_input_nodes)))
+    waiting, seen = [node], {node}  # no recursion: a UNet is deeper than Python's stack
+    while waiting:
+        each = waiting.pop()
+        if each.op == "get_attr":
+            continue
+        if each.op != "call_function" or not each.all_input_nodes:
+            return False
+        waiting += [read for read in each.all_input_nodes if read not in seen]
+        seen.update(each.all_input_nodes)
+    return True
 
 
 def constant_of(node: fx.Node, read: Callable[[str], Tensor]) -> Tensor:

@@ -160,7 +160,8 @@ def tell_plan(
     Units: whole in seconds of all of it, where the estimate is of what is left.
     """
     budget, told = steps[0][1].budget, told_options(steps, factor)
-    _log.info("%s, %s%s", title, estimate, told, extra={"memory": estimate.memory})
+    numbers = {"memory": estimate.memory, "seconds": estimate.seconds}
+    _log.info("%s, %s%s", title, estimate, told, extra=numbers)
     if budget is not None and (estimate.seconds if whole is None else whole) > budget:
         _log.warning("that is more than the budget of %s, and the least there is", duration(budget))
 
