@@ -236,7 +236,7 @@ def test_the_told_memory_has_what_the_largest_problem_computes_with() -> None:
     told, alone = (found.estimate(each, 4, 2**40).memory for each in (steps, ()))  # type: ignore[arg-type]  # a sweep pass
     widest = max(reader.columns for reader in found.schedule.readers)
     rows, deployed, doubled = 8 * count * widest, 4 * count * widest, 8 * count * widest
-    assert told - alone > rows + deployed + doubled - found.working()
+    assert told - alone > rows + deployed + doubled - found.working
 
 
 def test_operands_that_the_budget_has_no_room_for_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -247,7 +247,7 @@ def test_operands_that_the_budget_has_no_room_for_are_told(caplog: pytest.LogCap
     assert "taken beside it" not in caplog.text
     found = costs(4)[0]
     rows = 9 * 64 * 2 * 4 * max(reader.columns for reader in found.schedule.readers)
-    tight = swept(chain(), replace(ctx, memory=found.working() + rows), steps)
+    tight = swept(chain(), replace(ctx, memory=found.working + rows), steps)
     assert "the operands of the local problem of conv" in caplog.text
     assert "taken beside it" in caplog.text
     assert bits(tight.table) == bits(roomy.table)

@@ -66,7 +66,8 @@ class Program:
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next((t.device for t in self.weights().values()), torch.device("cpu"))
+        first = next((str(node.target) for node in self.graph.nodes if node.op == "get_attr"), None)
+        return torch.device("cpu") if first is None else constant(self.gm, first).device
 
     @cached_property
     def _nodes(self) -> dict[Address, fx.Node]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from torch import fx
@@ -67,11 +68,11 @@ class Costs:
     def estimate(self, steps: Sequence[Costly], rows: int, memory: int) -> Estimate:
         """Of passes over so many calibration rows in a memory budget."""
         turns = [readers for segment in self.schedule.segments for _, readers in segment.turns]
-        problems = max((_nbytes(steps, readers, self.working()) for readers in turns), default=0)
-        wanted = self.kept() * rows // self.trial.rows + problems
-        room = memory - self.working()
+        problems = max((_nbytes(steps, readers, self.working) for readers in turns), default=0)
+        wanted = self.kept * rows // self.trial.rows + problems
+        room = memory - self.working
         seconds = sum(self.turns(steps, rows))
-        return Estimate(rows, seconds, self.working() + min(wanted, room), max(wanted - room, 0))
+        return Estimate(rows, seconds, self.working + min(wanted, room), max(wanted - room, 0))
 
     def turns(self, steps: Sequence[Costly], rows: int) -> list[float]:
         """Seconds until each turn is over, counted from the one before."""
@@ -98,6 +99,7 @@ class Costs:
             own += calls * share * self.trial.forward.get(self.program.node(reader.site.at), 0.0)
         return own
 
+    @cached_property
     def working(self) -> int:
         """The most bytes that computing a chunk takes, both values of everything.
 
@@ -105,6 +107,7 @@ class Costs:
         """
         return max(map(self._of_segment, self.schedule.segments), default=0)
 
+    @cached_property
     def kept(self) -> int:
         """The most bytes of the trial's chunk that wait for a later segment or a turn."""
         differing = self.schedule.differing

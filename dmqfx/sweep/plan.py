@@ -141,8 +141,8 @@ def planned(
     tell_plan(title, _estimate(costs, data, steps, factor), steps, factor)
     some, fewer = [(scaled(step, factor), own) for step, own in steps], _fewer(data, factor, ctx)
     seconds = costs.turns([step for step, _ in some], own_rows(fewer))
-    room, chunks = ctx.memory - costs.working(), shared(chunked(fewer, program, size), fewer, size)
-    return Plan(some, chunks, len(fewer), room, costs.working(), factor, seconds)
+    room, chunks = ctx.memory - costs.working, shared(chunked(fewer, program, size), fewer, size)
+    return Plan(some, chunks, len(fewer), room, costs.working, factor, seconds)
 
 
 def settled(factor: float | None, ctx: PassContext, seconds: Callable[[float], float]) -> float:
@@ -172,13 +172,13 @@ def _tried(program: Program, schedule: Schedule, data: Calibration, steps: Steps
     largest = max(data.groups, key=lambda group: prod(group.columns["sample"].values.shape[1:]))
     sample = replace(data, groups=(largest,))
     one = Trial.of(program, next(chunked(sample, program, 1)))
-    size = max(1, min(ctx.chunk, WORKING // max(1, Costs(program, schedule, one, speeds).working())))
+    size = max(1, min(ctx.chunk, WORKING // max(1, Costs(program, schedule, one, speeds).working)))
     chunk, looking = next(chunked(sample, program, size)), [step for step, _ in steps]
     costs = Costs(program, schedule, Trial.of(program, chunk, looking, len(data)), speeds)
-    if ctx.memory < costs.working():
+    if ctx.memory < costs.working:
         raise CalibrationError(
             f"a memory budget of {megabytes(ctx.memory)} has no room for {costs.trial.rows} calibration rows at a time,"
-            f" which take {megabytes(costs.working())}\n  mend: memory= of at least that"
+            f" which take {megabytes(costs.working)}\n  mend: memory= of at least that"
         )
     return size, costs
 

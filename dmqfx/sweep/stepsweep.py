@@ -256,7 +256,7 @@ class _Trial:
         own = rows / processes.count()
         return (
             own * (self.real + 2 * self.quantized)
-            + iterations * self.batch / processes.count() * self.iterate
+            + iterations * min(self.batch, rows) / processes.count() * self.iterate
         )
 
 
