@@ -1,6 +1,6 @@
 """How much arithmetic calibrating takes: a policy of ours, the published recipe, and that recipe with as much as ours.
 
-    python benchmarks/bench_compute.py [--policy w4a6] [--seeds 0]
+    python benchmarks/bench_compute.py [--policy w4a6] [--seed 0]
 
 On the bundled emoji model, 16 calibration prompts. Multiply-adds of convolutions and matrix products are counted
 while the passes run (torch's counter; forward and back). The published recipe is too long to run: 6,000 steps for
