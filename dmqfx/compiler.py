@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from dmqfx import processes
-from dmqfx.calibration.calibration import Calibration
+from dmqfx.calibration.calibration import Calibration, CalibrationWarning
+from dmqfx.calibration.recording import weights_fingerprint
 from dmqfx.checking.verify import checking
 from dmqfx.errors import CaptureError, PipelineError, PolicyError
 from dmqfx.frontend.capture import capture
@@ -44,6 +45,7 @@ class NothingQuantizedWarning(UserWarning):
     """The policy asks for bits, and not one site of this model got any."""
 
 
+@torch.inference_mode(False)  # whoever compiles inside of it: some passes learn
 def compile(
     unet: UNet,
     policy: str | PathLike[str] | Mapping[str, object] | Policy = "w4a8-quick",
@@ -111,6 +113,19 @@ def _check(unet: UNet, policy: Policy, calibration: Calibration | None) -> None:
     check_finite(unet)
     if calibration is not None:
         calibration.check(demanded(unet, residuals=has_residuals(calibration)))
+        _warn_of_others(unet, calibration)
+
+
+def _warn_of_others(unet: UNet, calibration: Calibration) -> None:
+    """Say so where rows were recorded from other weights; rounded ones (bfloat16) are not told apart from others."""
+    rounded = any(each.dtype == torch.bfloat16 for each in unet.parameters())
+    said = {origin.weights for origin in calibration.origins if origin.weights}
+    if not rounded and said - {weights_fingerprint(unet)}:
+        what = (
+            f"the calibration was recorded from other weights than those of this {type(unet).__name__}: what is "
+            "quantized is fitted to what that model saw; record one of this model, or go on if it is a near relative"
+        )
+        warnings.warn(what, CalibrationWarning, stacklevel=4)
 
 
 def _captured(unet: UNet, data: Calibration | None) -> Program:

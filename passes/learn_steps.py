@@ -9,6 +9,7 @@ from dmqfx.graph.facts import CORRECTED, FITTED, QDQ, ROUNDED, STEPPED, Fact
 from dmqfx.graph.options import above, at_least, between
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
+from dmqfx.graph.sites import quantized
 from dmqfx.sweep.stepsweep import learn_steps
 
 
@@ -61,7 +62,7 @@ class LearnSteps(Pass):
         Raises: CalibrationError without calibration data, for rows that do not fit, or values that are not
             finite; StoreError for a run directory or a disk.
         """
-        if ctx.journal.exhausted:
+        if ctx.journal.exhausted or next(quantized(program), None) is None:
             return program
         found = learn_steps(program, self, ctx)
         told, table = f"{found.left:.3g} of the error at the output is left", program.table

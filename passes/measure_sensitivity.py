@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dmqfx.errors import CalibrationError
 from dmqfx.graph.facts import MEASURED, PLANNED, QDQ, Fact
+from dmqfx.graph.options import at_least
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
-from dmqfx.sweep.chunks import chunked, shared
-from dmqfx.sweep.sensitivity import measure
+from dmqfx.sweep.sensitivitysweep import measure
 
 
 @dataclass(frozen=True)
 class MeasureSensitivity(Pass):
     """Write a Sensitivity per layer with planned weights; round-weights then minds it.
+
+    Where what the rows keep for their way back does not fit the memory, residual blocks are computed again and
+    batches in parts, which changes last digits.
 
     Units: rows of calibration to look at, in equal shares of timesteps; groups of equal width that the
     training timesteps are cut into.
@@ -29,28 +31,28 @@ class MeasureSensitivity(Pass):
     rows: int = 80
     groups: int = 20
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rows", "groups")
+
     @property
     def needs_calibration(self) -> bool:
         """Always."""
         return True
 
+    @property
+    def budgeted(self) -> frozenset[str]:
+        """The fields that a time budget multiplies."""
+        return frozenset({"rows"})
+
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Two looks back over the rows.
 
-        Raises: CalibrationError without calibration data, or for rows that do not fit.
+        Raises: CalibrationError without calibration data, for rows that do not fit, or weights that are not finite;
+            StoreError for a run directory or a disk.
         """
-        if ctx.calibration is None:
-            raise CalibrationError(
-                "measure-sensitivity needs calibration data; pass calibration= or let compile make one"
-            )
-        ctx.calibration.check(program.inputs)
-        chosen = ctx.calibration.select(self.rows, ctx.generator())
-        chunks = list(shared(chunked(chosen, program, ctx.chunk), chosen, ctx.chunk))
-        edges = tuple(ctx.train_timesteps * k / self.groups for k in range(1, self.groups))
-        found = measure(program, chunks, edges, ctx.generator())
         kept = {
             site: entry
-            for site, entry in ctx.journal.fuelled(found.items())
+            for site, entry in ctx.journal.fuelled(measure(program, self, ctx).items())
             if ctx.journal.apply(site, "measure")
         }
         return program.with_table(program.table.put_all(kept))

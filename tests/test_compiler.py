@@ -13,6 +13,7 @@ from diffusers import UNet2DModel
 from models import model
 
 import dmqfx
+from dmqfx.calibration.calibration import CalibrationWarning
 from dmqfx.compiler import NothingQuantizedWarning, QualityWarning, check_pipeline
 from dmqfx.errors import CalibrationError, CaptureError, PolicyError
 
@@ -42,6 +43,62 @@ def test_a_half_precision_unet_is_compiled_in_float32_and_gives_back_its_own_dty
     assert (half.dtype, q.program.dtype) == (dtype, torch.float32)
     same = dmqfx.compile(unet.float(), "w8a8", calibration=calibration, progress=False)
     assert torch.equal(half, same(x.float(), 500).sample.to(dtype))
+
+
+LEARNING = {
+    "schema": "dmqfx.policy/1",
+    "name": "learning",
+    "default": {"weight": {"bits": 4}, "input": {"bits": 8}},
+    "pipeline": [
+        "canonicalize",
+        "plan-sites",
+        {"measure-sensitivity": {"rows": 2}},
+        "fit-ranges",
+        {"round-weights": {"method": "gptq", "rows": 64}},
+        {"learn-steps": {"rows": 2, "batch": 2, "iterations": 2}},
+        "insert-qdq",
+    ],
+}
+
+
+def quick(unet: UNet2DModel) -> dmqfx.Calibration:
+    return dmqfx.Calibration.synthesize(unet, steps=2, trajectories=1, progress=False)
+
+
+def test_inside_inference_mode_learning_passes_learn_all_the_same() -> None:
+    torch.manual_seed(0)
+    unet = small(torch.float32)
+    calibration, x = quick(unet), torch.randn(1, 3, 8, 8)
+    outside = dmqfx.compile(unet, LEARNING, calibration=calibration, progress=False)
+    with torch.inference_mode():
+        inside = dmqfx.compile(unet, LEARNING, calibration=calibration, progress=False)
+        assert torch.equal(inside(x, 500).sample, outside(x, 500).sample)
+
+
+def test_where_nothing_is_quantized_there_is_nothing_to_learn() -> None:
+    unet = small(torch.float32)
+    q = dmqfx.compile(
+        unet,
+        {**LEARNING, "default": {"weight": "float", "input": "float"}},
+        calibration=quick(unet),
+        target="reference",
+        progress=False,
+    )
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(q(x, 500).sample, unet(x, 500).sample)
+
+
+def test_a_calibration_of_other_weights_is_warned_of() -> None:
+    torch.manual_seed(0)
+    unet = small(torch.float32)
+    calibration, other = quick(unet), small(torch.float32)
+    with pytest.warns(CalibrationWarning, match=r"from other weights than those of this UNet2DModel.*record"):
+        dmqfx.compile(other, "w8a16", calibration=calibration, report_rows=0, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CalibrationWarning)
+        for near in (unet, small(torch.bfloat16)):
+            dmqfx.compile(near, "w8a16", calibration=calibration, report_rows=0, progress=False)
 
 
 def test_an_unknown_target_is_refused_before_anything_runs() -> None:

@@ -30,7 +30,8 @@ from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep import stepsweep
 from dmqfx.sweep.chunks import Chunk
 from dmqfx.sweep.deploy import _Input, deployed_input
-from dmqfx.sweep.endtoend import FARTHEST, Descent, Network, Steps
+from dmqfx.sweep.endtoend import FARTHEST, Descent, Steps
+from dmqfx.sweep.network import Network
 
 QUICK = {"rows": 12, "batch": 4, "iterations": 30, "groups": 4}
 
@@ -205,12 +206,12 @@ def test_sparing_memory_keeps_less_and_gives_the_same_slopes() -> None:
     assert data is not None
     batch = next(data.batches(4, before().inputs, dtype=before().dtype))
     chunk = Chunk(batch, batch["timestep"], 0)
-    whole, spared = network.kept(chunk, steps, steps.learned())
+    whole, spared = network.kept(chunk, steps.twins, steps.learned())
     assert 0 < spared < 0.8 * whole
     found = []
     for network.sparing in (False, True):
         with torch.enable_grad():
-            network(chunk, steps, steps.learned()).square().sum().backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+            network(chunk, steps.twins, steps.learned()).square().sum().backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         found.append([each.grad for each in steps.numbers])
         for each in steps.numbers:
             each.grad = None

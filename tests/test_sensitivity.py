@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -11,13 +15,18 @@ from planting import context, program_before
 from torch import Tensor, fx
 
 import dmqfx
-from dmqfx.errors import CalibrationError, VerifyError
+from dmqfx.errors import CalibrationError, PassNotFoundError, VerifyError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.pipeline import run_step
+from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create, pipeline
 from dmqfx.graph.table import Planned, Sensitivity
 from dmqfx.passes import round_weights
+from dmqfx.sweep import sensitivitysweep
+from dmqfx.sweep.chunks import Chunk, chunked
+from dmqfx.sweep.network import Network
+from dmqfx.sweep.sensitivity import Measurement
 
 AT = Address.parse("up.0.conv1/conv2d")
 
@@ -84,6 +93,86 @@ def test_the_same_seed_measures_the_same() -> None:
     assert one.metric is not None
     assert two.metric is not None
     assert torch.equal(one.metric, two.metric)
+
+
+def ran(**changed: Any) -> Program:
+    """The toy with its sensitivities, the context changed."""
+    program = program_before("measure-sensitivity", "shifts")
+    ctx = replace(context("shifts"), **{"chunk": 4, **changed})
+    return run_step(create("measure-sensitivity"), program, ctx)
+
+
+def entries(program: Program) -> dict[Site, Sensitivity]:
+    return program.table.of(Sensitivity)
+
+
+def test_little_memory_changes_last_digits_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Blocks are computed again on the way back, and batches in parts, so that sums are of another order."""
+    plenty = entries(ran())
+    with caplog.at_level(logging.INFO, "dmqfx"):
+        tight = entries(ran(memory=1))
+    assert "one row, forward and back, takes as much" in caplog.text
+    assert "no measure-sensitivity in the policy" in caplog.text
+    for site, entry in plenty.items():
+        other = tight[site]
+        assert entry.metric is not None
+        assert other.metric is not None
+        assert float((entry.metric - other.metric).norm()) <= 1e-4 * float(entry.metric.norm())
+        assert torch.allclose(entry.weight, other.weight, rtol=1e-4)
+
+
+def test_sparing_keeps_less_for_the_way_back() -> None:
+    program = program_before("measure-sensitivity", "shifts")
+    network = Network(program)
+    found = Measurement(network, program, (500.0,), torch.Generator().manual_seed(0))
+    data = context("shifts").calibration
+    assert data is not None
+    whole, spared = network.kept(next(chunked(data, program, 1)), found.watched)
+    assert 0 < spared < 0.8 * whole
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_looks_are_not_taken_again_and_the_bits_are_those_of_a_whole_run(
+    tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivitysweep, "_OFTEN", 0.0)
+    whole, made = entries(ran()), list[str]()
+
+    def counted(name: str) -> Callable[[Measurement, Chunk], None]:
+        honest = getattr(Measurement, name)
+
+        def look(self: Measurement, chunk: Chunk) -> None:
+            made.append(name)
+            if len(made) == stop + 1:
+                raise KeyboardInterrupt
+            honest(self, chunk)
+
+        return look
+
+    for name in ("look", "look_again"):
+        monkeypatch.setattr(Measurement, name, counted(name))
+    with pytest.raises(KeyboardInterrupt):
+        ran(run_dir=tmp_path)
+    assert made.pop() == ("look_again" if stop >= 3 else "look")
+    made *= 100  # the next one is not interrupted
+    before = len(made)
+    again = entries(ran(run_dir=tmp_path))
+    assert len(made) - before == 6 - stop
+    for site, entry in whole.items():
+        assert torch.equal(entry.weight, again[site].weight)
+        assert entry.metric is not None
+        assert torch.equal(entry.metric, again[site].metric)  # type: ignore[arg-type]  # as the other
+
+
+def test_a_budget_takes_rows_and_the_record_says_so() -> None:
+    assert "MeasureSensitivity(rows=5, groups=20)" in ran(budget=1e-3).log[-1].note
+    assert ran(budget=3600.0).log[-1].note == ""
+
+
+@pytest.mark.parametrize("option", ["rows", "groups"])
+def test_nothing_to_measure_with_is_refused(option: str) -> None:
+    with pytest.raises(PassNotFoundError, match=f"{option} must be at least 1, not 0"):
+        create("measure-sensitivity", {option: 0})
 
 
 def test_without_calibration_it_says_what_is_missing() -> None:

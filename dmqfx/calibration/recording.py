@@ -143,7 +143,7 @@ def origin(
         how,
         signature(unet).root,
         hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest(),
-        _weights(unet),
+        weights_fingerprint(unet),
         "" if scheduler is None else type(scheduler).__name__,
         {k: plain(v) for k, v in getattr(scheduler, "config", {}).items() if not k.startswith("_")},
         {k: plain(v) for k, v in settings.items()},
@@ -170,7 +170,7 @@ def plain(value: object) -> Json:
     return type(value).__name__
 
 
-def _weights(unet: nn.Module) -> str:
+def weights_fingerprint(unet: nn.Module) -> str:
     """A fingerprint of eight of the weights, the same for a half precision copy of them."""
     named = sorted(unet.state_dict().items())
     digest = hashlib.sha256()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, overload
+from typing import Protocol, TypeAlias, overload
 
 import torch
 from torch import Tensor, fx
@@ -19,10 +19,34 @@ from dmqfx.sweep.deploy import Deployed, pending_scales
 from dmqfx.sweep.finite import finite, refuse_not_finite
 from dmqfx.sweep.values import Pair, Values
 
-__all__ = ["Arrival", "BlockWalk", "Learned", "forward", "quantized_twins", "stretches", "walk"]
+__all__ = [
+    "Arrival",
+    "BlockWalk",
+    "Learned",
+    "Twin",
+    "Twins",
+    "forward",
+    "quantized_twins",
+    "stretches",
+    "walk",
+]
 
 Learned: TypeAlias = Mapping[fx.Node, Mapping[str, Tensor]]
 """Constants of layers that are being learned, by argument."""
+
+
+class Twin(Protocol):
+    """What is computed in place of an operation, if it `differs`."""
+
+    @property
+    def differs(self) -> bool: ...
+
+    def __call__(
+        self, timestep: Tensor, value_of: Callable[[fx.Node], object], **instead: Tensor
+    ) -> object: ...
+
+
+Twins: TypeAlias = Mapping[fx.Node, Twin]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,10 +193,12 @@ class _Uses:
         return [r for r, at in self.by.items() if self.now in at and not is_fixed(r) and r not in inside]
 
 
-def quantized_twins(program: Program, table: Table, nodes: Sequence[fx.Node]) -> dict[fx.Node, Deployed]:
-    """The operations as they will be deployed, as far as the table knows."""
+def quantized_twins(
+    program: Program, table: Table, nodes: Sequence[fx.Node], *, held: bool = True
+) -> dict[fx.Node, Deployed]:
+    """The operations as they will be deployed, as far as the table knows; unpacked weights are `held` or not."""
     gammas = pending_scales(program, table)
-    return {node: Deployed(program, table, node, gammas) for node in nodes}
+    return {node: Deployed(program, table, node, gammas, held=held) for node in nodes}
 
 
 def forward(
@@ -180,10 +206,10 @@ def forward(
     nodes: Sequence[fx.Node],
     given: Mapping[fx.Node, object],
     timestep: Tensor,
-    twins: Mapping[fx.Node, Deployed] | None = None,
+    twins: Twins | None = None,
     learned: Learned | None = None,
 ) -> dict[fx.Node, object]:
-    """The values of operations in their order: those of the float network, or with `twins` of the quantized one."""
+    """The values of operations in their order: those of the float network but for what has twins."""
     values: dict[fx.Node, object] = dict(given)
 
     def read(node: fx.Node) -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor, fx
@@ -34,17 +35,27 @@ __all__ = [
 class Deployed:
     """One call with its planned arguments quantized, as far as the table knows how.
 
+    What stands for a weight is unpacked once if it is `held`, else for every call.
+
     Shapes: timestep [B].
     """
 
-    def __init__(self, program: Program, table: Table, node: fx.Node, gammas: Mapping[Site, Tensor]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        table: Table,
+        node: fx.Node,
+        gammas: Mapping[Site, Tensor],
+        *,
+        held: bool = True,
+    ) -> None:
         self._node, self._program = node, program
-        self._constants: dict[str, Tensor] = {}
+        self._constants: dict[str, Callable[[], Tensor]] = {}
         self._inputs: dict[str, _Input] = {}
         for arg in ops.args(node) if "address" in node.meta else ():
             site = Site(node.meta["address"], arg)
             if (constant := _constant(program, table, site, gammas)) is not None:
-                self._constants[arg] = constant
+                self._constants[arg] = cache(constant) if held else constant
             elif (params := table.get(site, QParams)) is not None or site in gammas:
                 axis = channel_axis(program, site)
                 self._inputs[arg] = _Input(params, gammas.get(site), table.get(site, Shift), axis)
@@ -52,7 +63,7 @@ class Deployed:
     @property
     def constants(self) -> Mapping[str, Tensor]:
         """What stands for the float weight and bias, by argument, where that is quantized or corrected."""
-        return self._constants
+        return {arg: make() for arg, make in self._constants.items()}
 
     @property
     def differs(self) -> bool:
@@ -66,7 +77,8 @@ class Deployed:
         (arXiv 1902.08153), without its factor.
         """
         assert isinstance(self._node.target, OpOverload)  # sites are arguments of operators
-        named = {**ops.args(self._node), **self._constants, **instead}
+        own = {arg: make() for arg, make in self._constants.items() if arg not in instead}
+        named = {**ops.args(self._node), **own, **instead}
         for arg, given in ops.args(self._node).items():
             if arg in self._inputs and isinstance(given, fx.Node):
                 named[arg] = self._inputs[arg](value_of(given), timestep, instead.get(arg))
@@ -100,17 +112,22 @@ class _Input:
         return inside + off / own.detach() * own
 
 
-def _constant(program: Program, table: Table, site: Site, gammas: Mapping[Site, Tensor]) -> Tensor | None:
-    """The weight or bias that stands for the float one, or None where that stays."""
+def _constant(
+    program: Program, table: Table, site: Site, gammas: Mapping[Site, Tensor]
+) -> Callable[[], Tensor] | None:
+    """Makes the weight or bias that stands for the float one; None where that stays."""
     codes, bias, gamma = table.get(site, Codes), table.get(site, Bias), gammas.get(Site(site.at, "input"))
     if codes is not None:
-        return deployed_weight(codes, _bits(table, site)).to(program.device)
+        return lambda: deployed_weight(codes, _bits(table, site)).to(program.device)
     if bias is not None:
-        return bias.value.to(program.device)
+        return lambda: bias.value.to(program.device)
     if site.arg == "weight" and gamma is not None:
-        weight = program.constant_at(site)
-        return weight * column_factor(weight.shape, gamma.to(weight))
+        return partial(_scaled, program.constant_at(site), gamma)
     return None
+
+
+def _scaled(weight: Tensor, gamma: Tensor) -> Tensor:
+    return weight * column_factor(weight.shape, gamma.to(weight))
 
 
 def deployed_bias(program: Program, table: Table, node: fx.Node, like: Tensor) -> Tensor:

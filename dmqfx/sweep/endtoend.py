@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor, fx
-from torch.utils.checkpoint import checkpoint
 
 from dmqfx import processes
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
-from dmqfx.graph.blocks import blocks
-from dmqfx.graph.modules import is_fixed
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, Codes, Entry, Table
 from dmqfx.numbers.quant import QParams
 from dmqfx.runtime.operators import timestep_group
-from dmqfx.sweep.blockwalk import Learned, forward, quantized_twins, stretches
+from dmqfx.sweep.blockwalk import Learned, quantized_twins
 from dmqfx.sweep.chunks import Chunk
 from dmqfx.sweep.deploy import deployed_bias
-from dmqfx.sweep.finite import finite, refuse_not_finite
-from dmqfx.sweep.values import Pair
-from dmqfx.sweep.wayback import remembered
+from dmqfx.sweep.finite import finite
+from dmqfx.sweep.network import Network
 
-__all__ = ["FARTHEST", "Descent", "Network", "Objective", "Steps"]
+__all__ = ["FARTHEST", "Descent", "Objective", "Steps"]
 
 FARTHEST = 2.0
 """What a step may be multiplied or divided by at most."""
@@ -58,6 +53,25 @@ class Descent:
         return min(1.0, (iteration + 1) / begun) * (1 + math.cos(math.pi * iteration / self.iterations)) / 2
 
 
+@dataclass(frozen=True)
+class _Made(Mapping[fx.Node, Mapping[str, Tensor]]):
+    """What is made of each node when it is asked for, and not held: all weights of a UNet at once are many."""
+
+    nodes: Mapping[fx.Node, object]
+    make: Callable[[fx.Node], dict[str, Tensor]]
+
+    def __getitem__(self, node: fx.Node) -> dict[str, Tensor]:
+        if node not in self.nodes:
+            raise KeyError(node)
+        return self.make(node)
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+
 class Steps:
     """The steps of inputs and weights, and the biases of layers with codes, while they are learned.
 
@@ -66,7 +80,7 @@ class Steps:
 
     def __init__(self, program: Program, table: Table, nodes: Sequence[fx.Node]) -> None:
         self._table = table
-        self.twins = quantized_twins(program, table, nodes)
+        self.twins = quantized_twins(program, table, nodes, held=False)
         self._scales, self._weights, self._biases = (
             dict[Site, Tensor](),
             dict[Site, Tensor](),
@@ -102,18 +116,19 @@ class Steps:
         return [{"params": list(part.values()), "lr": rate * share} for part, share in parts if part]
 
     def learned(self) -> Learned:
-        """The steps, weights and biases as they are by now, by operation and argument."""
-        found: dict[fx.Node, dict[str, Tensor]] = {}
-        for node, at in self._nodes.items():
-            for arg in ops.args(node):
-                site = Site(at, arg)
-                if site in self._scales:
-                    found.setdefault(node, {})[arg] = self._scale(site)
-                elif site in self._weights:
-                    weight, wider = self.twins[node].constants[arg], self._weights[site].flatten().exp()
-                    own = found.setdefault(node, {})
-                    own[arg] = weight * wider.to(weight).view(-1, *[1] * (weight.dim() - 1))
-                    own["bias"] = self._bias(Site(at, "bias"), Site(at, arg)).to(weight)
+        """The steps, weights and biases as they are by now, by operation and argument, made when they are asked for."""
+        return _Made(self._nodes, self._made)
+
+    def _made(self, node: fx.Node) -> dict[str, Tensor]:
+        found = dict[str, Tensor]()
+        for arg in ops.args(node):
+            site = Site(self._nodes[node], arg)
+            if site in self._scales:
+                found[arg] = self._scale(site)
+            elif site in self._weights:
+                weight, wider = self.twins[node].constants[arg], self._weights[site].flatten().exp()
+                found[arg] = weight * wider.to(weight).view(-1, *[1] * (weight.dim() - 1))
+                found["bias"] = self._bias(Site(site.at, "bias"), site).to(weight)
         return found
 
     def entries(self) -> dict[Site, Entry]:
@@ -153,92 +168,6 @@ class Steps:
         return self._before[site] + self._biases[site] * (_BIAS_STEPS * codes.qparams.scale.flatten())
 
 
-class Network:
-    """The float and the quantized network, from inputs to outputs.
-
-    With `sparing`, what a residual block, or what lies between two, computes is not kept for the way back but
-    computed again.
-    """
-
-    def __init__(self, program: Program, *, sparing: bool = False) -> None:
-        self._program, self.sparing = program, sparing
-        self._stretches = [
-            [node for node in stretch if node.op != "output"]
-            for stretch in stretches(program, blocks(program))
-        ]
-        self._out = next(node for node in program.graph.nodes if node.op == "output").all_input_nodes
-        self._needed = self._later()
-
-    @property
-    def nodes(self) -> list[fx.Node]:
-        """All operations."""
-        return [node for stretch in self._stretches for node in stretch]
-
-    def __call__(self, chunk: Chunk, steps: Steps | None = None, learned: Learned | None = None) -> Tensor:
-        """The outputs, side by side: those of the float network without `steps`.
-
-        Shapes: float [B, numbers of a row].
-        """
-        spare = self.sparing and torch.is_grad_enabled()
-        compute = partial(checkpoint, self._computed, use_reentrant=False) if spare else self._computed
-        values = self._given(chunk)
-        for number in range(len(self._stretches)):
-            values = compute(number, values, chunk, steps, learned)
-        return torch.cat([_rows(values[node]) for node in self._out], 1)
-
-    def blame(self, chunk: Chunk, steps: Steps) -> None:
-        """Raise for the first operation whose value is not finite.
-
-        Raises: CalibrationError naming it and the row.
-        """
-        real = forward(self._program, self.nodes, self._given(chunk), chunk.timestep)
-        quantized = forward(
-            self._program, self.nodes, self._given(chunk), chunk.timestep, steps.twins, steps.learned()
-        )
-        for node in self.nodes:
-            refuse_not_finite(node, Pair(real[node], quantized[node]), chunk.timestep, chunk.numbers)
-
-    def kept(self, chunk: Chunk, steps: Steps, learned: Learned) -> tuple[int, int]:
-        """Bytes that the chunk keeps for its way back: all of it, and with `sparing`."""
-        values, whole, most, between = self._given(chunk), 0, 0, 0
-        for number in range(len(self._stretches)):
-            with remembered() as memory, torch.enable_grad():
-                found = self._computed(number, values, chunk, steps, learned)
-            values = {
-                node: value.detach() if isinstance(value, Tensor) else value for node, value in found.items()
-            }
-            whole, most = whole + memory.nbytes, max(most, memory.nbytes)
-            between += sum(value.nbytes for value in values.values() if isinstance(value, Tensor))
-        return whole, most + between
-
-    def _given(self, chunk: Chunk) -> dict[fx.Node, object]:
-        places = (node for node in self._program.graph.nodes if node.op == "placeholder")
-        return {node: chunk.inputs[str(node.target)] for node in places}
-
-    def _computed(
-        self,
-        number: int,
-        values: Mapping[fx.Node, object],
-        chunk: Chunk,
-        steps: Steps | None,
-        learned: Learned | None,
-    ) -> dict[fx.Node, object]:
-        """The values that are still read behind a stretch."""
-        twins = None if steps is None else steps.twins
-        found = forward(self._program, self._stretches[number], values, chunk.timestep, twins, learned)
-        return {node: found[node] for node in self._needed[number] if node in found}
-
-    def _later(self) -> list[list[fx.Node]]:
-        """The values that are still read behind each stretch."""
-        needed, found = set(self._out), list[list[fx.Node]]()
-        for stretch in reversed(self._stretches):
-            found.append(
-                [node for node in self._program.graph.nodes if node in needed and not is_fixed(node)]
-            )
-            needed |= {read for node in stretch for read in node.all_input_nodes}
-        return found[::-1]
-
-
 @dataclass(eq=False)
 class Objective:
     """The error of the outputs on all chunks, every timestep group relative to its own before learning.
@@ -272,7 +201,7 @@ class Objective:
     def loss(self, k: int, rows: slice, steps: Steps, learned: Learned) -> Tensor:
         """The sum over some rows of a chunk."""
         part = self.chunks[k].part(rows)
-        error = (self.network(part, steps, learned) - self.wanted[k][rows]).square().mean(1)
+        error = (self.network(part, steps.twins, learned) - self.wanted[k][rows]).double().square().mean(1)
         weight = self.weight.to(error)[timestep_group(part.timestep, self.edges.to(part.timestep.device))]
         return (error * weight).sum()
 
@@ -286,17 +215,12 @@ class Objective:
         for chunk, wanted in zip(self.chunks, self.wanted, strict=True):
             if not len(chunk.timestep):
                 continue
-            error = (self.network(chunk, steps, learned) - wanted).double().square().mean(1).cpu()
+            error = (self.network(chunk, steps.twins, learned) - wanted).double().square().mean(1).cpu()
             if not finite(error):
-                self.network.blame(chunk, steps)
+                self.network.blame(chunk, steps.twins, learned)
             group = timestep_group(chunk.timestep.cpu(), self.edges)
             sums[0].index_add_(0, group, error)
             sums[1].index_add_(0, group, torch.ones_like(error))
         total, count = processes.summed(sums)
         mean: Tensor = total / count.clamp(min=1)
         return mean
-
-
-def _rows(value: object) -> Tensor:
-    assert isinstance(value, Tensor)  # a program's outputs are tensors
-    return value.flatten(1)

@@ -40,6 +40,7 @@ __all__ = [
     "settled",
     "tell_plan",
     "told_options",
+    "warn_of_memory",
 ]
 
 _log = logging.getLogger(__name__)
@@ -164,6 +165,17 @@ def tell_plan(
     _log.info("%s, %s%s", title, estimate, told, extra=numbers)
     if budget is not None and (estimate.seconds if whole is None else whole) > budget:
         _log.warning("that is more than the budget of %s, and the least there is", duration(budget))
+
+
+def warn_of_memory(nbytes: int, step: Named, ctx: PassContext) -> None:
+    """Say that one row forward and back takes more than the memory budget."""
+    if nbytes > ctx.memory:
+        _log.warning(
+            "that is more than the memory budget of %s: one row, forward and back, takes as much\n"
+            "  mend: a greater memory budget, or no %s in the policy",
+            megabytes(ctx.memory),
+            step.name(),
+        )
 
 
 def _tried(program: Program, schedule: Schedule, data: Calibration, steps: Steps) -> tuple[int, Costs]:

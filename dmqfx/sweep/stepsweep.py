@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NoReturn, Protocol
@@ -19,15 +19,15 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry
 from dmqfx.numbers import speeds
-from dmqfx.numbers.speeds import finish
+from dmqfx.numbers.speeds import second_time
 from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, mixed
-from dmqfx.sweep.endtoend import Descent, Network, Objective, Steps
+from dmqfx.sweep.endtoend import Descent, Objective, Steps
 from dmqfx.sweep.estimate import Estimate, tell
 from dmqfx.sweep.finite import refuse_broken_weights
-from dmqfx.sweep.plan import Learner, calibration_for, settled, tell_plan
+from dmqfx.sweep.network import Network, Room
+from dmqfx.sweep.plan import Learner, calibration_for, settled, tell_plan, warn_of_memory
 from dmqfx.sweep.run import NoRun
-from dmqfx.sweep.values import megabytes
 from dmqfx.sweep.visits import kept
 
 __all__ = ["Found", "learn_steps"]
@@ -74,7 +74,7 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
         plan = _planned(program, step, ctx, data, run.factor)
         run.begin(plan.factor)
         edges = torch.tensor([ctx.train_timesteps * k / step.groups for k in range(1, step.groups)])
-        network = Network(program, sparing=plan.sparing)
+        network = Network(program, sparing=plan.room.sparing)
         steps, started = Steps(program, program.table, network.nodes), speeds.clock()
         objective = Objective(network, plan.chunks, edges)
         with tqdm(total=plan.step.iterations, desc=step.name(), disable=not ctx.progress) as bar:
@@ -116,9 +116,9 @@ def _slopes(objective: Objective, steps: Steps, k: int, plan: _Plan) -> float:
     rows, total = len(objective.chunks[k].timestep), torch.zeros((), dtype=torch.float64)
     for each in steps.numbers:
         each.grad = None
-    for start in range(0, rows, plan.portion):
+    for start in range(0, rows, plan.room.rows):
         with torch.enable_grad():
-            loss = objective.loss(k, slice(start, start + plan.portion), steps, steps.learned())
+            loss = objective.loss(k, slice(start, start + plan.room.rows), steps, steps.learned())
             (loss / plan.whole[k]).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         total += loss.detach().double().cpu() / plan.whole[k]
     for each in steps.numbers:
@@ -164,15 +164,13 @@ def _resumed(run: NoRun, steps: Steps, adam: torch.optim.Adam) -> int:
 class _Plan:
     """The pass and its rows as a time budget and the memory want them.
 
-    Units: `chunks` are this process's share of every batch, `whole` the rows of all of it; portion in rows that
-    are computed at a time; seconds of all.
+    Units: `chunks` are this process's share of every batch, `whole` the rows of all of it; seconds of all.
     """
 
     step: StepLearner
     chunks: Sequence[Chunk]
     whole: Sequence[int]
-    sparing: bool
-    portion: int
+    room: Room
     factor: float
     seconds: float
 
@@ -193,19 +191,14 @@ def _planned(
 
     factor = processes.agreed(settled(factor, ctx, seconds))
     changed = scaled(step, factor)
-    estimate = Estimate(min(changed.rows, len(data)), seconds(factor), trial.memory)
+    estimate = Estimate(min(changed.rows, len(data)), seconds(factor), trial.room.nbytes)
     tell_plan(step.name(), estimate, [(step, ctx)], factor)
-    if trial.memory > ctx.memory:
-        _log.warning(
-            "that is more than the memory budget of %s: learning from one row takes as much\n"
-            "  mend: a greater memory budget, or no learn-steps in the policy",
-            megabytes(ctx.memory),
-        )
+    warn_of_memory(trial.room.nbytes, step, ctx)
     whole = mixed(data, program, changed.rows, changed.batch, ctx.generator())
     parts = processes.count()
     own = [chunk.part(slice(processes.rank(), None, parts)) for chunk in whole]
     counts = [len(chunk.timestep) for chunk in whole]
-    return _Plan(changed, own, counts, trial.sparing, trial.portion, factor, estimate.seconds)
+    return _Plan(changed, own, counts, trial.room, factor, estimate.seconds)
 
 
 @dataclass(frozen=True)
@@ -213,32 +206,27 @@ class _Trial:
     """What a batch costs.
 
     Units: look and iterate in seconds for one row, of the float network, of the quantized one, and of a step of
-    learning; memory in bytes.
+    learning.
     """
 
     real: float
     quantized: float
     iterate: float
     batch: int
-    memory: int
-    sparing: bool
-    portion: int
+    room: Room
 
     @staticmethod
     def of(program: Program, chunk: Chunk, batch: int, memory: int) -> _Trial:
         """Try the parts of a batch that fit the memory."""
         network = Network(program)
         steps = Steps(program, program.table, network.nodes)
-        one = chunk.part(slice(1))
-        whole, spared = network.kept(one, steps, steps.learned())
-        network.sparing = whole * batch > memory
-        each = spared if network.sparing else whole
-        portion = max(1, min(batch, memory // max(1, each)))
-        some = chunk.part(slice(portion))
+        room = network.room(chunk, memory, steps.twins, steps.learned())
+        network.sparing = room.sparing
+        some = chunk.part(slice(room.rows))
         objective = Objective(network, [some], torch.empty(0))
         with torch.no_grad():
-            real = _seconds(program, partial(network, some))
-            quantized = _seconds(program, partial(network, some, steps, steps.learned()))
+            real = second_time(program.device, partial(network, some))
+            quantized = second_time(program.device, partial(network, some, steps.twins, steps.learned()))
         objective.begin(steps)
 
         def step() -> None:
@@ -246,10 +234,8 @@ class _Trial:
                 objective.loss(0, slice(None), steps, steps.learned()).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
 
         rows = len(some.timestep)
-        iterate = _seconds(program, step)
-        return _Trial(
-            real / rows, quantized / rows, iterate / rows, batch, each * portion, network.sparing, portion
-        )
+        iterate = second_time(program.device, step)
+        return _Trial(real / rows, quantized / rows, iterate / rows, batch, room)
 
     def seconds(self, rows: int, iterations: int) -> float:
         """Of learning: two looks of the quantized network, one of the float one, and the iterations."""
@@ -258,14 +244,3 @@ class _Trial:
             own * (self.real + 2 * self.quantized)
             + iterations * min(self.batch, rows) / processes.count() * self.iterate
         )
-
-
-def _seconds(program: Program, work: Callable[[], object]) -> float:
-    """Of the second time: the first one builds kernels."""
-    took = 0.0
-    for _ in range(2):
-        started = speeds.clock()
-        work()
-        finish(program.device)
-        took = speeds.clock() - started
-    return took

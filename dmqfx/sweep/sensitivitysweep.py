@@ -1,0 +1,113 @@
+"""Measuring sensitivity: what it will take is said, then two looks at the rows, kept in a run directory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, Protocol
+
+from tqdm import tqdm
+
+from dmqfx import processes
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.graph.address import Site
+from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.program import Program
+from dmqfx.graph.table import Sensitivity
+from dmqfx.numbers import speeds
+from dmqfx.numbers.speeds import second_time
+from dmqfx.sweep.budget import scaled
+from dmqfx.sweep.chunks import Chunk, chunked, shared
+from dmqfx.sweep.estimate import Estimate, tell
+from dmqfx.sweep.finite import refuse_broken_weights
+from dmqfx.sweep.network import Network
+from dmqfx.sweep.plan import Named, calibration_for, settled, tell_plan, warn_of_memory
+from dmqfx.sweep.run import NoRun
+from dmqfx.sweep.sensitivity import Measurement
+from dmqfx.sweep.visits import kept
+
+__all__ = ["measure"]
+
+_log = logging.getLogger(__name__)
+_OFTEN: Final = 300.0
+"""Seconds of work that a killed process may lose: what is kept is as large as the weights."""
+
+
+class Measurer(Named, Protocol):
+    """A pass that measures: `rows` of calibration, `groups` of timesteps that count alike."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def groups(self) -> int: ...
+
+
+def measure(program: Program, step: Measurer, ctx: PassContext) -> dict[Site, Sensitivity]:
+    """The sensitivity of every layer with planned weights, at the site of its output.
+
+    Raises: CalibrationError without calibration data, for data that do not fit, for weights that are not finite;
+        StoreError for a run directory or a disk.
+    """
+    refuse_broken_weights(program)
+    data = calibration_for(program, [(step, ctx)])
+    assert data is not None  # it needs some
+    edges = tuple(ctx.train_timesteps * k / step.groups for k in range(1, step.groups))
+    found = Measurement(Network(program), program, edges, ctx.generator())
+    if not found.watched:
+        return {}
+    with kept(program, data, [(step, ctx)]) as run:
+        known = run.state() if processes.count() == 1 else None
+        parts, told = _planned(found, program, step, ctx, data, run)
+        started = speeds.clock()
+        if known is not None:
+            found.resume(known[1])
+        _look(found, parts, run, 0 if known is None else known[0], ctx)
+        tell(step.name(), speeds.clock() - started, told)
+    return found.entries()
+
+
+def _planned(
+    found: Measurement, program: Program, step: Measurer, ctx: PassContext, data: Calibration, run: NoRun
+) -> tuple[list[Chunk], float]:
+    """Rows that are looked at together, and the seconds that two looks will take, which are said."""
+    network = found.network
+    largest = max(chunked(data, program, ctx.chunk), key=lambda chunk: chunk.inputs["sample"].numel())
+    room = network.room(largest, ctx.memory, found.watched)
+    network.sparing = room.sparing
+    some = largest.part(slice(room.rows))
+    one = second_time(program.device, partial(found.try_out, some)) / len(some.timestep)
+
+    def seconds(factor: float) -> float:
+        return 2 * one * min(scaled(step, factor).rows, len(data)) / processes.count()
+
+    factor = processes.agreed(settled(run.factor, ctx, seconds))
+    run.begin(factor)
+    chosen = data.select(scaled(step, factor).rows, ctx.generator())
+    estimate = Estimate(len(chosen), seconds(factor), room.nbytes)
+    tell_plan(step.name(), estimate, [(step, ctx)], factor)
+    warn_of_memory(room.nbytes, step, ctx)
+    parts = []
+    for chunk in shared(chunked(chosen, program, ctx.chunk), chosen, ctx.chunk):
+        rows = range(0, len(chunk.timestep), room.rows)
+        parts += [chunk.part(slice(start, start + room.rows)) for start in rows]
+    return parts, estimate.seconds
+
+
+def _look(found: Measurement, parts: Sequence[Chunk], run: NoRun, begun: int, ctx: PassContext) -> None:
+    """Both looks at all rows, but for what was seen before."""
+    looks = [
+        *(partial(found.look, part) for part in parts),
+        *(partial(found.look_again, part) for part in parts),
+    ]
+    if begun:
+        _log.info("%d of %d looks were taken before", begun, len(looks))
+    saved = speeds.clock()
+    with tqdm(total=len(looks), initial=begun, desc="measure-sensitivity", disable=not ctx.progress) as bar:
+        for number, look in enumerate(looks[begun:], begun + 1):
+            look()
+            bar.update()
+            if processes.count() == 1 and (number == len(looks) or speeds.clock() - saved > _OFTEN):
+                run.keep(number, found.state())
+                saved = speeds.clock()
