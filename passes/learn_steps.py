@@ -34,6 +34,7 @@ class LearnSteps(Pass):
     clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
+    longest: ClassVar[float] = 1.0  # with more iterations it learns the calibration prompts by heart
     rows: int = 640
     batch: int = 8
     iterations: int = 200

@@ -16,7 +16,7 @@ from dmqfx.graph.options import above, at_least, between
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
-from dmqfx.numbers.adaround import Annealing
+from dmqfx.numbers.adaround import Annealing, Loss
 from dmqfx.sweep.blocksweep import learn_blocks
 from dmqfx.sweep.blockwalk import Arrival
 from dmqfx.sweep.reconstruct import Reconstructed, layers_with_codes, reconstructed
@@ -32,7 +32,8 @@ class ReconstructBlocks(Pass):
     UNet's output feels of it. A block whose loss on all rows is no less keeps its codes.
 
     Units: `rows` of calibration, timesteps in equal shares; `batch` of them at a time; `iterations`, `rate`,
-    `warmup`, the `beta`s and `settling` are those of Annealing, the loss at the start counting as 1 per weight.
+    `warmup`, the `beta`s, `settling` and `loss` are those of Annealing, a relative loss counting as 1 per weight at
+    the start.
     Source: BRECQ (arXiv 2102.05426).
     """
 
@@ -49,6 +50,7 @@ class ReconstructBlocks(Pass):
     beta_start: float = Annealing.beta_start
     beta_end: float = Annealing.beta_end
     settling: float = 1.0
+    loss: Loss = Annealing.loss
     asymmetric: float = 0.0
     biases: bool = True
 
@@ -106,7 +108,7 @@ class ReconstructBlocks(Pass):
         if ctx.journal.exhausted:
             return {}
         how = Annealing(
-            self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate
+            self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate, self.loss
         )
         seeded = torch.Generator().manual_seed(ctx.seed)
         found = reconstructed(

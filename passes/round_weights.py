@@ -12,16 +12,17 @@ from torch import Tensor
 
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
+from dmqfx.graph.blocks import blocks
 from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, Fact
 from dmqfx.graph.options import above, at_least, between
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, Codes, Entry, Sensitivity
 from dmqfx.numbers import effort
-from dmqfx.numbers.adaround import Annealing, annealed
+from dmqfx.numbers.adaround import Annealing, Loss, annealed
 from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.packing import pack
-from dmqfx.numbers.parts import Wide
+from dmqfx.numbers.parts import Wide, part_sizes
 from dmqfx.numbers.quant import QuantSpec, quantize
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Reconstruction
@@ -40,8 +41,11 @@ class RoundWeights(SweepPass):
     Where measure-sensitivity has run, `gptq` and `adaround` mind the UNet's output through the layer's, else
     the layer's alone; `damping` and `asymmetric` are those of Reconstruction. `adaround` begins with the codes
     of the method `start` and keeps those where it ends with a greater loss; `iterations`, `warmup`, the `beta`s,
-    `settling` and `rate` are those of Annealing. `weighting` is what rows weigh by their timestep group, with what
+    `settling`, `loss` and `rate` are those of Annealing; `norm` is that of
+    search_range. `weighting` is what rows weigh by their timestep group, with what
     the output feels: `adaptive` goes by the error that the nearest codes make there, see TimestepWeights.
+
+    With `where` outside-blocks the layers of residual blocks are rounded to nearest, for reconstruct-blocks to learn.
 
     Units: `rows` output positions make up a layer's local problem; `groups` are parts of equal width of the
     training timesteps, for the weighting, whose exponent is `strength`.
@@ -53,7 +57,9 @@ class RoundWeights(SweepPass):
     provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
     clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
     method: Literal["nearest", "gptq", "adaround"] = "nearest"
+    where: Literal["all", "outside-blocks"] = "all"
     rows: int = 8192
+    norm: float = 2.0
     damping: float = 0.1
     asymmetric: float = 0.0
     start: Literal["nearest", "gptq"] = "nearest"
@@ -62,6 +68,7 @@ class RoundWeights(SweepPass):
     beta_start: float = Annealing.beta_start
     beta_end: float = Annealing.beta_end
     settling: float = Annealing.settling
+    loss: Loss = Annealing.loss
     rate: float = Annealing.rate
     weighting: Weighting = "uniform"
     strength: float = 20.0
@@ -70,7 +77,7 @@ class RoundWeights(SweepPass):
     def __post_init__(self) -> None:
         at_least(self, 1, "rows", "iterations", "groups")
         at_least(self, 0, "damping", "settling", "strength")
-        above(self, 0, "rate")
+        above(self, 0, "rate", "norm")
         above(self, 1, "beta_start", "beta_end")
         between(self, 0, 1, "asymmetric", "warmup")
 
@@ -91,7 +98,8 @@ class RoundWeights(SweepPass):
         steps = self.iterations if self.method == "adaround" else 0
         columns, out, taps = math.prod(reader.shape[1:]), reader.shape[0], reader.geometry.taps
         learned = effort.learned_codes(speeds, steps, columns, out, taps)
-        return self.solution(program, reader, speeds) + learned
+        again = steps and self.start == "gptq" and len(part_sizes(columns, taps)) > 1  # each part begins anew
+        return self.solution(program, reader, speeds) * (2 if again else 1) + learned
 
     def problem_rows(self, reader: Reader) -> int:
         """None for `nearest`, and for convolutions in groups, which are rounded so."""
@@ -109,18 +117,21 @@ class RoundWeights(SweepPass):
 
         Raises: CalibrationError naming the site of a weight that is not finite.
         """
+        found = blocks(turn.program) if self.where == "outside-blocks" else []
+        inside = {node for block in found for node in block.inside}
         for reader in turn.readers:
             if reader.weight is None or reader.weight_spec is None:
                 continue
             if ctx.journal.exhausted:
                 return
+            later = self.where == "outside-blocks" and turn.program.node(reader.site.at) in inside
             try:
                 if self.method != "nearest" and reader.groups > 1:
                     why = f"a convolution in {reader.groups} groups has no local problem in common; rounded to nearest"
                     ctx.journal.refuse(reader.weight, self.method, why)
-                if self.method == "nearest" or reader.groups > 1:
+                if self.method == "nearest" or reader.groups > 1 or later:
                     ctx.journal.apply(reader.weight, "nearest", str(reader.weight_spec))
-                    yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec)
+                    yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec, self.norm)
                     yield from _own_bias(turn, reader)
                 else:
                     yield from self._reconstructed(turn, reader, reader.weight, ctx)
@@ -133,6 +144,7 @@ class RoundWeights(SweepPass):
         problem, spec = self._problem(turn, reader, ctx), reader.weight_spec
         assert spec is not None  # the caller looked
         codes, told = self._codes(problem)
+        turn.loss = problem.relative_loss(codes) if ctx.progress else None
         ctx.journal.apply(at, self.method, f"{spec}{told}")
         found, adjacent = problem.rounded(codes), self.method == "adaround" and self.start == "nearest"
         shape = tuple(found.codes.shape)
@@ -147,7 +159,7 @@ class RoundWeights(SweepPass):
         if self.method == "gptq":
             return start, ""
         how = Annealing(
-            self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate
+            self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate, self.loss
         )
         begin = handed_on if by_gptq else _nearest_codes
         codes = problem.improved(start, begin, lambda part, begun: annealed(part, begun, how))
@@ -166,6 +178,7 @@ class RoundWeights(SweepPass):
             weight=turn.scaled_weight(reader),
             spec=reader.weight_spec,
             damping=self.damping,
+            norm=self.norm,
             asymmetric=self.asymmetric,
             importance=None if felt is None else felt.of(rows.timestep),
             metric=None if felt is None else felt.metric,
@@ -181,7 +194,7 @@ class RoundWeights(SweepPass):
 
         Shapes: group int64 [N]; result [N].
         """
-        codes = nearest(problem.weight, problem.spec)
+        codes = nearest(problem.weight, problem.spec, self.norm)
         rounded = deployed_weight(codes, problem.spec.bits).flatten(1).to(problem.given)
         error = problem.given @ rounded.T - problem.wanted.to(problem.given)
         losses = (error - error.mean(0)).square().sum(1)
@@ -200,12 +213,12 @@ def _nearest_codes(problem: Reconstruction) -> Tensor:
     return problem.nearest
 
 
-def nearest(weight: Tensor, spec: QuantSpec) -> Codes:
+def nearest(weight: Tensor, spec: QuantSpec, norm: float = 2.0) -> Codes:
     """The nearest codes in the searched range.
 
     Shapes: weight [O, ...], one scale per output channel or one in all.
     """
-    params = search_range(weight, spec)
+    params = search_range(weight, spec, norm=norm)
     codes = quantize(
         weight, params.scale, params.zero_point, None, params.axis or 0, params.qmin, params.qmax
     )

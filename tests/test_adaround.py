@@ -160,6 +160,27 @@ def test_weights_that_never_settle_round_worse() -> None:
     assert each.loss(settled) < 0.9 * each.loss(open_to_the_end)
 
 
+def test_an_absolute_loss_does_what_a_relative_one_does_with_the_settling_that_it_comes_to() -> None:
+    """0.01 against the squared error of a position, as published, is another number against our unit."""
+    each = problem(1)
+    expected = each.grid.scale.square().sum() / 12 * each.gram.diagonal().sum() / each.weight.numel()
+    absolute = annealed(each, each.nearest, replace(QUICK, settling=0.01, loss="absolute"))
+    relative = annealed(each, each.nearest, replace(QUICK, settling=0.01 / float(expected)))
+    assert float((absolute != relative).double().mean()) < 0.01
+    other = annealed(each, each.nearest, replace(QUICK, settling=0.01))
+    assert float((other != absolute).double().mean()) > 0.01
+
+
+def test_the_grid_is_searched_with_the_norm() -> None:
+    each = problem(1)
+    other = replace(each, norm=8.0)
+    assert not torch.equal(other.grid.scale, each.grid.scale)
+    for own, power in ((each, 2), (other, 8)):
+        errors = [(q.grid.real(q.nearest) - q.weight.double()).abs().pow(power).sum(1) for q in (each, other)]
+        least = errors[0] if own is each else errors[1]
+        assert bool((least <= torch.stack(errors).amin(0) * (1 + 1e-5)).all())
+
+
 def test_a_start_that_learning_cannot_better_is_kept() -> None:
     each = problem(0)
     best = annealed(each, handed_on(each), Annealing(iterations=600))

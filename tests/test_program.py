@@ -21,7 +21,7 @@ from dmqfx.graph import facts, ops, registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.invariants import check_facts
 from dmqfx.graph.journal import Journal
-from dmqfx.graph.modules import build, is_fixed, propagate
+from dmqfx.graph.modules import build, fixed_nodes, is_fixed, propagate
 from dmqfx.graph.pipeline import PassContext, Pipeline
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
@@ -119,6 +119,14 @@ def test_what_is_computed_from_weights_alone_is_fixed_however_long_it_takes(sour
         value = graph.call_function(torch.ops.aten.add.Tensor, (weight, value))
     assert is_fixed(value) == (source == "get_attr")
     assert not is_fixed(graph.call_function(torch.ops.aten.empty.memory_format, ([1],)))
+    fixed = fixed_nodes(graph)
+    assert (value in fixed) == (source == "get_attr")
+    assert weight in fixed
+
+
+def test_fixed_nodes_are_those_that_are_fixed() -> None:
+    graph = plain().graph
+    assert fixed_nodes(graph) == {node for node in graph.nodes if is_fixed(node)}
 
 
 def test_what_arrives_at_a_site_is_found_or_refused_by_name() -> None:

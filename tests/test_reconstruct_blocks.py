@@ -71,6 +71,21 @@ def test_blocks_are_found_between_a_tensor_and_the_addition_that_takes_it_back()
         assert not set(block.inputs) & set(block.inside)
 
 
+def test_layers_of_blocks_can_be_left_to_it() -> None:
+    ctx, options = context("shifts"), {"method": "adaround", "rows": 64, "iterations": 20, "rate": 0.1}
+    start = program_before("round-weights", "shifts")
+    whole, outside, nearest = (
+        codes(run_step(create("round-weights", own), start, ctx))
+        for own in (options, {**options, "where": "outside-blocks"}, {"method": "nearest"})
+    )
+    inside = {f"{label(node)}:weight" for block in blocks(start) for node in block.inside} & whole.keys()
+    assert 0 < len(inside) < len(whole)
+    for name, found in outside.items():
+        like = nearest if name in inside else whole
+        assert torch.equal(found, like[name]) or name not in inside, name
+    assert any(not torch.equal(outside[name], nearest[name]) for name in whole.keys() - inside)
+
+
 def test_a_chain_has_no_block() -> None:
     assert blocks(chain()) == []
 

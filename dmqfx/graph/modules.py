@@ -46,6 +46,16 @@ def is_fixed(node: fx.node.Argument) -> bool:
     return True
 
 
+def fixed_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Every node of which `is_fixed` holds, by one look at each."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        reads = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and reads and found.issuperset(reads)):
+            found.add(node)
+    return frozenset(found)
+
+
 def constant_of(node: fx.Node, read: Callable[[str], Tensor]) -> Tensor:
     """The tensor of a fixed node; `read` gives weights by name.
 

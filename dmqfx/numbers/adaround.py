@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dmqfx.numbers.rounding import Grid, Reconstruction
 
-__all__ = ["Annealing", "Cells", "annealed", "rectified", "unsettled"]
+__all__ = ["Annealing", "Cells", "Loss", "annealed", "rectified", "unsettled"]
+
+Loss: TypeAlias = Literal["relative", "absolute"]
 
 _GAMMA, _ZETA = -0.1, 1.1  # the sigmoid is stretched over the ends of 0..1, so that it can reach them
 _LEAN = 0.1  # how far towards the weight learning begins, seen from a code that is not the nearest one
@@ -21,7 +24,8 @@ class Annealing:
 
     Units: `rate` is Adam's; `settling` weighs the regulariser, 1 - |2h - 1|^beta of each weight, against the
     loss, which counts as 1 per weight where rounding errors are independent and uniform. It is off for the
-    share `warmup` of the iterations; then beta goes linearly from the first to the last.
+    share `warmup` of the iterations; then beta goes linearly from the first to the last. With an `absolute` loss it is
+    weighed against the mean over output positions of the squared error, summed over channels, as published.
     Example:
         >>> how = Annealing(iterations=10, warmup=0.5, beta_start=20, beta_end=2)
         >>> [how.beta(k) for k in (0, 4, 5, 9)]
@@ -34,6 +38,7 @@ class Annealing:
     beta_end: float = 2.0
     settling: float = 30.0
     rate: float = 0.03
+    loss: Loss = "relative"
 
     def beta(self, iteration: int) -> float | None:
         """The exponent of the regulariser, or None before it begins."""
@@ -56,7 +61,7 @@ def annealed(problem: Reconstruction, start: Tensor, how: Annealing) -> Tensor:
     """
     cells = Cells.of(problem.grid, problem.weight, start)
     alpha = cells.alpha
-    pull, adam = _Pull(problem, cells), torch.optim.Adam([alpha], lr=how.rate, foreach=False)
+    pull, adam = _Pull(problem, cells, how.loss), torch.optim.Adam([alpha], lr=how.rate, foreach=False)
     for iteration in range(how.iterations):
         sigmoid = torch.sigmoid(alpha)
         stretched = sigmoid * (_ZETA - _GAMMA) + _GAMMA
@@ -117,15 +122,16 @@ def unsettled(h: Tensor, beta: float) -> Tensor:
 
 
 class _Pull:
-    """The slope of the loss in every h; its unit is the loss, by weight, of independent uniform errors.
+    """The slope of the loss in every h; a relative one's unit is the loss, by weight, of independent uniform errors.
 
     In single precision: what Adam makes of a slope does not depend on its last digits.
     """
 
-    def __init__(self, problem: Reconstruction, cells: Cells) -> None:
+    def __init__(self, problem: Reconstruction, cells: Cells, loss: Loss) -> None:
         grid, gram, felt = problem.grid, problem.gram, problem.felt
         each = grid.scale.square() / 12 * (1.0 if felt is None else felt.diagonal())
-        unit = float(each.sum() * gram.diagonal().sum()) / cells.lower.numel()
+        expected = float(each.sum() * gram.diagonal().sum()) / cells.lower.numel()
+        unit = expected if loss == "relative" else 1.0
         self._off = (grid.real(cells.lower) - problem.target).float()
         self._scale, self._gram = grid.scale.float()[:, None], gram.float()
         left = grid.scale[:, None] if felt is None else grid.scale[:, None] * felt

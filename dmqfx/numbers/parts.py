@@ -144,6 +144,12 @@ class Wide:
             energy += self._ridge * self._felt_energy(change.T)
         return energy
 
+    def relative_loss(self, codes: Tensor) -> float:
+        """The same relative to that of a weight of 0."""
+        grid = self.whole.grid if self.is_whole else self._grid
+        nothing = self.loss(grid.zero_point[:, None].expand_as(codes))
+        return self.loss(codes) / nothing if nothing > 0 else 0.0
+
     def rounded(self, codes: Tensor) -> Rounded:
         """The result with these codes [O, K]."""
         if self.is_whole:
@@ -167,7 +173,7 @@ class Wide:
     @cached_property
     def _params(self) -> QParams:
         """The searched range of the whole weight."""
-        return search_range(self.whole.weight, self.whole.spec)
+        return search_range(self.whole.weight, self.whole.spec, norm=self.whole.norm)
 
     @cached_property
     def _grid(self) -> Grid:

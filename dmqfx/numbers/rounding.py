@@ -28,7 +28,8 @@ class Reconstruction:
     without bias; weight [O, ...]; importance [N] of each row, or None; metric [O, O] of an error of the
     output, or None for all channels alike.
     Units: damping is relative to the mean energy of an input column (and of an output channel's metric);
-    `asymmetric` is the share 0..1 of the way from the float weight to the one that best gives `wanted`.
+    `asymmetric` is the share 0..1 of the way from the float weight to the one that best gives `wanted`; `norm` is
+    the exponent of the search of the grid, see search_range.
     """
 
     given: Tensor
@@ -39,6 +40,7 @@ class Reconstruction:
     asymmetric: float = 0.0
     importance: Tensor | None = None
     metric: Tensor | None = None
+    norm: float = 2.0
 
     @cached_property
     def target(self) -> Tensor:
@@ -65,7 +67,7 @@ class Reconstruction:
     @cached_property
     def params(self) -> QParams:
         """The searched range of the target."""
-        return search_range(self.target.to(self.weight.dtype).view_as(self.weight), self.spec)
+        return search_range(self.target.to(self.weight.dtype).view_as(self.weight), self.spec, norm=self.norm)
 
     @cached_property
     def grid(self) -> Grid:

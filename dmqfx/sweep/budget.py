@@ -50,9 +50,12 @@ def bytes_of(memory: str | int) -> int:
 
 
 def scaled(step: _Step, factor: float) -> _Step:
-    """A pass with its `iterations` times a factor and its `rows` times what of it is below 1."""
+    """A pass with its `iterations` times a factor and its `rows` times what of it is below 1.
+
+    A pass that more iterations do no good says so: `longest` is the most that they may be multiplied by.
+    """
     assert is_dataclass(step)
-    factors = {"iterations": factor, "rows": min(1.0, factor)}
+    factors = {"iterations": min(factor, getattr(step, "longest", factor)), "rows": min(1.0, factor)}
     own = {field.name for field in fields(step)} & set(getattr(step, "budgeted", factors))
     changed = {name: max(1, round(getattr(step, name) * by)) for name, by in factors.items() if name in own}
     return replace(step, **changed) if changed else step  # type: ignore[type-var]  # asserted above

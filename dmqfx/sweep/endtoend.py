@@ -138,7 +138,8 @@ class Steps:
             for site in self._scales:
                 params = self._table.get(site, QParams)
                 assert params is not None  # it was when learning began
-                found[site] = replace(params, scale=self._scale(site))
+                moved = _like_neighbours(self._scales[site])
+                found[site] = replace(params, scale=params.scale * moved.exp())
             for site in self._weights:
                 codes = self._table.get(site, Codes)
                 assert codes is not None
@@ -166,6 +167,19 @@ class Steps:
         codes = self._table.get(weight, Codes)
         assert codes is not None  # it was when learning began
         return self._before[site] + self._biases[site] * (_BIAS_STEPS * codes.qparams.scale.flatten())
+
+
+def _like_neighbours(moved: Tensor) -> Tensor:
+    """How far each group's steps moved; a group of which there were no rows moves like the nearest that had some.
+
+    Shapes: [G, 1] or [G, C].
+    """
+    live = (moved != 0).any(1)
+    if bool(live.all()) or not bool(live.any()):
+        return moved
+    groups = torch.arange(len(moved), device=moved.device)
+    nearest = (groups[:, None] - live.nonzero().flatten()).abs().argmin(1)
+    return moved[live][nearest]
 
 
 @dataclass(eq=False)

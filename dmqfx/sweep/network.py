@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from dmqfx.graph.blocks import blocks
-from dmqfx.graph.modules import is_fixed
+from dmqfx.graph.modules import fixed_nodes
 from dmqfx.graph.program import Program
 from dmqfx.sweep.blockwalk import Learned, Twins, forward, stretches
 from dmqfx.sweep.chunks import Chunk
@@ -128,10 +128,10 @@ class Network:
     def _later(self) -> list[list[fx.Node]]:
         """The values that are still read behind each stretch."""
         needed, found = set(self._out), list[list[fx.Node]]()
+        fixed = fixed_nodes(self._program.graph)
+        made = [node for node in self._program.graph.nodes if node not in fixed]
         for stretch in reversed(self._stretches):
-            found.append(
-                [node for node in self._program.graph.nodes if node in needed and not is_fixed(node)]
-            )
+            found.append([node for node in made if node in needed])
             needed |= {read for node in stretch for read in node.all_input_nodes}
         return found[::-1]
 

@@ -59,7 +59,8 @@ def reconstructed(
     problem = _Problem(program, table, block, arrivals, asymmetric)
     before = problem.loss()
     movable = max(1.0, sum(float(layer.cells.movable.sum()) for layer in layers))
-    unit = movable / before if before > 0 else 0.0
+    relative = movable / before if before > 0 else 0.0
+    unit = relative if how.loss == "relative" else problem.energy_of_a_position
     adam = torch.optim.Adam(
         [each for layer in layers for each in layer.parameters], lr=how.rate, foreach=False
     )
@@ -158,6 +159,13 @@ class _Problem:
             for y, a in zip(self._wanted, arrivals, strict=True)
         )
         self._energy = max(sum(float(each) for each in energies) / rows, torch.finfo(torch.float32).tiny)
+
+    @property
+    def energy_of_a_position(self) -> float:
+        """What a loss of 1 is, summed over channels, in the mean over output positions."""
+        wanted = self._wanted[0]
+        positions = wanted[0].numel() // wanted.shape[self._axis]
+        return self._energy / positions
 
     def loss(self) -> float:
         """The mean over all rows, with constants as they are in the table."""
