@@ -31,6 +31,7 @@ UNFINISHED = re.compile(
 )
 UNREASONED = re.compile(r"# type: ignore(?!\[[\w, -]+\]  # \S)")
 # A letter in brackets, here and in the examples below: the patterns must not find themselves.
+MOVED = re.compile(r"\.cu" + r"da\(|\.to\([\"']cu" + "da")
 TOOTHLESS = re.compile(r"assert [T]rue\b|pytest\.[s]kip|mark\.[s]kip|\b[x]fail\b|import[o]rskip")
 WORKPLACE = re.compile(r"/[w]ork/|/[f]arm/|/tmp/[l]ab|/tmp/[v]/|(?<!torch)\.[l]ibrary\b|\.\./[s]hared")
 VAGUE = re.compile(r"(Manager|Helper|Utils?|Base)$", re.IGNORECASE)
@@ -261,6 +262,7 @@ def found(pattern: re.Pattern[str], text: str) -> list[str]:
         (UNREASONED, "x = f()  # type: ignore[arg-type]"),
         (TOOTHLESS, "@pytest.mark.sk" + "ip"),
         (TOOTHLESS, "    assert Tr" + "ue"),
+        (MOVED, "    x = x.cuda()"),
         (WORKPLACE, "see ../sha" + "red/design"),
     ],
 )
@@ -276,6 +278,11 @@ def test_a_type_ignore_with_code_and_reason_is_allowed() -> None:
 def test_nothing_is_left_unfinished_or_silenced(file: Path) -> None:
     assert found(UNFINISHED, file.read_text()) == []
     assert found(UNREASONED, file.read_text()) == []
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=relative)
+def test_the_device_is_that_of_the_program(file: Path) -> None:
+    assert found(MOVED, file.read_text()) == []
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=relative)

@@ -60,6 +60,22 @@ def test_learned_scales_lessen_the_noise_of_the_output() -> None:
     assert noise(learned("les")) < noise(paired())
 
 
+def test_what_timesteps_weigh_while_learning_decides_about_the_scale() -> None:
+    data, found = context(recorded(paired(), 16)), list[dict[Site, ChannelScale]]()
+    for weighting in (
+        {"weighting": "uniform"},
+        {"weighting": "quadratic"},
+        {"strength": 1.0},
+        {"strength": 40.0},
+    ):
+        options = {"method": "les", **QUICK, **weighting}
+        found.append(swept(paired(), data, [("learn-scaling", options)]).table.of(ChannelScale))
+    for one, other in ((found[0], found[1]), (found[2], found[3])):
+        both = one.keys() & other.keys()
+        assert both
+        assert any(not torch.equal(one[site].gamma, other[site].gamma) for site in both)
+
+
 def test_from_identity_a_scale_goes_no_further_than_its_steps() -> None:
     """Adam on log gamma moves by its rate a step; the closed forms of these layers lie further away."""
     few = {"method": "les", **QUICK, "iterations": 3, "rate": 0.01}

@@ -126,6 +126,22 @@ def test_steps_that_want_to_go_farther_are_held() -> None:
         assert all("what was there is kept" in refusal.reason for refusal in far.log[-1].refused)
 
 
+def test_the_bound_puts_back_what_went_too_far() -> None:
+    steps = Steps(before(), before().table, Network(before()).nodes)
+    with torch.no_grad():
+        for k, each in enumerate(steps.numbers):
+            each.fill_(3.0 if k % 2 else -3.0)
+    steps.bound()
+    was, ratios = before().table, list[Tensor]()
+    for site, entry in steps.entries().items():
+        if isinstance(entry, QParams):
+            ratios.append(entry.scale / was.of(QParams)[site].scale)
+        elif isinstance(entry, Codes):
+            ratios.append(entry.qparams.scale / was.of(Codes)[site].qparams.scale)
+    factors = torch.cat([each.flatten() for each in ratios])
+    assert set(factors.log2().round(decimals=4).tolist()) == {1.0, -1.0}
+
+
 def test_steps_without_gain_are_refused_and_what_was_there_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every slope pointed the other way."""
     honest = stepsweep._slopes

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import captured
 from planting import POLICIES, context, edited, program_before
-from torch import fx
+from torch import Tensor, fx
 from toys import toy
 
 from dmqfx.checking.judges import distance
@@ -28,7 +28,10 @@ from dmqfx.graph.registry import create
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.graph.sites import operations
 from dmqfx.graph.table import Codes, Planned, Range, SkipArm, SkipConcat
+from dmqfx.numbers.adaround import Annealing
 from dmqfx.numbers.quant import QuantSpec
+from dmqfx.numbers.rounding import Reconstruction
+from dmqfx.passes import round_weights
 from dmqfx.policy.policy import Policy
 from dmqfx.seeing.picture import picture
 from dmqfx.seeing.ushape import u_shape
@@ -276,6 +279,30 @@ def test_both_arms_are_rounded_for_good_and_no_float_weight_of_either_is_left() 
     ]
     assert not torch.equal(*scales)
     assert not [name for name in result.weights() if name.endswith("conv_shortcut.weight")]
+
+
+def test_both_arms_learn_their_codes_under_the_regulariser_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published code learns the second arm without it: its weights never settle, and are cut off at the end."""
+    seen = list[tuple[int, Annealing]]()
+    honest = round_weights.annealed
+
+    def watched(problem: Reconstruction, start: Tensor, how: Annealing) -> Tensor:
+        seen.append((len(problem.weight), how))
+        return honest(problem, start, how)
+
+    monkeypatch.setattr(round_weights, "annealed", watched)
+    options = {"method": "adaround", "rows": 64, "iterations": 30, "rate": 0.1}
+    before, ctx = program_before("round-weights", "shifts"), context("shifts")
+    after = run_step(create("round-weights", options), before, ctx)
+    learned, ways = after.table, {each.at: each.rule for each in after.log[-1].applied}
+    nearest = run_step(create("round-weights"), before, ctx).table
+    assert len(seen) == list(ways.values()).count("adaround")
+    assert {how for _, how in seen} == {Annealing(iterations=30, rate=0.1)}
+    arms = [Site(site.at, "weight") for site in before.table.of(SkipArm)]
+    moved = [not torch.equal(learned.of(Codes)[arm].packed, nearest.of(Codes)[arm].packed) for arm in arms]
+    assert len(arms) > 1
+    assert {ways[arm] for arm in arms} == {"adaround"}
+    assert sum(moved) > len(arms) / 2
 
 
 # --- how it is shown

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
-from dmqfx.graph.table import ChannelScale, LayerPair, Range, Shift, SkipArm, Table
+from dmqfx.graph.table import ChannelScale, LayerPair, Planned, Range, Shift, SkipArm, Table
 from dmqfx.numbers.quant import QParams
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime.unet import CompiledUNet
@@ -216,6 +217,41 @@ def test_the_second_arm_has_the_range_of_every_row() -> None:
         assert known is not None
         torch.testing.assert_close(known.low, torch.stack([each.amin(1) for each in channels]))
         torch.testing.assert_close(known.high, torch.stack([each.amax(1) for each in channels]))
+
+
+@pytest.mark.parametrize("kind", ["ema", "minmax"])
+def test_the_steps_of_both_arms_are_those_of_their_own_rows(kind: Literal["ema", "minmax"]) -> None:
+    """What is deployed, not what was observed: the published code averages the first arm's range alone."""
+    program = program_before("fit-ranges", "shifts")
+    plans = program.table.of(Planned)
+    arms = {site: plans[site] for site in program.table.of(SkipArm)}
+    specs = {site: plan.spec for site, plan in arms.items() if plan.spec is not None}
+    assert len(specs) == len(arms) > 1
+    changed = {site: replace(arms[site], spec=replace(spec, range=kind)) for site, spec in specs.items()}
+    start, ctx = program.with_table(program.table.put_all(changed)), context("shifts")
+    found = run_step(create("fit-ranges", {"momentum": 0.5}), start, ctx).table
+    held = read_by(start.with_table(found), ctx)
+    for site, spec in specs.items():
+        rows = torch.cat([batch.quantized for batch in held[site]]).flatten(1)
+        time = torch.cat([batch.timestep for batch in held[site]])
+        group, params = (time[:, None] >= torch.tensor(spec.boundaries)).sum(1), found.get(site, QParams)
+        assert params is not None
+        for g in group.unique().tolist():
+            own = rows[group == g]
+            if kind == "ema":
+                low, high = (averaged(own.amin(1)), averaged(own.amax(1)))
+            else:
+                low, high = float(own.min()), float(own.max())
+            wanted = (max(high, 0.0) - min(low, 0.0)) / (params.qmax - params.qmin)
+            assert float(params.scale[g]) == pytest.approx(wanted, rel=1e-4)
+
+
+def averaged(values: Tensor) -> float:
+    """An exponential average, momentum one half, that begins with the first value."""
+    found = float(values[0])
+    for each in values[1:].tolist():
+        found = 0.5 * found + 0.5 * each
+    return found
 
 
 def read_by(program: Program, ctx: PassContext) -> dict[Site, list[Batch]]:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dmqfx.graph.address import Address
 from dmqfx.graph.facts import SCALED
 from dmqfx.graph.journal import PassRecord
-from dmqfx.graph.modules import constant
+from dmqfx.graph.modules import constant, is_fixed
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import LayerPair
 from dmqfx.seeing.bits import SiteBits, layers, site_bits, sites
@@ -126,22 +126,14 @@ def _site(found: SiteBits) -> SiteReport:
 
 def _constants(node: fx.Node) -> set[str]:
     """The constants that an operation reads, straight or through operations on constants alone."""
-    return {name for read in node.all_input_nodes for name in _behind(read) or ()}
+    return {name for read in node.all_input_nodes if is_fixed(read) for name in _behind(read)}
 
 
-def _behind(node: fx.Node) -> set[str] | None:
-    """The constants that a value is made of, or None if an input goes into it too."""
-    if node.op == "get_attr":
-        return {str(node.target)}
-    if node.op != "call_function" or not node.all_input_nodes:
-        return None
-    found: set[str] = set()
-    for read in node.all_input_nodes:
-        names = _behind(read)
-        if names is None:
-            return None
-        found |= names
-    return found
+def _behind(node: fx.Node) -> set[str]:
+    """The constants that a fixed value is made of."""
+    return (
+        {str(node.target)} if node.op == "get_attr" else {n for r in node.all_input_nodes for n in _behind(r)}
+    )
 
 
 def _size(program: Program, names: Collection[str]) -> int:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
+from dmqfx.errors import StoreError
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
@@ -35,6 +36,7 @@ __all__ = ["Found", "learn_steps"]
 _log = logging.getLogger(__name__)
 _OFTEN: Final = 20.0
 """Seconds of learning that a killed process may lose, and an iteration."""
+_FEW: Final = 64
 _BETAS: Final = (0.9, 0.99)
 
 
@@ -144,13 +146,19 @@ def _state(steps: Steps, adam: torch.optim.Adam) -> dict[str, Tensor]:
 
 
 def _resumed(run: NoRun, steps: Steps, adam: torch.optim.Adam) -> int:
-    """How many iterations were made before; what they came to is taken."""
+    """How many iterations were made before; what they came to is taken.
+
+    Raises: StoreError if this process does not see what the first one kept.
+    """
     known = run.state() if processes.is_first() else None
     begun = int(processes.agreed(known[0] if known is not None else 0))
     if not begun:
         return 0
-    known = known or run.state()
-    assert known is not None  # the first process has it, and writes no other before all go on
+    known = known or run.state()  # the first process has it, and writes no other before all go on
+    if known is None:
+        raise StoreError(
+            "the run directory is not seen by all processes\n  mend: a run directory on a disk that they share"
+        )
     _log.info("%d iterations were made before", begun)
     for k, each in enumerate(steps.numbers):
         with torch.no_grad():
@@ -194,6 +202,11 @@ def _planned(
     estimate = Estimate(min(changed.rows, len(data)), seconds(factor), trial.room.nbytes)
     tell_plan(step.name(), estimate, [(step, ctx)], factor)
     warn_of_memory(trial.room.nbytes, step, ctx)
+    if estimate.rows < _FEW:
+        _log.warning(
+            "%s learns from %d calibration rows, which it will know by heart: others may get worse\n"
+            "  mend: record more prompts, or no %s in the policy", step.name(), estimate.rows, step.name(),
+        )  # fmt: skip
     whole = mixed(data, program, changed.rows, changed.batch, ctx.generator())
     parts = processes.count()
     own = [chunk.part(slice(processes.rank(), None, parts)) for chunk in whole]
