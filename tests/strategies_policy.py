@@ -52,9 +52,7 @@ def operations(draw: st.DrawFn) -> list[Operation]:
 @st.composite
 def globs(draw: st.DrawFn) -> str:
     """A glob made of the words and joints of addresses, stars anywhere."""
-    pieces = st.sampled_from(
-        [*PARTS, *KIND_OF_OPERATOR, ".", ".", "/", "/", "*", "*", "**", "**", "?", "#1"]
-    )
+    pieces = st.sampled_from([*PARTS, *KIND_OF_OPERATOR, ".", ".", "/", "/", "*", "*", "**", "**", "?", "#1"])
     return "".join(draw(st.lists(pieces, min_size=1, max_size=6)))
 
 

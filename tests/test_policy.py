@@ -270,11 +270,15 @@ SPLIT = [operation(f"mid/{op}~split-attention.1") for op in ("attention_softmax"
 @pytest.mark.parametrize(
     ("kind", "quantized"), [("softmax", ["softmax"]), ("attention", ["query", "key", "value"])]
 )
-def test_a_softmax_has_a_kind_of_its_own_and_attention_is_all_but_it(kind: Kind, quantized: list[str]) -> None:
+def test_a_softmax_has_a_kind_of_its_own_and_attention_is_all_but_it(
+    kind: Kind, quantized: list[str]
+) -> None:
     planned = resolve(policy(Rule("one", kind=kind, input=PartialSpec(8))), SPLIT)
     assert [site.arg for site in planned] == ["query", "key", "softmax", "value"]
     assert [site.arg for site, plan in planned.items() if plan.spec is not None] == quantized
-    back = policy(Rule("one", kind=kind, input=PartialSpec(8)), Rule("all", ("**",), weight=FLOAT, input=FLOAT))
+    back = policy(
+        Rule("one", kind=kind, input=PartialSpec(8)), Rule("all", ("**",), weight=FLOAT, input=FLOAT)
+    )
     assert {plan.rule for plan in resolve(back, SPLIT).values()} == {"all"}
 
 

@@ -23,10 +23,8 @@ def attention_softmax(
     scores = (query * factor) @ key.transpose(-2, -1)
     if attn_mask is None:
         return scores.softmax(-1)
-    if attn_mask.dtype == torch.bool:
-        masked = scores.masked_fill(~attn_mask, -math.inf)
-    else:
-        masked = scores + attn_mask
+    kept = attn_mask.dtype == torch.bool
+    masked = scores.masked_fill(~attn_mask, -math.inf) if kept else scores + attn_mask
     return torch.ops.aten._safe_softmax.default(masked, -1)
 
 
