@@ -260,9 +260,8 @@ def test_every_range_of_a_softmax_is_searched_for_and_learned_on(found: str) -> 
     fitted = program.table.get(SOFTMAX, QParams)
     assert fitted is not None
     assert (fitted.axis, tuple(fitted.scale.shape), bool(fitted.zero_point.any())) == (None, (4, 1), False)
-    learned = run_step(create("learn-steps", iterations=2, rows=8, batch=4), program, ctx).table.get(
-        SOFTMAX, QParams
-    )
+    learning = create("learn-steps", {"iterations": 2, "rows": 8, "batch": 4})
+    learned = run_step(learning, program, ctx).table.get(SOFTMAX, QParams)
     assert learned is not None
     assert not torch.equal(learned.scale, fitted.scale)
     assert torch.equal(learned.zero_point, fitted.zero_point)
