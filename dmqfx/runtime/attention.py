@@ -25,7 +25,8 @@ def attention_softmax(
         return scores.softmax(-1)
     kept = attn_mask.dtype == torch.bool
     masked = scores.masked_fill(~attn_mask, -math.inf) if kept else scores + attn_mask
-    return torch.ops.aten._safe_softmax.default(masked, -1)
+    found: Tensor = torch.ops.aten._safe_softmax.default(masked, -1)
+    return found
 
 
 def attention_average(softmax: Tensor, value: Tensor) -> Tensor:

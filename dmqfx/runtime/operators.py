@@ -294,11 +294,10 @@ _COMPOSED: Mapping[str, tuple[str, Callable[..., Tensor]]] = {
     ),
     "attention_average": ("Tensor softmax, Tensor value", attention_average),
 }
-_LIBRARY = torch.library.Library("dmqfx", "FRAGMENT")
 
-for _name, (_arguments, _kernel) in _COMPOSED.items():
-    _LIBRARY.define(f"{_name}({_arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _kernel, "CompositeImplicitAutograd")
+for _name, (_arguments, _composed) in _COMPOSED.items():
+    torch.library.define(f"dmqfx::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"dmqfx::{_name}", "CompositeImplicitAutograd", _composed)
 
 OPS = torch.ops.dmqfx
 """Where graphs and passes find the operators; whoever imports it has registered them."""
