@@ -16,7 +16,7 @@ from dmqfx.graph.facts import FITTED, PLANNED, QDQ, ROUNDED, SHIFTED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
-from dmqfx.graph.sites import CHANNEL_AXIS, is_weight
+from dmqfx.graph.sites import channel_axis_of, is_weight
 from dmqfx.graph.table import Bias, Codes, Planned, Range, Shift, Table
 from dmqfx.graph.timesteps import GroupIndex
 from dmqfx.numbers.quant import QParams, QuantSpec, params_from_range
@@ -159,7 +159,7 @@ class _Activations:
             )
             source, step, step_axis, exponent = x, params.scale, axis, None
             if shift is not None:
-                axis = step_axis = CHANNEL_AXIS[ops.name(reader)]
+                axis = step_axis = channel_axis_of(reader, site.arg)
                 step = step * shift.factor.to(step)
                 exponent = rw.constant(f"{stem}_shift", shift.exponent)
             if (division := divisor(x)) is not None:

@@ -44,15 +44,27 @@ def integer_linear(rw: Rewriter, root: fx.Node, x: fx.Node, weight: fx.Node, unp
     )
 
 
+@rule(p.one_of("scaled_dot_product_attention", "attention_softmax", "attention_average"))
+def float_attention(rw: Rewriter, root: fx.Node) -> Outcome:
+    """attention(dequantize(x), ...)  stays: there is no integer product of two activations."""
+    quantized = [arg for arg, value in ops.args(root).items() if ops.is_call(value, "dequantize")]
+    if not quantized:
+        return None
+    return Refuse(f"it computes in float on dequantized operands: {', '.join(quantized)}")
+
+
 @dataclass(frozen=True)
 class LowerReference(RewritePass):
-    """dequantize -> layer  ->  integer layer on the codes, with weights packed in memory."""
+    """dequantize -> layer  ->  integer layer on the codes, with weights packed in memory.
+
+    Attention has no integer form: what is quantized of it is dequantized at every call.
+    """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     provides: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
     clears: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.EXACT
-    rules: ClassVar[tuple[Rule, ...]] = (integer_conv2d, integer_linear)
+    rules: ClassVar[tuple[Rule, ...]] = (integer_conv2d, integer_linear, float_attention)
 
 
 def _operands(

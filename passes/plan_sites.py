@@ -57,7 +57,7 @@ def _unquantizable(program: Program, site: Site) -> str | None:
         return "the weight depends on an input, so it has no fixed codes"
     if not source.meta["val"].dtype.is_floating_point:
         return f"{site.arg} is {source.meta['val'].dtype}, not a floating tensor"
-    first = named.get("input", named.get("query"))
+    first = next((named[arg] for arg in ("input", "query", "softmax") if arg in named), None)
     if isinstance(first, fx.Node) and first.meta["val"].shape[:1] != (program.inputs.sizes["B"],):
         return "the operation does not work on a batch (a resampling filter takes batch and channels as one)"
     return None

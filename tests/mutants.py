@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from mutants_attention import MUTANTS as OF_ATTENTION
 from mutants_bias import MUTANTS as OF_BIAS
 from mutants_blocks import MUTANTS as OF_BLOCKS
 from mutants_kernels import MUTANTS as OF_KERNELS
@@ -857,6 +858,7 @@ MUTANTS: tuple[Mutant, ...] = (
         },
     ),
     *OF_SKIPS,
+    *OF_ATTENTION,
     *OF_STEPS,
     *OF_SENSITIVITY,
     *OF_BIAS,

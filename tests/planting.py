@@ -40,6 +40,11 @@ SWEPT = (
     "correct-bias insert-qdq"
 ).split()
 """The same with the passes that sweep, and skips whose arms are layers of their own."""
+SPLIT = (
+    "canonicalize flag-skips split-attention plan-sites insert-observers freeze-observers pair-layers learn-scaling "
+    "apply-scaling absorb-scaling fit-ranges round-weights insert-qdq"
+).split()
+"""With attention in two products."""
 
 
 def _policy(name: str, *more: Mapping[str, object], order: Sequence[str] = ORDER) -> Policy:
@@ -66,6 +71,12 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             {"name": "attention", "kind": "attention", "input": {"bits": 8}},
             {"name": "channels", "at": "up.0.conv_shortcut/*", "input": {"per": "channel"}},
             {"name": "keys", "at": "mid.to_k/*", "input": {"bits": 6}, "weight": {"range": "mse"}},
+        ),
+        "softmax": _policy(
+            "softmax",
+            {"name": "attention", "kind": "attention", "input": {"bits": 8}},
+            {"name": "softmax", "kind": "softmax", "input": {"bits": 8, "per": "channel"}, "optional": True},
+            order=SPLIT,
         ),
         "shifts": _policy("shifts", order=SWEPT),
         "searched": _policy(

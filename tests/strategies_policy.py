@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import strategies as st
 
 from dmqfx.graph.address import Address
 from dmqfx.policy.policy import (
     FLOAT,
+    KIND_OF_OPERATOR,
     Default,
     Expect,
     Kind,
@@ -22,11 +23,6 @@ from dmqfx.policy.policy import (
 )
 
 PARTS = ("conv_in", "mid_block", "up_blocks", "down_blocks", "0", "1", "attn1", "to_q", "norm1")
-OPERATORS: dict[Kind, str] = {
-    "conv2d": "conv2d",
-    "linear": "linear",
-    "attention": "scaled_dot_product_attention",
-}
 
 numbers = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e17, max_value=1e17)
 words = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
@@ -37,7 +33,7 @@ names = st.from_regex(r"\w[\w -]{0,8}", fullmatch=True)
 
 def kinds() -> st.SearchStrategy[Kind]:
     """Any kind of operation."""
-    return st.sampled_from(sorted(OPERATORS))
+    return st.sampled_from(sorted(get_args(Kind)))
 
 
 @st.composite
@@ -46,8 +42,9 @@ def operations(draw: st.DrawFn) -> list[Operation]:
     paths = draw(st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4), min_size=1, max_size=8))
     found: dict[Address, Operation] = {}
     for path in paths:
-        kind = draw(kinds())
-        address = Address(".".join(path), OPERATORS[kind], draw(st.integers(0, 1)))
+        operator = draw(st.sampled_from(sorted(KIND_OF_OPERATOR)))
+        kind = KIND_OF_OPERATOR[operator]
+        address = Address(".".join(path), operator, draw(st.integers(0, 1)))
         found[address] = Operation(address, kind, kind == "conv2d" and draw(st.booleans()))
     return list(found.values())
 
@@ -55,9 +52,7 @@ def operations(draw: st.DrawFn) -> list[Operation]:
 @st.composite
 def globs(draw: st.DrawFn) -> str:
     """A glob made of the words and joints of addresses, stars anywhere."""
-    pieces = st.sampled_from(
-        [*PARTS, *OPERATORS.values(), ".", ".", "/", "/", "*", "*", "**", "**", "?", "#1"]
-    )
+    pieces = st.sampled_from([*PARTS, *KIND_OF_OPERATOR, ".", ".", "/", "/", "*", "*", "**", "**", "?", "#1"])
     return "".join(draw(st.lists(pieces, min_size=1, max_size=6)))
 
 
@@ -91,7 +86,7 @@ def rules(draw: st.DrawFn, name: str, default: Default, patterns: st.SearchStrat
     for arg, base in (("weight", default.weight), ("input", default.input)):
         known = base != FLOAT
         asked[arg] = draw(partial_specs(arg) if known else settings_of(arg)) if draw(st.booleans()) else None
-    if kind == "attention":
+    if kind in ("attention", "softmax"):
         asked["weight"] = None
     if asked == {"weight": None, "input": None}:
         asked = {"weight": FLOAT, "input": FLOAT}
@@ -135,7 +130,7 @@ def plans(draw: st.DrawFn, addresses: Sequence[str]) -> Policy:
     listed = []
     for k in range(draw(st.integers(0, 3))):
         kind = draw(st.none() | kinds())
-        weight = None if kind == "attention" else setting("weight")
+        weight = None if kind in ("attention", "softmax") else setting("weight")
         fed_by = draw(st.sampled_from([None, None, "skip_concat"]))
         at = (draw(st.sampled_from(addresses)),)
         listed.append(Rule(f"rule {k + 1}", at, kind, fed_by, weight, setting("input"), True))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from mutants import MUTANTS
-from planting import ORDER, SWEPT, context, program_before
+from planting import ORDER, SPLIT, SWEPT, context, program_before
 
 from dmqfx.graph.pipeline import Pass, run_step
 from dmqfx.graph.registry import passes
@@ -19,6 +19,7 @@ from dmqfx.seeing.show import diff
 
 GOLDENS = Path(__file__).parent / "goldens"
 POLICY = dict.fromkeys([*SWEPT, "learn-steps"], "shifts") | dict.fromkeys(ORDER, "attention")
+POLICY |= {"split-attention": "softmax"}
 PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
 LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu", "fuse")
 PART |= dict.fromkeys(LOWERINGS, "mid.**")
@@ -37,7 +38,7 @@ def text(step: Pass) -> str:
     return re.sub(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+", "#", "\n".join(lines)) + "\n"
 
 
-@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *ORDER]), "learn-steps", *LOWERINGS])
+@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *SPLIT, *ORDER]), "learn-steps", *LOWERINGS])
 def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
     golden = GOLDENS / f"{name}.txt"
     found = text(passes()[name]())
@@ -52,6 +53,7 @@ def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
         ("canonicalize", "a factor of 2 is dropped as if it were 1"),
         ("flag-skips", "the arms of a skip change roles"),
         ("split-skips", "the bias is added by both arms"),
+        ("split-attention", "the scale is forgotten"),
         ("vote-shifts", "rows that do not agree get the finest step"),
         ("pair-layers", "a reader of a shared input is left out"),
         ("absorb-scaling", "the bias is forgotten"),

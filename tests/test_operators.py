@@ -77,6 +77,12 @@ def kernel_case(groups: int = 1, batch: int = 2) -> Arguments:
     return (*x, *kernel_weight((6, 2, 3, 3), 2), torch.randn(6), [2, 1], [1, 0], [1, 1], 2)
 
 
+def attention_case(mask: Tensor | None = None) -> Arguments:
+    """Queries, keys and perhaps a mask."""
+    query, key = torch.randn(2, 2, 5, 3, requires_grad=True), torch.randn(2, 2, 7, 3, requires_grad=True)
+    return query, key, mask, 0.3
+
+
 def grid(groups: int, channels: int) -> tuple[Tensor, Tensor]:
     return torch.rand(groups, channels) + 0.1, torch.randint(0, 255, (groups, channels), dtype=torch.int32)
 
@@ -129,6 +135,12 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
     "kernel_linear": lambda: (
         OPS.kernel_linear,
         (*input_arguments(torch.randn(2, 3, 5), 3), *kernel_weight((4, 5), 1), torch.randn(4)),
+    ),
+    "attention_softmax": lambda: (OPS.attention_softmax, attention_case()),
+    "attention_softmax masked": lambda: (OPS.attention_softmax, attention_case(torch.rand(5, 7) > 0.5)),
+    "attention_average": lambda: (
+        OPS.attention_average,
+        (torch.randn(2, 2, 5, 7, requires_grad=True), torch.randn(2, 2, 7, 3, requires_grad=True)),
     ),
     "qlinear": lambda: (OPS.qlinear, linear_case()),
     "qlinear shifted": lambda: (OPS.qlinear, (*linear_case(3), torch.randint(4, (3, 5)).byte())),
@@ -232,8 +244,9 @@ def test_importing_the_module_is_what_registers_the_operators() -> None:
         "kernel_quantize",
         "timestep_group",
     } <= names
+    attention = ["attention_softmax", "attention_average"]
     listed = "timestep_group quantize dequantize unpack qconv2d qlinear kernel_conv2d kernel_linear kernel_quantize"
-    for name in listed.split():
+    for name in [*listed.split(), *attention]:
         schema = getattr(OPS, name).default._schema
         assert not schema.is_mutable
         assert [str(result.type) for result in schema.returns] == ["Tensor"]

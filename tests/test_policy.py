@@ -23,6 +23,7 @@ from dmqfx.policy.policy import (
     KIND_OF_OPERATOR,
     OPERANDS,
     Default,
+    Kind,
     Operation,
     PartialSpec,
     Policy,
@@ -138,15 +139,16 @@ def oracle(policy: Policy, each: Operation, arg: str) -> tuple[dict[str, object]
     """Rule by rule: what the winner gives (None is float), its name, and the losers."""
     key = "weight" if arg == "weight" else "input"
     base = getattr(policy.default, key)
-    got, rule_name, losers = (FLOAT if each.kind == "attention" else base), "default", []
+    mine = "softmax" if arg == "softmax" else each.kind
+    got, rule_name, losers = (FLOAT if mine in ("attention", "softmax") else base), "default", []
     for rule in policy.rules:
         said = getattr(rule, key)
         at = not rule.at or any(naive_match(glob, str(each.address)) for glob in rule.at)
-        kind = rule.kind is None or rule.kind == each.kind
+        kind = rule.kind is None or rule.kind == mine
         fed = rule.fed_by is None or each.fed_by_skip
         if not (at and kind and fed) or said is None:
             continue
-        if each.kind == "attention" and rule.kind is None and said != FLOAT:
+        if mine in ("attention", "softmax") and rule.kind is None and said != FLOAT:
             continue
         if rule_name != "default":
             losers.append(rule_name)
@@ -168,7 +170,7 @@ def test_the_last_rule_that_speaks_of_an_argument_decides(drawn: Policy, found: 
     drawn = replace(drawn, rules=tuple(replace(rule, optional=True) for rule in drawn.rules))
     explained = explain(drawn, found)
     assert [each.site for each in explained] == [
-        Site(op.address, arg) for op in found for arg in OPERANDS[op.kind]
+        Site(op.address, arg) for op in found for arg in OPERANDS[op.address.op]
     ]
     for each in explained:
         op = next(op for op in found if op.address == each.site.at)
@@ -260,6 +262,29 @@ def test_a_later_rule_for_everything_can_keep_attention_float() -> None:
     products = Rule("products", kind="attention", input=PartialSpec(8))
     keep = Rule("mid", ("mid_block.**",), weight=FLOAT, input=FLOAT)
     assert spec(QUERY, products, keep) is None
+
+
+SPLIT = [operation(f"mid/{op}~split-attention.1") for op in ("attention_softmax", "attention_average")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantized"), [("softmax", ["softmax"]), ("attention", ["query", "key", "value"])]
+)
+def test_a_softmax_has_a_kind_of_its_own_and_attention_is_all_but_it(
+    kind: Kind, quantized: list[str]
+) -> None:
+    planned = resolve(policy(Rule("one", kind=kind, input=PartialSpec(8))), SPLIT)
+    assert [site.arg for site in planned] == ["query", "key", "softmax", "value"]
+    assert [site.arg for site, plan in planned.items() if plan.spec is not None] == quantized
+    back = policy(
+        Rule("one", kind=kind, input=PartialSpec(8)), Rule("all", ("**",), weight=FLOAT, input=FLOAT)
+    )
+    assert {plan.rule for plan in resolve(back, SPLIT).values()} == {"all"}
+
+
+def test_a_rule_about_a_softmax_that_is_not_there_names_the_step_that_makes_it() -> None:
+    rule = Rule("s", ("mid_block.**",), kind="softmax", input=PartialSpec(8))
+    assert "a softmax can be seen once the step split-attention has run" in idle(rule)[0]
 
 
 # --- timestep groups

@@ -200,7 +200,7 @@ MISTAKES = {
     "an unknown kind": (
         BODY + "rules:\n- {kind: sdpa, input: {bits: 8}}",
         "5:10: rules.rule 1.kind: unknown word 'sdpa': did you mean 'attention'? "
-        "(legal: attention, conv2d, linear)",
+        "(legal: attention, conv2d, linear, softmax)",
     ),
     "an unknown feeder": (
         BODY + "rules:\n- {fed_by: skip, input: {bits: 8}}",
@@ -209,6 +209,15 @@ MISTAKES = {
     "weights of attention": (
         BODY + "rules:\n- {kind: attention, weight: {bits: 8}}",
         "5:21: rules.rule 1: attention has no weight, only inputs",
+    ),
+    "weights of a softmax": (
+        BODY + "rules:\n- {kind: softmax, weight: {bits: 8}}",
+        "5:19: rules.rule 1: softmax has no weight, only inputs",
+    ),
+    "a kind that others call otherwise": (
+        BODY + "rules:\n- {kind: attention_probs, input: {bits: 8}}",
+        "5:10: rules.rule 1.kind: unknown word 'attention_probs': did you mean 'softmax'? "
+        "(legal: attention, conv2d, linear, softmax)",
     ),
     "a glob with brackets": (
         BODY + 'rules:\n- {at: ["a", "conv[12]"], keep: float}',

@@ -17,7 +17,7 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, INTEGER, OBSERVED, PLANNED, QDQ, ROUNDED
 from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
-from dmqfx.graph.sites import CHANNEL_AXIS, is_weight, unplanned, without_codes, without_range
+from dmqfx.graph.sites import CHANNEL_AXIS, channel_axis, is_weight, unplanned, without_codes, without_range
 from dmqfx.graph.table import (
     Bias,
     ChannelScale,
@@ -79,7 +79,7 @@ def _unobserved(program: Program) -> Iterator[Broken]:
             yield Broken(site, "Observer", f"the site reads {label(node)}, not an observer")
             continue
         edges = planned.spec.boundaries
-        if observer.boundaries != edges or observer.axis != CHANNEL_AXIS[ops.name(program.node(site.at))]:
+        if observer.boundaries != edges or observer.axis != channel_axis(program, site):
             seen = f"boundaries {observer.boundaries} on axis {observer.axis}"
             yield Broken(site, "Observer", f"it has {seen}, the plan has {edges}")
         elif edges and _edges(program, node.args[-1]) != _as_held(edges, program.dtype):
@@ -276,7 +276,8 @@ def _learned(weight: Tensor, codes: Tensor, params: QParams, adjacent: bool) -> 
 def _channels(program: Program, site: Site) -> tuple[int, int] | None:
     """(axis, number) of the channels that arrive at a site, or None where the graph no longer has it."""
     node = program.node(site.at)
-    source, axis = ops.args(node).get(site.arg), CHANNEL_AXIS.get(ops.name(node))
-    if axis is None or not isinstance(source, fx.Node):
+    source = ops.args(node).get(site.arg)
+    if ops.name(node) not in CHANNEL_AXIS or not isinstance(source, fx.Node):
         return None
+    axis = channel_axis(program, site)
     return axis, source.meta["val"].shape[axis]

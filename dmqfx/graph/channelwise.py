@@ -30,6 +30,7 @@ LAYOUT = (
     "flatten",
     "unflatten",
 )
+AVERAGES = ("scaled_dot_product_attention", "attention_average")
 CHANNEL_OF_ROW = {"group_norm": 1, "layer_norm": -1, "linear": -1, "conv2d": 1}
 
 
@@ -125,7 +126,7 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
         return [ops.tensor(node, "self" if "self" in ops.parameters(node) else "input")]
     if name == "upsample_nearest2d":
         return [ops.tensor(node, "input")]
-    if name == "scaled_dot_product_attention":
+    if name in AVERAGES:
         return [ops.tensor(node, "value")]
     if _takes_a_part(node):
         return [node.all_input_nodes[0]]
@@ -163,9 +164,7 @@ def _send_rows(way: list[fx.Node]) -> Tensor:
 
 def _carry(node: fx.Node, before: fx.Node, value: object) -> object:
     name = ops.name(node)
-    if (
-        name == "scaled_dot_product_attention"
-    ):  # every output token is a mean of value tokens, channel by channel
+    if name in AVERAGES:  # every output token is a mean of value tokens, channel by channel
         assert isinstance(value, Tensor)
         return value[..., :1, :].expand(node.meta["val"].shape)
     if name == "mul":

@@ -12,8 +12,15 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Codes, Planned, Range, SkipArm, SkipConcat
 from dmqfx.policy.policy import KIND_OF_OPERATOR, OPERANDS, Operation
 
-CHANNEL_AXIS = {"conv2d": 1, "linear": -1, "scaled_dot_product_attention": -1}
-"""The axis of an activation that counts channels, by operator."""
+CHANNEL_AXIS = {
+    "conv2d": 1,
+    "linear": -1,
+    "scaled_dot_product_attention": -1,
+    "attention_softmax": -1,
+    "attention_average": -1,
+}
+"""The axis that counts channels of what an operator reads, by operator; not that of a softmax."""
+_HEADS = 1
 
 
 def operations(program: Program) -> list[Operation]:
@@ -47,8 +54,16 @@ def readers(node: fx.Node) -> Iterator[tuple[fx.Node, str]]:
 
 
 def channel_axis(program: Program, site: Site) -> int:
-    """The axis of the tensor at an activation site that counts channels: 1 for feature maps, -1 for tokens."""
-    return CHANNEL_AXIS[ops.name(program.node(site.at))]
+    """The axis of the tensor at an activation site that counts channels: 1 for feature maps, -1 for tokens.
+
+    The last axis of a softmax counts keys, of which there are as many as the caller pleases: its channels are heads.
+    """
+    return channel_axis_of(program.node(site.at), site.arg)
+
+
+def channel_axis_of(reader: fx.Node, arg: str) -> int:
+    """As `channel_axis`, of what an operation that has sites reads as an argument."""
+    return _HEADS if arg == "softmax" else CHANNEL_AXIS[ops.name(reader)]
 
 
 def is_weight(site: Site) -> bool:
@@ -65,7 +80,7 @@ def unplanned(program: Program) -> Iterator[Site]:
     """Sites that could be quantized, but of which the plan says nothing."""
     plan = program.table.of(Planned)
     for node in program.calls(*KIND_OF_OPERATOR):
-        for arg in OPERANDS[KIND_OF_OPERATOR[ops.name(node)]]:
+        for arg in OPERANDS[ops.name(node)]:
             if (site := Site(node.meta["address"], arg)) not in plan:
                 yield site
 

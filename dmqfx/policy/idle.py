@@ -32,6 +32,7 @@ def _why(rule: Rule, operations: Sequence[Operation], hits: Sequence[Operation])
     if not named or not wants:
         return f"matches no operation: {_near(rule.at, [str(op.address) for op in operations])}"
     hint = " (fed_by is known once the step flag-skips has run)" if rule.fed_by else ""
+    hint += " (a softmax can be seen once the step split-attention has run)" if rule.kind == "softmax" else ""
     return f"matches no operation: none of the {len(named)} at its addresses is {' with '.join(wants)}{hint}"
 
 

@@ -39,7 +39,7 @@ __all__ = [
     "resolve",
 ]
 
-Kind = Literal["conv2d", "linear", "attention"]
+Kind = Literal["conv2d", "linear", "attention", "softmax"]
 FedBy = Literal["skip_concat"]
 Scalar = bool | int | float | str | None
 Option = Scalar | tuple[Scalar, ...]
@@ -47,13 +47,26 @@ CheckStep = Callable[[str, Mapping[str, object]], Mapping[str, str]]
 """Says what is wrong with a step's name (as "") and with each of its options."""
 
 KIND_OF_OPERATOR: Final[Mapping[str, Kind]] = MappingProxyType(
-    {"conv2d": "conv2d", "linear": "linear", "scaled_dot_product_attention": "attention"}
+    {
+        "conv2d": "conv2d",
+        "linear": "linear",
+        "scaled_dot_product_attention": "attention",
+        "attention_softmax": "attention",
+        "attention_average": "attention",
+    }
 )
 """The operators that have sites, by the last part of their address."""
-OPERANDS: Final[Mapping[Kind, tuple[str, ...]]] = MappingProxyType(
-    {"conv2d": ("input", "weight"), "linear": ("input", "weight"), "attention": ("query", "key", "value")}
+OPERANDS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "conv2d": ("input", "weight"),
+        "linear": ("input", "weight"),
+        "scaled_dot_product_attention": ("query", "key", "value"),
+        "attention_softmax": ("query", "key"),
+        "attention_average": ("softmax", "value"),
+    }
 )
-"""The arguments that are sites, by kind of operation."""
+"""The arguments that are sites, by operator."""
+_PRODUCTS: Final = ("attention", "softmax")
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,11 @@ class Operation:
     address: Address
     kind: Kind
     fed_by_skip: bool = False
+
+    @property
+    def operands(self) -> dict[str, Kind]:
+        """The arguments that are sites, and the kind of rule that is about each: a softmax has one of its own."""
+        return {arg: "softmax" if arg == "softmax" else self.kind for arg in OPERANDS[self.address.op]}
 
 
 @dataclass(frozen=True)
@@ -98,20 +116,22 @@ class Rule:
             raise PolicyError([self.mark.problem(f"rule {self.name!r}: {error}")]) from error
 
         def holds(operation: Operation) -> bool:
-            if self.kind not in (None, operation.kind) or (self.fed_by and not operation.fed_by_skip):
+            if self.kind is not None and self.kind not in operation.operands.values():
+                return False
+            if self.fed_by and not operation.fed_by_skip:
                 return False
             return not patterns or any(fits(name) for fits in patterns for name in operation.address.names)
 
         return holds
 
     def asks(self, kind: Kind, arg: str) -> Setting | None:
-        """What this rule says about an argument of an operation it matches; None is nothing.
+        """What this rule says about an argument, of this kind, of an operation it matches; None is nothing.
 
-        Attention operands stay float unless a rule says `kind: attention`: "all inputs" does not mean them.
+        Attention operands stay float unless a rule says their kind: "all inputs" does not mean them.
         """
         if arg == "weight":
             return self.weight
-        if kind == "attention" and self.kind != "attention" and self.input != FLOAT:
+        if self.kind not in (None, kind) or (kind in _PRODUCTS and self.kind is None and self.input != FLOAT):
             return None
         return self.input
 
@@ -237,7 +257,8 @@ def explain(
     problems = [
         problem_with_idle(rule, operations, hits)
         for rule, hits in zip(policy.rules, matched, strict=True)
-        if not rule.optional and not any(rule.asks(op.kind, arg) for op in hits for arg in OPERANDS[op.kind])
+        if not rule.optional
+        and not any(rule.asks(kind, arg) for op in hits for arg, kind in op.operands.items())
     ]
     if problems:
         raise PolicyError(problems)
@@ -248,7 +269,7 @@ def explain(
     return [
         _explain_site(policy, at[op.address], op, arg, train_timesteps)
         for op in operations
-        for arg in OPERANDS[op.kind]
+        for arg in op.operands
     ]
 
 
@@ -256,13 +277,14 @@ def _explain_site(
     policy: Policy, rules: Sequence[Rule], operation: Operation, arg: str, train_timesteps: int
 ) -> Explanation:
     site, key = Site(operation.address, arg), "weight" if arg == "weight" else "input"
-    asking = [rule for rule in rules if rule.asks(operation.kind, arg)]
+    kind = operation.operands[arg]
+    asking = [rule for rule in rules if rule.asks(kind, arg)]
     if not asking:
         mine = policy.default.weight if key == "weight" else policy.default.input
-        setting = FLOAT if operation.kind == "attention" else policy.default.complete(key, mine)
+        setting = FLOAT if kind in _PRODUCTS else policy.default.complete(key, mine)
         return Explanation(site, _spec(setting, key, "default", Mark(), train_timesteps), "default")
     last = asking[-1]
-    setting = policy.default.complete(key, last.asks(operation.kind, arg) or FLOAT)
+    setting = policy.default.complete(key, last.asks(kind, arg) or FLOAT)
     spec = _spec(setting, key, last.name, last.mark, train_timesteps)
     return Explanation(site, spec, last.name, tuple(rule.name for rule in asking[:-1]))
 

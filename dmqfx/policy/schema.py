@@ -241,8 +241,8 @@ class _Rules:
             )
         if not keys.keys() & {"keep", "weight", "input"}:
             self.reader.note(rule.mark, f"{path} asks for nothing: say keep, weight or input")
-        if rule.kind == "attention" and isinstance(rule.weight, PartialSpec):
-            self.reader.note(keys["weight"].mark, f"{path}: attention has no weight, only inputs")
+        if rule.kind in ("attention", "softmax") and isinstance(rule.weight, PartialSpec):
+            self.reader.note(keys["weight"].mark, f"{path}: {rule.kind} has no weight, only inputs")
         for arg, setting in (("weight", rule.weight), ("input", rule.input)):
             if self.default and isinstance(setting, PartialSpec) and arg in keys:
                 complete = self.default.complete(arg, setting)

@@ -1,7 +1,8 @@
 """The operators of quantized graphs, `torch.ops.dmqfx.*`: opaque to torch.export and torch.compile.
 
 Each has one plain kernel for every device, registered without `torch.library.custom_op`, whose calls cost
-more; a device with something faster registers its own kernel beside it.
+more; a device with something faster registers its own kernel beside it. Those of attention are made of torch's
+operators, and so have shapes and derivatives by themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dmqfx.numbers import packing, quant
 from dmqfx.runtime import integer
+from dmqfx.runtime.attention import attention_average, attention_softmax
 from dmqfx.runtime.kernels import codes, layers
 from dmqfx.runtime.kernels.codes import quantize as kernel_quantize
 
@@ -284,6 +286,18 @@ for _name, (_arguments, _kernel, _fake) in _OPERATORS.items():
     torch.library.define(f"dmqfx::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"dmqfx::{_name}", "default", _kernel)
     torch.library.register_fake(f"dmqfx::{_name}", _fake)
+
+_COMPOSED: Mapping[str, tuple[str, Callable[..., Tensor]]] = {
+    "attention_softmax": (
+        "Tensor query, Tensor key, Tensor? attn_mask=None, float? scale=None",
+        attention_softmax,
+    ),
+    "attention_average": ("Tensor softmax, Tensor value", attention_average),
+}
+
+for _name, (_arguments, _composed) in _COMPOSED.items():
+    torch.library.define(f"dmqfx::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(f"dmqfx::{_name}", "CompositeImplicitAutograd", _composed)
 
 OPS = torch.ops.dmqfx
 """Where graphs and passes find the operators; whoever imports it has registered them."""

@@ -58,8 +58,7 @@ def layers(program: Program) -> dict[Address, fx.Node]:
 
 def sites(at: Address) -> tuple[Site, ...]:
     """The sites of a layer: input and weight, or query, key and value; none for what is no layer."""
-    kind = KIND_OF_OPERATOR.get(at.op)
-    return tuple(Site(at, arg) for arg in OPERANDS[kind]) if kind is not None else ()
+    return tuple(Site(at, arg) for arg in OPERANDS.get(at.op, ()))
 
 
 def is_quantized(program: Program) -> bool:

@@ -52,9 +52,13 @@ def inventory(program: Program, at: str = "**") -> list[Item]:
 def macs(node: fx.Node) -> int:
     """Multiply-accumulates of one call at the example sizes: outputs times the length of the sum behind each.
 
-    Attention is the product of queries and keys and that of weights and values.
+    Attention is the product of queries and keys and that of the softmax and values, in one operation or in two.
     """
     named = ops.args(node)
+    if ops.is_call(node, "attention_softmax"):
+        return math.prod(_shape(node)) * _shape(named["query"])[-1]
+    if ops.is_call(node, "attention_average"):
+        return math.prod(_shape(node)) * _shape(named["softmax"])[-1]
     if ops.is_call(node, "scaled_dot_product_attention"):
         query, key, value = (_shape(named[arg]) for arg in ("query", "key", "value"))
         return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])

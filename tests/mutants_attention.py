@@ -1,0 +1,85 @@
+"""Planted bugs in attention that is split, and in what becomes of its softmax."""
+
+from __future__ import annotations
+
+import torch
+from planting import Function, Mutant, edited, patched, planted, with_constant, with_entry
+from torch import Tensor, fx
+
+from dmqfx.graph import ops
+from dmqfx.graph.address import Site
+from dmqfx.graph.program import Program
+from dmqfx.graph.rewrite import Rewriter
+from dmqfx.numbers.quant import QParams
+from dmqfx.runtime.operators import OPS
+
+WHOLE, AVERAGE = "mid/scaled_dot_product_attention", "mid/attention_average~split-attention.1"
+
+
+def without_scale(rw: Rewriter, node: fx.Node) -> fx.Node:
+    return rw.like(node, scale=1.0)
+
+
+def keys_for_queries(rw: Rewriter, node: fx.Node) -> fx.Node:
+    named = ops.args(node)
+    return rw.like(node, query=named["key"], key=named["query"])
+
+
+def over_the_queries(rw: Rewriter, node: fx.Node) -> fx.Node:
+    """average(softmax(q @ k^T), v)  ->  average(softmax(k @ q^T)^T, v): each key's weights add up to 1."""
+    named = ops.args(ops.tensor(node, "softmax"))
+    turned = rw.call(OPS.attention_softmax.default, near=node, query=named["key"], key=named["query"])
+    back = rw.call(torch.ops.aten.transpose.int, near=node, self=turned, dim0=-2, dim1=-1)
+    return rw.like(node, softmax=back)
+
+
+def keys_for_values(rw: Rewriter, node: fx.Node) -> fx.Node:
+    return rw.like(node, value=ops.tensor(ops.tensor(node, "softmax"), "key"))
+
+
+def keys_for_heads(honest: Function) -> Function:
+    """The last axis of a softmax for its channels."""
+
+    def axis(program: Program, site: Site) -> object:
+        return -1 if site.arg == "softmax" else honest(program, site)
+
+    return axis
+
+
+def of_the_other_head(scale: Tensor) -> Tensor:
+    return scale.flip(-1)
+
+
+def around_zero(entry: QParams) -> QParams:
+    """The codes of probabilities, none of which is negative, from the middle on."""
+    middle = torch.full_like(entry.zero_point, 128)
+    return QParams(entry.scale * 2, middle, entry.qmin, entry.qmax, entry.axis, entry.boundaries)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    *planted(
+        "split-attention",
+        {
+            "the scale is forgotten": (edited("attention_softmax", without_scale), WHOLE),
+            "queries and keys change roles": (edited("attention_softmax", keys_for_queries), WHOLE),
+            "the softmax is over the queries": (edited("attention_average", over_the_queries), WHOLE),
+            "keys are averaged": (edited("attention_average", keys_for_values), WHOLE),
+        },
+        policy="softmax",
+    ),
+    *planted(
+        "insert-observers",
+        {"the keys of a softmax are its channels": (patched("channel_axis", keys_for_heads), AVERAGE)},
+        policy="softmax",
+    ),
+    *planted(
+        "fit-ranges",
+        {"a softmax is centred": (with_entry(f"{AVERAGE}:softmax", QParams, around_zero), AVERAGE)},
+        policy="softmax",
+    ),
+    *planted(
+        "insert-qdq",
+        {"each head has the other's step": (with_constant("mid.softmax_scale", of_the_other_head), AVERAGE)},
+        policy="softmax",
+    ),
+)
