@@ -62,10 +62,8 @@ def broken_claims(program: Program) -> Iterator[Broken]:
 
 def _misplaced(program: Program) -> Iterator[Broken]:
     """Hoisted values that depend on more than they say."""
-    return (
-        Broken(Site(ops.tensor(mark, "x").meta["address"], "out"), "hoisted value", why)
-        for mark, why in misplaced(program.graph)
-    )
+    for mark, why in misplaced(program.graph):
+        yield Broken(Site(ops.tensor(mark, "x").meta["address"], "out"), "hoisted value", why)
 
 
 def _missing(program: Program) -> Iterator[Broken]:
