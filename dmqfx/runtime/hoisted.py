@@ -141,9 +141,9 @@ def _function(inner: Iterable[fx.Node], reads: Iterable[fx.Node], result: fx.nod
 
 def _is_plain(values: Iterable[object]) -> bool:
     """Whether a call is one of numbers alone: nobody traces it, follows it, or changes what operators do."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
+    if torch._C._are_functorch_transforms_active() or _get_current_dispatch_mode() is not None:
         return False
     followed = torch.is_grad_enabled()
     return all(

@@ -136,7 +136,7 @@ def kernel_linear(
 
 def hoisted(x: Tensor, by: Sequence[Tensor]) -> Tensor:
     """x, a value that is computed from `by` and constants alone; see runtime.hoisted, which keeps it between calls."""
-    return torch.ops.aten.alias(x)
+    return x.view_as(x)
 
 
 def _fake_timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
