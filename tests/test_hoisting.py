@@ -97,7 +97,7 @@ def test_the_embedding_of_the_timestep_and_the_keys_and_values_leave_the_loop() 
         "/transpose#2": ["encoder_hidden_states"],
     }
     told = "26 of 51 operations are hoisted: 18 by timestep, 8 by encoder_hidden_states"
-    assert program.log[-1].note == told
+    assert str(program.log[-1]).endswith(f" s  {told}")
     assert HOISTED in program.facts
 
 
@@ -169,6 +169,16 @@ def test_what_the_caller_gets_is_not_kept() -> None:
     _, waves_given = after(**given)
     waves_given.zero_()
     assert torch.equal(after(**given)[1], program(**given)[1])
+
+
+@pytest.mark.parametrize("policy", ["one prompt", "many prompts"])
+def test_with_less_fuel_it_does_the_first_part_of_the_same(policy: str) -> None:
+    whole, plain, given = hoisted(policy).log[-1].applied, before(policy)(**inputs()), inputs()
+    for fuel in range(len(whole) + 1):
+        journal = Journal(fuel=fuel)
+        program = STEP.run(before(policy), replace(context(policy), journal=journal))
+        assert tuple(journal.applied) == whole[:fuel]
+        assert all(torch.equal(program(**given), plain) for _ in range(2))
 
 
 # --- the same bits
