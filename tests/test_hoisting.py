@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import captured
 from planting import context, program_before
 from torch import Tensor, fx
 
@@ -130,6 +131,33 @@ def test_simulated_programs_are_hoisted_too() -> None:
     assert "time_embedding" in str(after.log[-1].applied)
     assert torch.equal(after(**inputs()), program(**inputs()))
     assert torch.equal(after(**inputs()), program(**inputs()))
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            "stable-diffusion-xl",
+            "14 by timestep, 13 by time_ids, 4 by text_embeds and time_ids, "
+            "39 by text_embeds and time_ids and timestep, 48 by encoder_hidden_states",
+        ),
+        ("control", "11 by controlnet_cond, 34 by timestep, 18 by encoder_hidden_states"),
+    ],
+)
+def test_other_conditions_than_a_prompt_are_hoisted_too(model: str, told: str) -> None:
+    plain = run_step(create("canonicalize"), captured(model)[1], PassContext())
+    plain = replace(plain, facts=plain.facts | {INTEGER})
+    after = run_step(STEP, plain, PassContext())
+    assert after.log[-1].note.endswith(told)
+    for seed in (0, 1, 0):
+        given = plain.inputs.draw(torch.Generator().manual_seed(seed))
+        for right, found in zip(*map(results, (plain, after), (given, given)), strict=True):
+            assert torch.equal(right, found)
+
+
+def results(program: Program, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    found = program(**given)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def lowered(graph: fx.Graph) -> Program:
