@@ -89,19 +89,21 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             },
             order=SWEPT,
         ),
-        "one prompt": _policy("one prompt", of=_PROMPTED),
-        "many prompts": _policy("many prompts", of=_PROMPTED),
     }
 )
+PROMPTED_POLICIES: Mapping[str, Policy] = {
+    name: _policy(name, of=_PROMPTED) for name in ("one prompt", "many prompts")
+}
+"""Those of the toy that takes a context."""
 PROMPTS = {"one prompt": 1, "many prompts": 12}
-"""The policies of the toy that takes a context, and how many contexts it is calibrated on."""
+"""How many contexts it is calibrated on."""
 
 
 @cache
 def context(policy: str = "layers") -> PassContext:
     """A policy and calibration rows for the toy."""
     data = rows(spec=PROMPTED, prompts=PROMPTS[policy]) if policy in PROMPTS else rows()
-    return PassContext(policy=POLICIES[policy], calibration=data)
+    return PassContext(policy={**POLICIES, **PROMPTED_POLICIES}[policy], calibration=data)
 
 
 @cache
@@ -114,7 +116,7 @@ def program_before(step: str, policy: str = "layers") -> Program:
     if step in AFTER:
         last = AFTER[step]
         return run_step(passes()[last](), program_before(last, policy), context(policy))
-    order = [each.name for each in POLICIES[policy].pipeline]
+    order = [each.name for each in {**POLICIES, **PROMPTED_POLICIES}[policy].pipeline]
     index = order.index(step) if step in order else len(order)
     if index == 0:
         return prompted() if policy in PROMPTS else toy()
