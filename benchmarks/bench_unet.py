@@ -1,16 +1,19 @@
-"""Whole UNet calls: float, simulate, and cpu without and with fused operators.
+"""Whole UNet calls: float, simulate, and cpu without and with fused operators and hoisted values.
 
     python benchmarks/bench_unet.py [--model emoji] [--policy w4a8-quick] [--compiled DIR] [--batch 32] [--seconds 60]
         [--profile]
 
 The ways take turns on the same inputs in one run; a way's time is the median of its turns, in processor time of
-the one thread, since other programs may run beside it. Where input channels have steps of their own (vote-shifts), one
-more way has those layers in plain torch. --profile adds milliseconds by kind of operator, of an interpreter's run.
+the one thread, since other programs may run beside it. What hoisting keeps comes again in "cpu" as in a loop over a
+schedule and a prompt that were seen before; two more ways get timesteps, and contexts too, that never were.
+Where input channels have steps of their own (vote-shifts), one more way has those layers in plain torch. --profile adds
+milliseconds by kind of operator, of an interpreter's run.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections import Counter
@@ -30,6 +33,7 @@ from dmqfx.passes import lower_cpu
 from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 
+UNHOISTED = Target("cpu without hoisting", ("lower-reference", "lower-cpu", "fuse"), "nothing is kept")
 UNFUSED = Target("cpu without fuse", ("lower-reference", "lower-cpu"), "layers alone are native")
 MODELS = {"emoji": (emoji.load_unet, emoji.LATENT, (8, 128)), "sd15": (sd15, (4, 64, 64), (77, 768))}
 SHIFTS_IN_TORCH = "cpu, shifts in torch"
@@ -94,9 +98,8 @@ def with_shifts_in_torch(made: CompiledUNet) -> CompiledUNet | None:
 
 def lowered(made: CompiledUNet) -> dict[str, CompiledUNet]:
     """The program for each way to run it."""
-    found = {name: made.retarget(name) for name in ("simulate", "cpu")} | {
-        UNFUSED.name: made.retarget(UNFUSED)
-    }
+    found = {name: made.retarget(name) for name in ("simulate", "cpu")}
+    found |= {target.name: made.retarget(target) for target in (UNHOISTED, UNFUSED)}
     without = with_shifts_in_torch(made)
     return found if without is None else found | {SHIFTS_IN_TORCH: without}
 
@@ -110,6 +113,17 @@ def draw(model: str, batch: int) -> dict[str, Tensor]:
         "timestep": torch.randint(1000, (batch,), generator=generator).float(),
         "encoder_hidden_states": torch.randn(batch, *context, generator=generator),
     }
+
+
+def never_seen(model: CompiledUNet, inputs: Mapping[str, Tensor], *names: str) -> Callable[[], object]:
+    """A call with other numbers in these inputs each time."""
+    numbers = itertools.count(1)
+
+    def call() -> object:
+        step = 2.0**-10 * next(numbers)
+        return model(**{k: v + step if k in names else v for k, v in inputs.items()}, return_dict=False)
+
+    return call
 
 
 def options() -> argparse.Namespace:
@@ -130,7 +144,7 @@ def options() -> argparse.Namespace:
 
 @torch.no_grad()
 def main() -> None:
-    """Measure, write results/unet_MODEL.json, or unet_MODEL_POLICY.json for others than w4a8-quick."""
+    """Measure, write results/unet_MODEL.json; other policies than w4a8-quick and batches than 32 are in its name."""
     given = options()
     torch.set_num_threads(1)
     unet = MODELS[given.model][0]()
@@ -148,17 +162,21 @@ def main() -> None:
         name: lambda m=model: m(**inputs, return_dict=False)
         for name, model in {"float": unet, **ways}.items()
     }
+    calls["cpu, new timesteps"] = never_seen(ways["cpu"], inputs, "timestep")
+    calls["cpu, all new"] = never_seen(ways["cpu"], inputs, "timestep", "encoder_hidden_states")
     milliseconds = in_turn(calls, given.seconds)
     result: dict[str, object] = {
         "what": f"{given.model} UNet, {given.policy}, batch {given.batch}, one thread",
         "milliseconds_a_call": milliseconds,
         "float_over": {name: round(milliseconds["float"] / ms, 2) for name, ms in milliseconds.items()},
         "fused_from_unfused_relative_l2": float(f"{off:.2e}"),
+        "hoisted": ways["cpu"].lowering[-1].note,
     }
     if given.profile:
-        names = [name for name in ways if name != "simulate"]
+        names = [name for name in ways if name not in ("simulate", "cpu")]
         result["operator_milliseconds"] = {name: kinds(ways[name].runner, inputs, 5) for name in names}
     suffix = "" if given.policy == "w4a8-quick" else f"_{given.policy.replace('-', '_')}"
+    suffix += "" if given.batch == 32 else f"_batch{given.batch}"
     write(f"unet_{given.model}{suffix}", result)
 
 

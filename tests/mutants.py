@@ -9,6 +9,7 @@ import torch
 from mutants_attention import MUTANTS as OF_ATTENTION
 from mutants_bias import MUTANTS as OF_BIAS
 from mutants_blocks import MUTANTS as OF_BLOCKS
+from mutants_hoisting import MUTANTS as OF_HOISTING
 from mutants_kernels import MUTANTS as OF_KERNELS
 from mutants_sensitivity import MUTANTS as OF_SENSITIVITY
 from mutants_skips import MUTANTS as OF_SKIPS
@@ -863,6 +864,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *OF_SENSITIVITY,
     *OF_BIAS,
     *OF_BLOCKS,
+    *OF_HOISTING,
     *OF_KERNELS,
 )
 

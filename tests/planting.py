@@ -10,7 +10,7 @@ from types import MappingProxyType
 from unittest.mock import patch
 
 from torch import Tensor, fx
-from toys import rows, toy
+from toys import PROMPTED, prompted, rows, toy
 
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
@@ -32,7 +32,12 @@ ORDER = (
     "apply-scaling absorb-scaling round-weights insert-qdq"
 ).split()
 """The pipeline of the programs that bugs are planted in; the lowering passes may follow."""
-AFTER = {"lower-cpu": "lower-reference", "fuse": "lower-cpu", "learn-steps": "round-weights"}
+AFTER = {
+    "lower-cpu": "lower-reference",
+    "fuse": "lower-cpu",
+    "hoist-invariants": "fuse",
+    "learn-steps": "round-weights",
+}
 """Passes that follow another one and stand in no pipeline here."""
 SWEPT = (
     "canonicalize flag-skips split-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
@@ -47,14 +52,21 @@ SPLIT = (
 """With attention in two products."""
 
 
-def _policy(name: str, *more: Mapping[str, object], order: Sequence[str] = ORDER) -> Policy:
+_PROMPTED = ({"name": "values", "at": "to_v/*", "input": {"groups": 1}},)
+_TOY = (
+    {"name": "up", "at": ["up.1.*/*"], "weight": {"bits": 8, "grid": "affine"}},
+    {"name": "proj", "at": "mid.proj/*", "weight": {"per": "tensor"}, "input": {"grid": "symmetric"}},
+)
+
+
+def _policy(
+    name: str,
+    *more: Mapping[str, object],
+    order: Sequence[str] = ORDER,
+    of: Sequence[Mapping[str, object]] = _TOY,
+) -> Policy:
     """Signed and unsigned, 4 and 8 bit weights, scales per tensor and per channel, and float layers."""
-    rules = [
-        {"name": "ends", "at": ["conv_in/*", "conv_out/*"], "keep": "float"},
-        {"name": "up", "at": ["up.1.*/*"], "weight": {"bits": 8, "grid": "affine"}},
-        {"name": "proj", "at": "mid.proj/*", "weight": {"per": "tensor"}, "input": {"grid": "symmetric"}},
-        *more,
-    ]
+    rules = [{"name": "ends", "at": ["conv_in/*", "conv_out/*"], "keep": "float"}, *of, *more]
     default = {
         "weight": {"bits": 4, "grid": "symmetric", "per": "channel", "range": "minmax"},
         "input": {"bits": 8, "grid": "affine", "per": "tensor", "groups": 4},
@@ -90,12 +102,19 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         ),
     }
 )
+PROMPTED_POLICIES: Mapping[str, Policy] = {
+    name: _policy(name, of=_PROMPTED) for name in ("one prompt", "many prompts")
+}
+"""Those of the toy that takes a context."""
+PROMPTS = {"one prompt": 1, "many prompts": 12}
+"""How many contexts it is calibrated on."""
 
 
 @cache
 def context(policy: str = "layers") -> PassContext:
     """A policy and calibration rows for the toy."""
-    return PassContext(policy=POLICIES[policy], calibration=rows())
+    data = rows(spec=PROMPTED, prompts=PROMPTS[policy]) if policy in PROMPTS else rows()
+    return PassContext(policy={**POLICIES, **PROMPTED_POLICIES}[policy], calibration=data)
 
 
 @cache
@@ -108,10 +127,10 @@ def program_before(step: str, policy: str = "layers") -> Program:
     if step in AFTER:
         last = AFTER[step]
         return run_step(passes()[last](), program_before(last, policy), context(policy))
-    order = [each.name for each in POLICIES[policy].pipeline]
+    order = [each.name for each in {**POLICIES, **PROMPTED_POLICIES}[policy].pipeline]
     index = order.index(step) if step in order else len(order)
     if index == 0:
-        return toy()
+        return prompted() if policy in PROMPTS else toy()
     last = order[index - 1]
     return run_step(passes()[last](), program_before(last, policy), context(policy))
 

@@ -21,8 +21,9 @@ GOLDENS = Path(__file__).parent / "goldens"
 POLICY = dict.fromkeys([*SWEPT, "learn-steps"], "shifts") | dict.fromkeys(ORDER, "attention")
 POLICY |= {"split-attention": "softmax"}
 PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
-LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu", "fuse")
-PART |= dict.fromkeys(LOWERINGS, "mid.**")
+POLICY["hoist-invariants"] = "many prompts"
+LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu", "fuse", "hoist-invariants")
+PART |= dict.fromkeys(LOWERINGS[:-1], "mid.**")
 
 
 def text(step: Pass) -> str:
@@ -59,6 +60,7 @@ def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
         ("absorb-scaling", "the bias is forgotten"),
         ("insert-qdq", "one reader of three stays float"),
         ("lower-reference", "the bias is lost"),
+        ("hoist-invariants", "all groups are taken to be alike"),
     ],
 )
 def test_a_golden_sees_a_planted_bug(name: str, bug: str) -> None:

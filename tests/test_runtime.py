@@ -462,7 +462,12 @@ def test_auto_is_the_native_kernels_where_they_are_there(monkeypatch: pytest.Mon
 def test_the_native_target_gives_the_bits_of_the_reference_and_says_what_stayed_with_it() -> None:
     native, reference = handmade.compiled("cpu"), handmade.compiled("reference")
     assert torch.equal(handmade.outputs(native), handmade.outputs(reference))
-    assert [done.name for done in native.lowering] == ["lower-reference", "lower-cpu", "fuse"]
+    assert [done.name for done in native.lowering] == [
+        "lower-reference",
+        "lower-cpu",
+        "fuse",
+        "hoist-invariants",
+    ]
     assert [str(done.at) for done in native.lowering[1].applied] == [
         str(handmade.FIRST),
         str(handmade.SECOND),

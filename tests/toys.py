@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -105,15 +106,46 @@ class Toy(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+class Prompted(nn.Module):
+    """One level that looks at a context: what depends on the timestep, or on the context, and on no sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_embedding = TimeEmbedding()
+        self.conv_in, self.down = nn.Conv2d(3, WIDTH, 3, padding=1), Resnet(WIDTH, WIDTH)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, WIDTH) for width in (WIDTH, 6, 6))
+        self.to_out, self.conv_out = nn.Linear(WIDTH, WIDTH), nn.Conv2d(WIDTH, 3, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        x = self.down(self.conv_in(sample), self.time_embedding(timestep))
+        batch, channels, height, width = x.shape
+        context = encoder_hidden_states
+        q, k, v = (
+            to(n).view(batch, -1, 2, channels // 2).transpose(1, 2)
+            for to, n in ((self.to_q, x.flatten(2).mT), (self.to_k, context), (self.to_v, context))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, -1, channels)
+        return self.conv_out(x + self.to_out(attended).mT.reshape(batch, channels, height, width))
+
+
 class Wrapper(nn.Module):
     """Gives the toy a name, as capture does, so that addresses begin inside it."""
 
-    def __init__(self, unet: Toy) -> None:
+    def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.unet(sample, timestep)
+        found: Tensor = self.unet(sample, timestep)
+        return found
+
+
+class PromptedWrapper(Wrapper):
+    """The same for one that takes a context."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:  # type: ignore[override]  # one input more
+        found: Tensor = self.unet(sample, timestep, encoder_hidden_states)
+        return found
 
 
 SPEC = InputSpec(
@@ -124,29 +156,50 @@ SPEC = InputSpec(
 )
 
 
+PROMPTED = replace(
+    SPEC,
+    inputs=(*SPEC.inputs, Input("encoder_hidden_states", ("B", "T", 6))),
+    sizes={**SPEC.sizes, "T": 4},
+)
+
+
 @cache
 def toy() -> Program:
     """The toy with random parameters as a program, once per process."""
-    model = Toy().eval().requires_grad_(False)
-    randomize(model)
-    examples = (torch.zeros(3, 3, 8, 12), torch.zeros(3))
+    return _program(Wrapper(Toy()), SPEC, torch.zeros(3, 3, 8, 12), torch.zeros(3))
+
+
+@cache
+def prompted() -> Program:
+    """The toy that takes a context."""
+    examples = torch.zeros(3, 3, 8, 12), torch.zeros(3), torch.zeros(3, 5, 6)
+    return _program(PromptedWrapper(Prompted()), PROMPTED, *examples)
+
+
+def _program(model: Wrapper, spec: InputSpec, *examples: Tensor) -> Program:
+    """A model with random parameters as a program, of any batch, context and even size."""
+    model.eval().requires_grad_(False)
+    randomize(model.unet)
     free = (
         {0: Dim.DYNAMIC, 2: Dim("h", min=2, max=512) * 2, 3: Dim("w", min=2, max=512) * 2},
         {0: Dim.DYNAMIC},
-    )
+        {0: Dim.DYNAMIC, 1: Dim.DYNAMIC},
+    )[: len(examples)]
     with torch.no_grad():
-        found = export(Wrapper(model), examples, dynamic_shapes=free, strict=False)
-    graph, weights = exported.read(found, ("sample", "timestep"), "unet.")
+        found = export(model, examples, dynamic_shapes=free, strict=False)
+    graph, weights = exported.read(found, tuple(i.name for i in spec.inputs), "unet.")
     gm = build(graph, weights)
-    propagate(gm, SPEC)
-    return Program(gm, SPEC)
+    propagate(gm, spec)
+    return Program(gm, spec)
 
 
-def rows(count: int = 12, seed: int = 0, spec: InputSpec = SPEC) -> Calibration:
-    """Calibration rows of noise at even timesteps, for the toy or another program."""
+def rows(count: int = 12, seed: int = 0, spec: InputSpec = SPEC, prompts: int = 0) -> Calibration:
+    """Calibration rows of noise at even timesteps, for the toy or another program; row by row with one of the prompts."""
     generator = torch.Generator().manual_seed(seed)
     inputs = spec.draw(generator, B=count)
     inputs["timestep"] = torch.linspace(999, 0, count)
     each = torch.arange(count)
     columns = {name: Column(value, each) for name, value in inputs.items()}
+    if prompts:
+        columns["encoder_hidden_states"] = Column(inputs["encoder_hidden_states"][:prompts], each % prompts)
     return Calibration((Rows(columns, torch.zeros_like(each), each),))

@@ -15,6 +15,7 @@ from dmqfx.checking.structure import pair_claims, skip_claims
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, INTEGER, OBSERVED, PLANNED, QDQ, ROUNDED
+from dmqfx.graph.hoisting import misplaced
 from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS, channel_axis, is_weight, unplanned, without_codes, without_range
@@ -51,11 +52,18 @@ class Broken:
 def broken_claims(program: Program) -> Iterator[Broken]:
     """Every claim of the table that does not hold."""
     yield from _missing(program)
+    yield from _misplaced(program)
     if OBSERVED in program.facts:
         yield from _unobserved(program)
     for site, entry in program.table:
         for reason in _against(program, site, entry):
             yield Broken(site, type(entry).__name__, reason)
+
+
+def _misplaced(program: Program) -> Iterator[Broken]:
+    """Hoisted values that depend on more than they say."""
+    for mark, why in misplaced(program.graph):
+        yield Broken(Site(ops.tensor(mark, "x").meta["address"], "out"), "hoisted value", why)
 
 
 def _missing(program: Program) -> Iterator[Broken]:

@@ -17,6 +17,7 @@ from dmqfx.checking.ledger import unaccounted
 from dmqfx.checking.lookups import EveryRow
 from dmqfx.checking.probes import at_edges, draw, strong
 from dmqfx.checking.producers import wrong_producers
+from dmqfx.checking.repeats import Repeated
 from dmqfx.checking.tablecheck import Broken, broken_claims
 from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.graph.facts import FITTED, INTEGER, PAIRED, QDQ
@@ -210,7 +211,7 @@ def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> li
         return [signal, (_twin if float64 else _trial)(program, step, ctx, Planlike)]
     if step.preserves is Preserves.BITWISE:  # one that fits ranges makes them anew, of the quantized network
         kinds = (Equal,) if FITTED in step.provides else (Equal, Headroom)
-        return [_trial(program, step, ctx, *kinds)]
+        return [_trial(program, step, ctx, *kinds, Repeated)]
     kind = SameCodes if {QDQ, INTEGER} & program.facts else Close
     if not float64 or program.dtype == torch.float64:
         return [_trial(program, step, ctx, kind, Headroom)]

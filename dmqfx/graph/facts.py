@@ -15,6 +15,7 @@ __all__ = [
     "CORRECTED",
     "FITTED",
     "FLAGGED",
+    "HOISTED",
     "INTEGER",
     "LEARNED",
     "MEASURED",
@@ -89,6 +90,12 @@ def _no_codes(program: Program) -> str | None:
     return next((f"{site} is planned, but has no Codes" for site in without_codes(program)), None)
 
 
+def _misplaced(program: Program) -> str | None:
+    from dmqfx.graph.hoisting import misplaced
+
+    return next((f"{node.meta['address']} {why}" for node, why in misplaced(program.graph)), None)
+
+
 CANONICAL = Fact("canonical", "no evaluation-time no-op, schema-ordered arguments", _not_canonical)
 FLAGGED = Fact("flagged", "decoder concatenations of long skips are in the table")
 PLANNED = Fact("planned", "every quantizable site has its spec, or float, from the policy", _no_plan)
@@ -107,3 +114,6 @@ CORRECTED = Fact("corrected", "biases make up for what quantization takes from t
 STEPPED = Fact("stepped", "steps and biases were learned for the UNet's output")
 QDQ = Fact("qdq", "planned sites are quantized and dequantized in the graph", _no_dequantize)
 INTEGER = Fact("integer", "the graph was lowered for a target")
+HOISTED = Fact(
+    "hoisted", "what the sample does not change is computed once for what it depends on", _misplaced
+)

@@ -44,7 +44,8 @@ class PassRecord:
     def __str__(self) -> str:
         drift = "" if self.drift is None else f"  drift {self.drift:.1e}"
         counts = f"{len(self.applied):4d} applied  {len(self.refused):3d} refused"
-        return f"{self.name:<18} {counts}  {self.seconds:6.1f} s{drift}"
+        note = f"  {self.note}" if self.note else ""
+        return f"{self.name:<18} {counts}  {self.seconds:6.1f} s{drift}{note}"
 
 
 @dataclass

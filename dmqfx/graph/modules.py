@@ -95,9 +95,16 @@ def computed(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
 def build(
     graph: fx.Graph, constants: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
 ) -> fx.GraphModule:
-    """A GraphModule over these tensors (as frozen parameters or buffers, shared, never copied)."""
+    """A GraphModule over these tensors (as frozen parameters or buffers, shared, never copied).
+
+    Where values are hoisted, it keeps them between calls.
+    """
+    from dmqfx.graph.hoisting import hoisted_in
+    from dmqfx.runtime.hoisted import HoistedModule
+
     root: dict[str, object] = {name: _leaf(tensor) for name, tensor in constants.items()}
-    gm = fx.GraphModule({**root, **(modules or {})}, graph, "Program")
+    kind = HoistedModule if hoisted_in(graph) else fx.GraphModule
+    gm = kind({**root, **(modules or {})}, graph, "Program")
     gm.eval()
     return gm
 

@@ -136,6 +136,11 @@ def kernel_linear(
     return layers.linear(*head, shift=shift)
 
 
+def hoisted(x: Tensor, by: Sequence[Tensor]) -> Tensor:
+    """x, a value that is computed from `by` and constants alone; see runtime.hoisted, which keeps it between calls."""
+    return x.view_as(x)
+
+
 def _fake_timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
     return torch.empty_like(timestep, dtype=torch.int64)
 
@@ -298,6 +303,10 @@ _COMPOSED: Mapping[str, tuple[str, Callable[..., Tensor]]] = {
 for _name, (_arguments, _composed) in _COMPOSED.items():
     torch.library.define(f"dmqfx::{_name}", f"({_arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"dmqfx::{_name}", "CompositeImplicitAutograd", _composed)
+
+# A composite of operators that autograd and tracing know, for where nothing is kept.
+torch.library.define("dmqfx::hoisted", "(Tensor(a) x, Tensor[] by) -> Tensor(a)")
+torch.library.impl("dmqfx::hoisted", "CompositeImplicitAutograd", hoisted)
 
 OPS = torch.ops.dmqfx
 """Where graphs and passes find the operators; whoever imports it has registered them."""
