@@ -321,7 +321,7 @@ def codes(change: Callable[[Tensor, QuantSpec, Codes], Codes]) -> Plant:
     """round-weights with the codes of each weight changed."""
 
     def wrong(honest: Function) -> Function:
-        return lambda weight, spec: change(weight, spec, honest(weight, spec))
+        return lambda weight, spec, *norm: change(weight, spec, honest(weight, spec, *norm))
 
     return patched("nearest", wrong)
 
@@ -344,7 +344,7 @@ def one_scale_for_all(weight: Tensor, spec: QuantSpec, entry: Codes) -> Codes:
 
 def ranges(change: Callable[[QParams], QParams]) -> Plant:
     """round-weights with the parameters of each weight changed before it is rounded: the codes fit them."""
-    return patched("search_range", lambda honest: lambda *given: change(honest(*given)))
+    return patched("search_range", lambda honest: lambda *given, **how: change(honest(*given, **how)))
 
 
 def one_step_for_all(found: QParams) -> QParams:
@@ -356,8 +356,8 @@ def a_percent_more(found: QParams) -> QParams:
 
 
 def worst_of_the_search(honest: Function) -> Function:
-    def search(weight: Tensor, spec: QuantSpec) -> QParams:
-        widest = honest(weight, replace(spec, range="minmax"))
+    def search(weight: Tensor, spec: QuantSpec, **how: float) -> QParams:
+        widest = honest(weight, replace(spec, range="minmax"), **how)
         return replace(widest, scale=widest.scale * (0.2 if spec.range == "mse" else 1.0))
 
     return search

@@ -103,7 +103,7 @@ def test_the_slope_is_that_of_the_loss(felt: bool) -> None:
     weighed = error if each.felt is None else each.felt @ error
     (weighed * (error @ each.gram)).sum().backward()
     assert h.grad is not None
-    found = adaround._Pull(each, cells)(h.detach().float()).double()
+    found = adaround._Pull(each, cells, "relative")(h.detach().float()).double()
     ratio = found / h.grad
     assert torch.allclose(ratio, ratio.mean().expand_as(ratio), rtol=1e-3)
     assert float(ratio.mean()) > 0
@@ -114,7 +114,7 @@ def test_a_loss_of_1_for_each_weight_is_that_of_uniform_errors() -> None:
     each = problem(0)
     cells = adaround.Cells.of(each.grid, each.weight, each.nearest)
     h = torch.zeros_like(cells.lower).float()
-    slope, pull = each.grid.scale[:, None] * 2, adaround._Pull(each, cells)
+    slope, pull = each.grid.scale[:, None] * 2, adaround._Pull(each, cells, "relative")
     unit = float((slope * ((each.grid.real(cells.lower) - each.target) @ each.gram) / pull(h)).mean())
     generator = torch.Generator().manual_seed(2)
     losses = []

@@ -301,7 +301,7 @@ def test_both_arms_learn_their_codes_under_the_regulariser_alike(monkeypatch: py
     arms = [Site(site.at, "weight") for site in before.table.of(SkipArm)]
     moved = [not torch.equal(learned.of(Codes)[arm].packed, nearest.of(Codes)[arm].packed) for arm in arms]
     assert len(arms) > 1
-    assert {ways[arm] for arm in arms} == {"adaround"}
+    assert {ways[arm.at] for arm in arms} == {"adaround"}
     assert sum(moved) > len(arms) / 2
 
 
