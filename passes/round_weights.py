@@ -30,7 +30,7 @@ from dmqfx.numbers.speeds import Speeds
 from dmqfx.numbers.weighting import TimestepWeights, Weighting
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.deploy import deployed_weight
-from dmqfx.sweep.sweep import SweepPass
+from dmqfx.sweep.sweep import SweepPass, has_metric
 from dmqfx.sweep.turn import Reader, Turn
 
 
@@ -97,7 +97,9 @@ class RoundWeights(SweepPass):
             return effort.weight_range(speeds, math.prod(reader.shape)) if reader.weight_spec else 0.0
         steps = self.iterations if self.method == "adaround" else 0
         columns, out, taps = math.prod(reader.shape[1:]), reader.shape[0], reader.geometry.taps
-        learned = effort.learned_codes(speeds, steps, columns, out, taps)
+        learned = effort.learned_codes(
+            speeds, steps, columns, out, metric=has_metric(program, reader), taps=taps
+        )
         again = steps and self.start == "gptq" and len(part_sizes(columns, taps)) > 1  # each part begins anew
         return self.solution(program, reader, speeds) * (2 if again else 1) + learned
 

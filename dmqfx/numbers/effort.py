@@ -75,15 +75,17 @@ def _solution(speeds: Speeds, rows: int, columns: int, out: int, *, metric: bool
     return product(speeds, rows, columns, columns) + stepwise + handed + solved
 
 
-def learned_codes(speeds: Speeds, steps: int, columns: int, out: int, taps: int = 1) -> float:
-    """Seconds of so many steps of `adaround`: what Adam and settling do with each weight, and two products, with the
-    Gram and the metric, in single precision.
+def learned_codes(
+    speeds: Speeds, steps: int, columns: int, out: int, *, metric: bool, taps: int = 1
+) -> float:
+    """Seconds of so many steps of `adaround`: what Adam and settling do with each weight, and a product with the
+    Gram and one with the metric, where there is one, in single precision.
     """
     if not steps:
         return 0.0
     sizes = part_sizes(columns, taps)
     moved = speeds.seconds(_settling, out * columns, at=(2**10, 2**15, 2**20), exponent=1)
-    return steps * (moved + sum(product(speeds, out, size, size + out) for size in sizes) / 2)
+    return steps * (moved + sum(product(speeds, out, size, size + metric * out) for size in sizes) / 2)
 
 
 def nbytes(rows: int, columns: int, out: int, taps: int = 1) -> int:

@@ -67,11 +67,11 @@ class SweepPass(JointPass):
 
     def solution(self, program: Program, reader: Reader, speeds: Speeds) -> float:
         """Seconds of a reader's normal equations and of codes by handing errors on."""
-        felt = program.table.get(Site(reader.site.at, "out"), Sensitivity)
-        metric = felt is not None and felt.metric is not None
         out, columns = reader.shape[0], math.prod(reader.shape[1:])
         rows, taps = self.problem_rows(reader), reader.geometry.taps
-        return effort.reconstruction(speeds, rows, columns, out, metric=metric, taps=taps)
+        return effort.reconstruction(
+            speeds, rows, columns, out, metric=has_metric(program, reader), taps=taps
+        )
 
     def problem_rows(self, reader: Reader) -> int:
         """Output positions of a reader's local problem that it draws; 0 where there is none."""
@@ -88,3 +88,9 @@ class SweepPass(JointPass):
         Raises: CalibrationError without calibration data, if some step needs it.
         """
         return sweep(program, [(step, ctx) for step, ctx in steps if isinstance(step, SweepPass)])
+
+
+def has_metric(program: Program, reader: Reader) -> bool:
+    """Whether it is known what the UNet's output feels of each channel of a reader's output."""
+    felt = program.table.get(Site(reader.site.at, "out"), Sensitivity)
+    return felt is not None and felt.metric is not None
