@@ -41,11 +41,10 @@ class RoundWeights(SweepPass):
     Where measure-sensitivity has run, `gptq` and `adaround` mind the UNet's output through the layer's, else
     the layer's alone; `damping` and `asymmetric` are those of Reconstruction. `adaround` begins with the codes
     of the method `start` and keeps those where it ends with a greater loss; `iterations`, `warmup`, the `beta`s,
-    `settling`, `loss` and `rate` are those of Annealing; `norm` is that of
-    search_range. `weighting` is what rows weigh by their timestep group, with what
-    the output feels: `adaptive` goes by the error that the nearest codes make there, see TimestepWeights.
-
-    With `where` outside-blocks the layers of residual blocks are rounded to nearest, for reconstruct-blocks to learn.
+    `settling`, `loss` and `rate` are those of Annealing; `norm` is that of search_range. `weighting` is what rows
+    weigh by their timestep group, with what the output feels: `adaptive` goes by the error that the nearest codes
+    make there, see TimestepWeights. With `where` outside-blocks the layers of residual blocks are rounded to nearest,
+    for reconstruct-blocks to learn.
 
     Units: `rows` output positions make up a layer's local problem; `groups` are parts of equal width of the
     training timesteps, for the weighting, whose exponent is `strength`.
@@ -119,19 +118,18 @@ class RoundWeights(SweepPass):
 
         Raises: CalibrationError naming the site of a weight that is not finite.
         """
-        found = blocks(turn.program) if self.where == "outside-blocks" else []
-        inside = {node for block in found for node in block.inside}
+        later = blocks(turn.program) if self.where == "outside-blocks" else []
+        left = {node for block in later for node in block.inside}
         for reader in turn.readers:
             if reader.weight is None or reader.weight_spec is None:
                 continue
             if ctx.journal.exhausted:
                 return
-            later = self.where == "outside-blocks" and turn.program.node(reader.site.at) in inside
             try:
                 if self.method != "nearest" and reader.groups > 1:
                     why = f"a convolution in {reader.groups} groups has no local problem in common; rounded to nearest"
                     ctx.journal.refuse(reader.weight, self.method, why)
-                if self.method == "nearest" or reader.groups > 1 or later:
+                if self.method == "nearest" or reader.groups > 1 or turn.program.node(reader.site.at) in left:
                     ctx.journal.apply(reader.weight, "nearest", str(reader.weight_spec))
                     yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec, self.norm)
                     yield from _own_bias(turn, reader)

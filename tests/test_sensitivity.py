@@ -164,6 +164,28 @@ def test_looks_are_not_taken_again_and_the_bits_are_those_of_a_whole_run(
         assert torch.equal(entry.metric, again[site].metric)  # type: ignore[arg-type]  # as the other
 
 
+def test_a_run_that_goes_on_in_less_memory_counts_its_looks_as_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of fewer rows would be other looks: some rows would be seen twice, others never."""
+    monkeypatch.setattr(sensitivitysweep, "_OFTEN", 0.0)
+    whole, honest, made = entries(ran()), Measurement.look, list[int]()
+
+    def interrupted(self: Measurement, chunk: Chunk) -> None:
+        made.append(len(chunk.timestep))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        honest(self, chunk)
+
+    monkeypatch.setattr(Measurement, "look", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ran(run_dir=tmp_path)
+    again = entries(ran(run_dir=tmp_path, memory=1))
+    assert made == [4, 4, 4, 4]  # the first, the one that was interrupted, and those that were left
+    for site, entry in whole.items():
+        assert torch.allclose(entry.weight, again[site].weight, rtol=1e-4)
+
+
 def test_a_budget_takes_rows_and_the_record_says_so() -> None:
     assert "MeasureSensitivity(rows=5, groups=20)" in ran(budget=1e-3).log[-1].note
     assert ran(budget=3600.0).log[-1].note == ""

@@ -15,6 +15,7 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, Codes, Entry, Table
 from dmqfx.numbers.quant import QParams
+from dmqfx.numbers.voting import nearest_full
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.blockwalk import Learned, quantized_twins
 from dmqfx.sweep.chunks import Chunk
@@ -175,11 +176,7 @@ def _like_neighbours(moved: Tensor) -> Tensor:
     Shapes: [G, 1] or [G, C].
     """
     live = (moved != 0).any(1)
-    if bool(live.all()) or not bool(live.any()):
-        return moved
-    groups = torch.arange(len(moved), device=moved.device)
-    nearest = (groups[:, None] - live.nonzero().flatten()).abs().argmin(1)
-    return moved[live][nearest]
+    return moved[nearest_full(live)] if bool(live.any()) else moved
 
 
 @dataclass(eq=False)

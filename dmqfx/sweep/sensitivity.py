@@ -19,6 +19,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.sites import CHANNEL_AXIS
 from dmqfx.graph.table import Planned, Sensitivity
 from dmqfx.numbers.ranges import search_range
+from dmqfx.numbers.voting import nearest_full
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.blockwalk import Twins
 from dmqfx.sweep.chunks import Chunk
@@ -214,8 +215,7 @@ def _weights(felt: Tensor, importance: Tensor, seen: Tensor) -> Tensor:
     live = seen > 0
     mean = weight[live].mean() if bool(live.any()) else weight.sum()
     weight = weight / mean if float(mean) > 0 else torch.ones_like(weight)
-    nearest = (torch.arange(len(seen))[:, None] - live.nonzero().flatten()).abs().argmin(1)
-    return weight[live][nearest].float()
+    return weight[nearest_full(seen)].float()
 
 
 def _energy(node: fx.Node, x: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
 
+import torch
 from tqdm import tqdm
 
 from dmqfx import processes
@@ -30,6 +32,7 @@ from dmqfx.sweep.visits import kept
 __all__ = ["measure"]
 
 _log = logging.getLogger(__name__)
+_PORTION: Final = "portion"
 _OFTEN: Final = 300.0
 """Seconds of work that a killed process may lose: what is kept is as large as the weights."""
 
@@ -59,19 +62,35 @@ def measure(program: Program, step: Measurer, ctx: PassContext) -> dict[Site, Se
         return {}
     with kept(program, data, [(step, ctx)]) as run:
         known = run.state() if processes.count() == 1 else None
-        parts, told = _planned(found, program, step, ctx, data, run)
+        begun, sums = (0, None) if known is None else known
+        plan = _planned(found, program, step, ctx, data, run, None if sums is None else int(sums[_PORTION]))
         started = speeds.clock()
-        if known is not None:
-            found.resume(known[1])
-        _look(found, parts, run, 0 if known is None else known[0], ctx)
-        tell(step.name(), speeds.clock() - started, told)
+        if sums is not None:
+            found.resume(sums)
+        _look(found, plan, run, begun, ctx)
+        tell(step.name(), speeds.clock() - started, plan.seconds)
     return found.entries()
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """The rows in parts of at most `portion` rows, and the seconds that two looks will take."""
+
+    parts: Sequence[Chunk]
+    portion: int
+    seconds: float
+
+
 def _planned(
-    found: Measurement, program: Program, step: Measurer, ctx: PassContext, data: Calibration, run: NoRun
-) -> tuple[list[Chunk], float]:
-    """Rows that are looked at together, and the seconds that two looks will take, which are said."""
+    found: Measurement,
+    program: Program,
+    step: Measurer,
+    ctx: PassContext,
+    data: Calibration,
+    run: NoRun,
+    portion: int | None,
+) -> _Plan:
+    """The plan, said in one line; a run that was begun before, whose looks are counted, goes on with its `portion`."""
     network = found.network
     largest = max(chunked(data, program, ctx.chunk), key=lambda chunk: chunk.inputs["sample"].numel())
     room = network.room(largest, ctx.memory, found.watched)
@@ -88,19 +107,18 @@ def _planned(
     estimate = Estimate(len(chosen), seconds(factor), room.nbytes)
     tell_plan(step.name(), estimate, [(step, ctx)], factor)
     warn_of_memory(room.nbytes, step, ctx)
-    parts = []
-    for chunk in shared(chunked(chosen, program, ctx.chunk), chosen, ctx.chunk):
-        rows = range(0, len(chunk.timestep), room.rows)
-        parts += [chunk.part(slice(start, start + room.rows)) for start in rows]
-    return parts, estimate.seconds
-
-
-def _look(found: Measurement, parts: Sequence[Chunk], run: NoRun, begun: int, ctx: PassContext) -> None:
-    """Both looks at all rows, but for what was seen before."""
-    looks = [
-        *(partial(found.look, part) for part in parts),
-        *(partial(found.look_again, part) for part in parts),
+    portion = room.rows if portion is None else portion
+    parts = [
+        chunk.part(slice(start, start + portion))
+        for chunk in shared(chunked(chosen, program, ctx.chunk), chosen, ctx.chunk)
+        for start in range(0, len(chunk.timestep), portion)
     ]
+    return _Plan(parts, portion, estimate.seconds)
+
+
+def _look(found: Measurement, plan: _Plan, run: NoRun, begun: int, ctx: PassContext) -> None:
+    """Both looks at all rows, but for what was seen before."""
+    looks = [partial(look, part) for look in (found.look, found.look_again) for part in plan.parts]
     if begun:
         _log.info("%d of %d looks were taken before", begun, len(looks))
     saved = speeds.clock()
@@ -109,5 +127,5 @@ def _look(found: Measurement, parts: Sequence[Chunk], run: NoRun, begun: int, ct
             look()
             bar.update()
             if processes.count() == 1 and (number == len(looks) or speeds.clock() - saved > _OFTEN):
-                run.keep(number, found.state())
+                run.keep(number, {**found.state(), _PORTION: torch.tensor(plan.portion)})
                 saved = speeds.clock()
