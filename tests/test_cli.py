@@ -281,6 +281,7 @@ def test_verify_of_a_saved_model_reads_its_files_and_runs_it(dmqfx: Ask, made: d
 def test_passes_lists_the_built_in_ones_and_tells_one(dmqfx: Ask) -> None:
     assert {"canonicalize", "insert-qdq"} <= dmqfx("passes", "--json").data.keys()
     page = dmqfx("passes", "learn-scaling").out
+    assert "weighting: Literal['uniform', " in page
     assert "preserves  bitwise" in page
     assert re.search(r"^  exponent: float = 0\.5$", page, re.MULTILINE)
 

@@ -7,6 +7,7 @@ import dataclasses
 import inspect as python
 import os
 import platform
+import typing
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -137,16 +138,18 @@ def _page(name: str, step: type[Pass]) -> str:
 
 def _facts(step: type[Pass]) -> dict[str, object]:
     facts = {key: sorted(map(str, getattr(step, key))) for key in ("requires", "provides", "clears")}
+    kinds = typing.get_type_hints(step)
     return {
         "preserves": step.preserves.value,
         **facts,
-        "options": {field.name: _option(field) for field in dataclasses.fields(step)},
+        "options": {field.name: _option(field, kinds[field.name]) for field in dataclasses.fields(step)},
         "from": step.__module__,
     }
 
 
-def _option(field: dataclasses.Field[object]) -> str:
-    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+def _option(field: dataclasses.Field[object], hint: object) -> str:
+    """Its type, with the words that are legal where it is one of some, and its default."""
+    kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     if field.default is not dataclasses.MISSING:
         return f"{kind} = {field.default!r}"
     return kind if field.default_factory is dataclasses.MISSING else f"{kind} = {field.default_factory()!r}"
