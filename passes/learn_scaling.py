@@ -26,6 +26,7 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, ChannelScale, Codes, Entry, LayerPair, Range, Sensitivity, Shift, Table
 from dmqfx.numbers import effort
+from dmqfx.numbers.afterwards import apart, loss_afterwards
 from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn, surrogate
 from dmqfx.numbers.quant import QParams
 from dmqfx.numbers.speeds import Speeds
@@ -63,6 +64,7 @@ class LearnScaling(SweepPass):
     method: Literal["smoothquant", "surrogate", "les"] = "smoothquant"
     exponent: float = 0.5
     start: Literal["best", "identity"] = "best"
+    judge: Literal["nearest", "gptq"] = "nearest"
     iterations: int = 80
     rows: int = 2048
     batch: int = 256
@@ -154,8 +156,15 @@ class LearnScaling(SweepPass):
             return starts["surrogate"], "the scale of least expected error"
         weights = TimestepWeights(self.weighting, self.groups, self.strength)
         how = Learning(self.iterations, self.rate, self.batch)
-        gamma, name, turn.loss = learn(problem, starts, how, weights, turn.generator())
-        return gamma, f"the best start, {name},"
+        if self.judge == "nearest":
+            gamma, name, turn.loss = learn(problem, starts, how, weights, turn.generator())
+            return gamma, f"the best start, {name},"
+        learned_from, judged = apart(problem)
+        gamma, _, _ = learn(learned_from, starts, how, weights, turn.generator())
+        one = torch.ones_like(gamma)
+        losses = [loss_afterwards(learned_from, judged, each) for each in (one, gamma)]
+        turn.loss = min(losses)
+        return (gamma, "") if losses[1] < losses[0] else (one, "the scale that is best with gptq's codes")
 
 
 def _forgotten(table: Table, reader: Reader) -> Table:

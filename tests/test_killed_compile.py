@@ -80,6 +80,12 @@ def turns(run: Path) -> int:
     return len(list(run.glob("*/turn-*")))
 
 
+def iterations(run: Path) -> int:
+    """How many of learn-steps are kept."""
+    kept = (path.name.split("-")[1] for path in run.glob("*-learn-steps*/state-*"))
+    return max((int(number) for number in kept if number.isdigit()), default=0)
+
+
 def content(folder: Path) -> dict[str, str]:
     """The digest of every file that holds numbers."""
     found = {
@@ -112,6 +118,30 @@ def test_a_compilation_that_is_killed_goes_on_and_ends_with_the_same_files(
     assert "tensors were finished before" in capsys.readouterr().err
     assert content(home / "torn") == content(home / "whole")
     assert not (home / "torn.run").exists()
+
+
+OFTEN = "from dmqfx.sweep import stepsweep; stepsweep._OFTEN = 0.0; import sys; from dmqfx.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def test_learning_steps_that_is_killed_goes_on_at_the_iteration_it_was_at(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process that keeps every iteration instead of those of 20 seconds."""
+    found = list[int]()
+    for wanted in (2, 6):
+        started = subprocess.Popen(
+            [sys.executable, "-c", OFTEN, *command(home, "shot")],
+            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        while iterations(home / "shot.run") < wanted and started.poll() is None:
+            time.sleep(0.002)
+        started.kill()
+        assert started.wait() == -9
+        found.append(iterations(home / "shot.run"))
+    assert 2 <= found[0] < found[1] <= 10
+    assert main(command(home, "shot")) == 0
+    assert f"{found[1]} iterations were made before" in capsys.readouterr().err
+    assert content(home / "shot") == content(home / "whole")
 
 
 def test_a_run_folder_that_was_named_stays_and_is_read(

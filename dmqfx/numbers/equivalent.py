@@ -43,6 +43,17 @@ class Input:
             return low, high
         return low.amin(1, keepdim=True), high.amax(1, keepdim=True)
 
+    def rounded(self, gamma: Tensor, shares: tuple[Tensor, Tensor], rows: Tensor | slice) -> Tensor:
+        """Some rows of x / gamma as they are deployed, with gradients; `shares` of the ranges are covered.
+
+        Shapes: [n, C * taps].
+        """
+        group, (low, high) = self.group[rows], self.ends(gamma)
+        scale, zero = _grid(low * shares[0], high * shares[1], self.spec)
+        if self.spec.per == "channel":
+            scale, zero = (each.repeat_interleave(self.taps, 1) for each in (scale, zero))
+        return _rounded(self.values[rows] / self.columns(gamma), scale[group], zero[group], self.spec)
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -73,6 +84,11 @@ class Scaling:
     importance: Tensor
     group: Tensor
 
+    def part(self, rows: Tensor) -> Scaling:
+        """The problem of some of its rows: a mask or indices [n]."""
+        given = replace(self.given, values=self.given.values[rows], group=self.given.group[rows])
+        return Scaling(given, self.layers, self.importance[rows], self.group[rows])
+
     def shares(self, gamma: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
         """What part of its whole range each grid covers best, for a scale: the input's ends and the weights'."""
         low, high = self.given.ends(gamma)
@@ -99,15 +115,10 @@ class Scaling:
 
         Shapes: gamma [C]; rows picks n of the N; returns [n].
         """
-        given, columns = self.given, self.given.columns(gamma)
-        x, group = given.values[rows] / columns, given.group[rows]
-        (low, high), weights = self.given.ends(gamma), shares[1]
-        scale, zero = _grid(low * shares[0][0], high * shares[0][1], given.spec)
-        if given.spec.per == "channel":
-            scale, zero = (each.repeat_interleave(given.taps, 1) for each in (scale, zero))
-        rounded = _rounded(x, scale[group], zero[group], given.spec)
+        columns = self.given.columns(gamma)
+        x, rounded = self.given.values[rows] / columns, self.given.rounded(gamma, shares[0], rows)
         total = x.new_zeros(len(x))
-        for layer, share in zip(self.layers, weights, strict=True):
+        for layer, share in zip(self.layers, shares[1], strict=True):
             scaled = layer.weight * columns
             ends = _weight_ends(scaled, layer.spec)
             steps, zeros = _grid(ends[0] * share, ends[1] * share, layer.spec)

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
+from dmqfx.calibration.rows import Rows
 from dmqfx.graph.program import Program
 
-__all__ = ["Chunk", "chunked", "mixed", "own_rows", "shared"]
+__all__ = ["Chunk", "chunked", "held_out", "mixed", "own_rows", "shared"]
 
 _Batch = TypeVar("_Batch")
+_FEWEST = 3  # samples of which one may be held out
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,20 +57,70 @@ def chunked(data: Calibration, program: Program, size: int) -> Iterator[Chunk]:
 
 
 def mixed(
-    data: Calibration, program: Program, rows: int, size: int, generator: torch.Generator
+    data: Calibration,
+    program: Program,
+    rows: int,
+    size: int,
+    generator: torch.Generator,
+    among: Tensor | None = None,
 ) -> list[Chunk]:
-    """At most so many rows to learn from, in random order, so that every batch has all sorts of timesteps."""
-    start, numbered = 0, []
-    for group in data.groups:
-        numbered.append(replace(group, step=torch.arange(start, start + len(group))))
-        start += len(group)
-    chosen = replace(data, groups=tuple(numbered)).select(rows, generator)
+    """At most so many rows to learn from, in random order, so that every batch has all sorts of timesteps.
+
+    Shapes: among int64 [n], numbers of the rows to choose from; all, unless said.
+    """
+    chosen = _numbered(data, among).select(rows, generator)
     groups = (group.take(torch.randperm(len(group), generator=generator)) for group in chosen.groups)
-    shuffled = replace(chosen, groups=tuple(groups))
-    numbers = shuffled.steps().tolist()
+    return _in_batches(replace(chosen, groups=tuple(groups)), program, size)
+
+
+def held_out(data: Calibration, parts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Numbers of the rows to learn from, and of those to judge by: one in so many samples drawn, and at least one.
+
+    A sample is drawn by a trajectory, or by the two of a guided pair, which share their latents. With fewer than
+    three samples all rows are to learn from.
+
+    Shapes: int64 [n] each, in order.
+    """
+    drawn = torch.cat(
+        [torch.empty(0, 2, dtype=torch.int64), *map(_drawn, range(len(data.groups)), data.groups)]
+    )
+    known, own = torch.unique(drawn, dim=0, return_inverse=True)
+    if len(known) < _FEWEST:
+        return torch.arange(len(own)), torch.empty(0, dtype=torch.int64)
+    judges = torch.randperm(len(known), generator=generator)[: max(1, len(known) // parts)]
+    judging = torch.isin(own, judges)
+    return (~judging).nonzero()[:, 0], judging.nonzero()[:, 0]
+
+
+def _drawn(k: int, group: Rows) -> Tensor:
+    """Which sample each row of the k-th group belongs to: the latent at the last step of its trajectory.
+
+    Shapes: int64 [rows, 2].
+    """
+    last, latents = dict[int, tuple[int, int]](), group.columns["sample"].index.tolist()
+    trajectories = group.trajectory.tolist()
+    for each, step, latent in zip(trajectories, group.step.tolist(), latents, strict=True):
+        last[each] = max(last.get(each, (step, latent)), (step, latent))
+    return torch.tensor([(k, last[each][1]) for each in trajectories], dtype=torch.int64)
+
+
+def _numbered(data: Calibration, among: Tensor | None) -> Calibration:
+    """The data with the rows' numbers in place of their steps; some of them, if it is said which."""
+    start, groups = 0, list[Rows]()
+    for group in data.groups:
+        numbers = torch.arange(start, start + len(group))
+        inside = torch.arange(len(group)) if among is None else torch.isin(numbers, among).nonzero()[:, 0]
+        if len(inside):
+            groups.append(replace(group, step=numbers).take(inside))
+        start += len(group)
+    return replace(data, groups=tuple(groups))
+
+
+def _in_batches(numbered: Calibration, program: Program, size: int) -> list[Chunk]:
+    numbers = numbered.steps().tolist()
     return [
         replace(chunk, recorded=numbers[chunk.first : chunk.first + len(chunk.timestep)])
-        for chunk in chunked(shuffled, program, size)
+        for chunk in chunked(numbered, program, size)
     ]
 
 

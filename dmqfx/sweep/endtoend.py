@@ -28,6 +28,7 @@ __all__ = ["FARTHEST", "Descent", "Objective", "Steps"]
 FARTHEST = 2.0
 """What a step may be multiplied or divided by at most."""
 _BIAS_STEPS = 8.0  # a bias moves in steps of its channel's weight, these at a time
+_HALVINGS = 3
 _WEIGHTS_SHARE = 0.2  # of the rate, for the steps of weights
 
 
@@ -132,6 +133,12 @@ class Steps:
                 found["bias"] = self._bias(Site(site.at, "bias"), site).to(weight)
         return found
 
+    def scale(self, factor: float) -> None:
+        """Go so many times as far from where everything was."""
+        with torch.no_grad():
+            for each in self.numbers:
+                each.mul_(factor)
+
     def entries(self) -> dict[Site, Entry]:
         """What the table gets."""
         with torch.no_grad():
@@ -208,6 +215,18 @@ class Objective:
             error = self._errors(steps)
         live = self.weight > 0
         return float((error * self.weight)[live].mean()) if bool(live.any()) else 0.0
+
+    def settle(self, steps: Steps) -> float:
+        """Go back half of the way as long as that leaves less, at most to an eighth of it; what is left then."""
+        left = self.left(steps)
+        for _ in range(_HALVINGS):
+            steps.scale(0.5)
+            nearer = self.left(steps)
+            if not nearer < left:
+                steps.scale(2.0)
+                break
+            left = nearer
+        return left
 
     def loss(self, k: int, rows: slice, steps: Steps, learned: Learned) -> Tensor:
         """The sum over some rows of a chunk."""

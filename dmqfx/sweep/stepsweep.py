@@ -22,7 +22,7 @@ from dmqfx.graph.table import Entry
 from dmqfx.numbers import speeds
 from dmqfx.numbers.speeds import second_time
 from dmqfx.sweep.budget import scaled
-from dmqfx.sweep.chunks import Chunk, mixed
+from dmqfx.sweep.chunks import Chunk, held_out, mixed
 from dmqfx.sweep.endtoend import Descent, Objective, Steps
 from dmqfx.sweep.estimate import Estimate, tell
 from dmqfx.sweep.finite import refuse_broken_weights
@@ -36,7 +36,8 @@ __all__ = ["Found", "learn_steps"]
 _log = logging.getLogger(__name__)
 _OFTEN: Final = 20.0
 """Seconds of learning that a killed process may lose, and an iteration."""
-_FEW: Final = 64
+_ONE_IN: Final = 16
+"""Of so many samples one is not learned from, and judges."""
 _BETAS: Final = (0.9, 0.99)
 
 
@@ -55,10 +56,14 @@ class StepLearner(Learner, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What learning came to: entries, and the share of the error that is left, the mean over timestep groups."""
+    """What learning came to: entries, and the share of the error that is left, the mean over timestep groups.
+
+    `unseen` says whether that is counted on rows that it did not learn from.
+    """
 
     entries: dict[Site, Entry]
     left: float
+    unseen: bool
 
 
 def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
@@ -79,12 +84,14 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
         network = Network(program, sparing=plan.room.sparing)
         steps, started = Steps(program, program.table, network.nodes), speeds.clock()
         objective = Objective(network, plan.chunks, edges)
+        judge = Objective(network, plan.judged, edges) if plan.judged else objective
         with tqdm(total=plan.step.iterations, desc=step.name(), disable=not ctx.progress) as bar:
-            objective.begin(steps)
+            for each in {objective, judge}:
+                each.begin(steps)
             _descend(objective, steps, plan, run, ctx, bar)
-        left = objective.left(steps)
+        left = judge.settle(steps) if plan.judged else judge.left(steps)
         tell(step.name(), speeds.clock() - started, plan.seconds)
-    return Found(steps.entries(), left)
+    return Found(steps.entries(), left, bool(plan.judged))
 
 
 def _descend(
@@ -172,11 +179,13 @@ def _resumed(run: NoRun, steps: Steps, adam: torch.optim.Adam) -> int:
 class _Plan:
     """The pass and its rows as a time budget and the memory want them.
 
-    Units: `chunks` are this process's share of every batch, `whole` the rows of all of it; seconds of all.
+    Units: `chunks` are this process's share of every batch, `whole` the rows of all of it, `judged` its share of what
+    judges; seconds of all.
     """
 
     step: StepLearner
     chunks: Sequence[Chunk]
+    judged: Sequence[Chunk]
     whole: Sequence[int]
     room: Room
     factor: float
@@ -187,31 +196,42 @@ def _planned(
     program: Program, step: StepLearner, ctx: PassContext, data: Calibration, factor: float | None
 ) -> _Plan:
     """The plan, said in one line; `factor` is given where a run had already settled it."""
+    learning, judging = held_out(data, _ONE_IN, ctx.generator())
     largest = max(
         mixed(data, program, step.rows, step.batch, ctx.generator()),
         key=lambda chunk: chunk.inputs["sample"].numel(),
     )
     trial = _Trial.of(program, largest, step.batch, ctx.memory)
 
+    def counts(changed: StepLearner) -> tuple[int, int]:
+        return min(changed.rows, len(learning)), min(
+            max(changed.batch, changed.rows // _ONE_IN), len(judging)
+        )
+
     def seconds(factor: float) -> float:
         changed = scaled(step, factor)
-        return trial.seconds(min(changed.rows, len(data)), changed.iterations)
+        return trial.seconds(*counts(changed), changed.iterations)
 
     factor = processes.agreed(settled(factor, ctx, seconds))
     changed = scaled(step, factor)
-    estimate = Estimate(min(changed.rows, len(data)), seconds(factor), trial.room.nbytes)
+    rows = counts(changed)
+    estimate = Estimate(sum(rows), seconds(factor), trial.room.nbytes)
     tell_plan(step.name(), estimate, [(step, ctx)], factor)
     warn_of_memory(trial.room.nbytes, step, ctx)
-    if estimate.rows < _FEW:
+    if not rows[1]:
         _log.warning(
-            "%s learns from %d calibration rows, which it will know by heart: others may get worse\n"
-            "  mend: record more prompts, or no %s in the policy", step.name(), estimate.rows, step.name(),
+            "%s learns from %d calibration rows of one or two samples, and none is left to judge it by: other calls may "
+            "get worse\n  mend: record more prompts, or no %s in the policy", step.name(), rows[0], step.name(),
         )  # fmt: skip
-    whole = mixed(data, program, changed.rows, changed.batch, ctx.generator())
-    parts = processes.count()
-    own = [chunk.part(slice(processes.rank(), None, parts)) for chunk in whole]
-    counts = [len(chunk.timestep) for chunk in whole]
-    return _Plan(changed, own, counts, trial.room, factor, estimate.seconds)
+    whole, judged = (
+        mixed(data, program, count, step.batch, ctx.generator(), among) if count else []
+        for count, among in zip(rows, (learning, judging), strict=True)
+    )
+    parts = slice(processes.rank(), None, processes.count())
+    own, judges = ([chunk.part(parts) for chunk in chunks] for chunks in (whole, judged))
+    return _Plan(
+        changed, own, judges, [len(chunk.timestep) for chunk in whole], trial.room, factor, estimate.seconds
+    )
 
 
 @dataclass(frozen=True)
@@ -250,10 +270,8 @@ class _Trial:
         iterate = second_time(program.device, step)
         return _Trial(real / rows, quantized / rows, iterate / rows, batch, room)
 
-    def seconds(self, rows: int, iterations: int) -> float:
-        """Of learning: two looks of the quantized network, one of the float one, and the iterations."""
-        own = rows / processes.count()
-        return (
-            own * (self.real + 2 * self.quantized)
-            + iterations * min(self.batch, rows) / processes.count() * self.iterate
-        )
+    def seconds(self, rows: int, judged: int, iterations: int) -> float:
+        """Of learning: looks of the float network and of the quantized one, and the iterations."""
+        looks = (1, 4) if judged else (2, 0)  # of the quantized network, at either kind of rows
+        seen = (rows + judged) * self.real + (rows * looks[0] + judged * looks[1]) * self.quantized
+        return (seen + iterations * min(self.batch, rows) * self.iterate) / processes.count()
