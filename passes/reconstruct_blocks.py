@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from dmqfx.graph.address import Site
-from dmqfx.graph.blocks import Block, blocks
+from dmqfx.graph.blocks import Block, units
 from dmqfx.graph.facts import CORRECTED, QDQ, ROUNDED, Fact
 from dmqfx.graph.modules import label
 from dmqfx.graph.options import above, at_least, between
@@ -26,10 +26,11 @@ from dmqfx.sweep.reconstruct import Reconstructed, layers_with_codes, reconstruc
 class ReconstructBlocks(Pass):
     """Let the weights of each residual block move to the other code beside them, for the block's output's sake.
 
-    A code is the one that round-weights chose, or its neighbour on the side of the weight. What comes into a
-    block is the network as quantized so far, what should come out the float block's output: of the same inputs,
-    or with `asymmetric` 1 of the float ones. Where measure-sensitivity has run, an error counts by what the
-    UNet's output feels of it. A block whose loss on all rows is no less keeps its codes.
+    Residual blocks of one module in a row are one: the attentions and the feed-forward layer of a transformer block.
+    A code is the one that round-weights chose, or its neighbour on the side of the weight. What comes into a block is
+    the network as quantized so far, what should come out the float block's output: of the same inputs, or with
+    `asymmetric` 1 of the float ones. Where measure-sensitivity has run, an error counts by what the UNet's output
+    feels of it. A block whose loss on all rows is no less keeps its codes.
 
     Units: `rows` of calibration, timesteps in equal shares; `batch` of them at a time; `iterations`, `rate`,
     `warmup`, the `beta`s, `settling` and `loss` are those of Annealing, a relative loss counting as 1 per weight at
@@ -81,7 +82,7 @@ class ReconstructBlocks(Pass):
 
     def _wanted(self, program: Program, ctx: PassContext) -> list[Block]:
         """The blocks to learn; the others are refused with the reason."""
-        found = blocks(program)
+        found = units(program)
         inside = {node for block in found for node in block.inside}
         for node in program.calls("conv2d", "linear"):
             if node not in inside:

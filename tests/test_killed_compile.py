@@ -120,7 +120,11 @@ def test_a_compilation_that_is_killed_goes_on_and_ends_with_the_same_files(
     assert not (home / "torn.run").exists()
 
 
-OFTEN = "from dmqfx.sweep import stepsweep; stepsweep._OFTEN = 0.0; import sys; from dmqfx.cli import main; sys.exit(main(sys.argv[1:]))"
+OFTEN = """import sys
+from dmqfx.cli import main
+from dmqfx.sweep import stepsweep
+stepsweep._OFTEN = 0.0
+sys.exit(main(sys.argv[1:]))"""
 
 
 def test_learning_steps_that_is_killed_goes_on_at_the_iteration_it_was_at(

@@ -15,10 +15,12 @@ from sweeping import bits, chain
 from torch import Tensor
 
 import dmqfx
+from dmqfx import emoji
 from dmqfx.errors import CalibrationError, VerifyError
-from dmqfx.graph.blocks import Block, blocks
+from dmqfx.frontend.capture import capture
+from dmqfx.graph.blocks import Block, blocks, units
 from dmqfx.graph.journal import Journal
-from dmqfx.graph.modules import label
+from dmqfx.graph.modules import is_fixed, label
 from dmqfx.graph.pipeline import run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
@@ -69,6 +71,30 @@ def test_blocks_are_found_between_a_tensor_and_the_addition_that_takes_it_back()
     for block in found:
         assert block.read_outside is None
         assert not set(block.inputs) & set(block.inside)
+
+
+def test_residual_blocks_of_one_module_in_a_row_are_one_unit() -> None:
+    apart, found = blocks(before()), units(before())
+    assert [str(each.at) for each in found] == ["down/add#1", "mid/add#1", "up.0/add#1", "up.1/add#1"]
+    joined = found[1]
+    assert joined.inside == (*apart[1].inside, *apart[2].inside)
+    assert joined.arms == apart[2].arms
+    assert apart[1].out not in joined.inputs
+    assert not set(joined.inputs) & set(joined.inside)
+    reads = {read for node in joined.inside for read in node.all_input_nodes if not is_fixed(read)}
+    assert set(joined.inputs) == reads - set(joined.inside)
+
+
+def test_a_transformer_block_is_one_unit_and_a_resnet_block_another() -> None:
+    program = capture(emoji.load_unet())
+    found = [str(each.at) for each in units(program)]
+    assert "mid_block.attentions.0.transformer_blocks.0/add#2" in found
+    assert "mid_block.resnets.0/add#1" in found
+    assert not any(
+        each.endswith(("transformer_blocks.0/add", "transformer_blocks.0/add#1")) for each in found
+    )
+    layers = {label(node) for each in units(program) for node in each.inside}
+    assert layers == {label(node) for each in blocks(program) for node in each.inside}
 
 
 def test_layers_of_blocks_can_be_left_to_it() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dmqfx.numbers.weighting import TimestepWeights, Weighting
 
-KINDS: tuple[Weighting, ...] = ("uniform", "linear", "quadratic", "adaptive", "published")
+KINDS: tuple[Weighting, ...] = ("uniform", "linear", "quadratic", "adaptive", "focal", "published")
 
 
 @given(seed=st.integers(0, 2**31), groups=st.integers(2, 20), strength=st.floats(0, 25))
@@ -27,6 +27,17 @@ def test_the_mended_weights_have_mean_one_and_favour_groups_of_small_loss(
     by_group = torch.tensor([float(found[group == k][0]) for k in present])
     average = weights.average[present]
     assert bool((by_group[average.argsort()].diff() <= 1e-6).all())
+
+
+def test_without_renormalisation_the_weights_are_the_same_by_a_factor_and_at_most_one() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    mended, focal = TimestepWeights("adaptive", 5, 3.0), TimestepWeights("focal", 5, 3.0)
+    for _ in range(4):
+        group, losses = torch.randint(5, (16,), generator=drawn), torch.rand(16, generator=drawn)
+        one, two = mended(losses, group), focal(losses, group)
+        torch.testing.assert_close(one, two / two.mean())
+        assert float(two.max()) <= 1
+        assert float(two.mean()) < 0.9
 
 
 def test_an_absent_group_keeps_its_average_in_the_mended_form_and_decays_in_the_published_one() -> None:

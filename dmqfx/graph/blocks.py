@@ -13,7 +13,7 @@ from dmqfx.graph.address import Address
 from dmqfx.graph.modules import is_fixed, label
 from dmqfx.graph.program import Program
 
-__all__ = ["Block", "blocks"]
+__all__ = ["Block", "blocks", "units"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,30 @@ def blocks(program: Program) -> list[Block]:
             taken.update(block.inside)
             smallest.add(block)
     return [block for block in found if block in smallest]
+
+
+def units(program: Program) -> list[Block]:
+    """Residual blocks of one module in a row, joined: a resnet block, the attentions and the feed-forward of a transformer.
+
+    A unit begins where its first block does, and ends with the addition of its last.
+    """
+    found = list[Block]()
+    for block in blocks(program):
+        if found and _goes_on(found[-1], block):
+            block = _joined(found.pop(), block)
+        found.append(block)
+    return found
+
+
+def _goes_on(one: Block, two: Block) -> bool:
+    """Whether a block of the same module takes on what another puts out, and nothing else does."""
+    return one.at.path == two.at.path and one.out in two.inputs and set(one.out.users) <= set(two.inside)
+
+
+def _joined(one: Block, two: Block) -> Block:
+    inside = (*one.inside, *two.inside)
+    inputs = dict.fromkeys(each for each in (*one.inputs, *two.inputs) if each not in inside)
+    return Block(inside, tuple(inputs), two.arms)
 
 
 class _Search:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["TimestepWeights", "Weighting"]
 
-Weighting = Literal["uniform", "linear", "quadratic", "adaptive", "published"]
+Weighting = Literal["uniform", "linear", "quadratic", "adaptive", "focal", "published"]
 
 
 class TimestepWeights:
@@ -17,9 +17,9 @@ class TimestepWeights:
 
     `adaptive` is a focal weight (1 - share)^strength, where share is a group's part of all groups' average
     losses: the groups of small loss decide. The averages are exponential, of each group's mean loss, updated
-    where the group is present; weights are 1 in the mean of a batch. `published` averages each group's *sum*,
-    lets absent groups decay, and keeps the weights as they are, as DMQ does. `linear` and `quadratic` fall from
-    1 + strength at the noisiest group to 1.
+    where the group is present; weights are 1 in the mean of a batch. `focal` is the same without that: weights as
+    they are, 1 at most. `published` is `focal` by averages of each group's *sum*, in which absent groups decay, as in
+    DMQ. `linear` and `quadratic` fall from 1 + strength at the noisiest group to 1.
 
     Source: DMQ (arXiv 2507.12933), adaptive timestep weighting.
     Example:
