@@ -15,7 +15,7 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Range, Shift
 from dmqfx.numbers import effort
-from dmqfx.numbers.fitting import Ends, Sample, percentile, row_average, search
+from dmqfx.numbers.fitting import MOMENTUM, PERCENT, Ends, Sample, percentile, search
 from dmqfx.numbers.quant import QuantSpec, params_from_range
 from dmqfx.numbers.speeds import Speeds
 from dmqfx.runtime.operators import timestep_group
@@ -41,8 +41,8 @@ class FitRanges(SweepPass):
     provides: ClassVar[frozenset[Fact]] = frozenset({FITTED})
     clears: ClassVar[frozenset[Fact]] = frozenset({SHIFTED, STEPPED})
     rows: int = 8192
-    percent: float = 99.99
-    momentum: float = 0.95
+    percent: float = PERCENT
+    momentum: float = MOMENTUM
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -83,7 +83,7 @@ class FitRanges(SweepPass):
             return seen.low, seen.high
         low, high = seen.low.amin(1).clamp(max=0), seen.high.amax(1).clamp(min=0)
         if spec.range == "ema":
-            found = row_average(*self._extremes(turn, reader, spec), (low, high), self.momentum)
+            found = turn.row_extremes(spec.boundaries, self.momentum).average((low, high), turn.gamma(reader))
         elif spec.range == "mse":
             found = search((low, high), self._sample(turn, reader, spec), spec)
         else:
@@ -98,16 +98,6 @@ class FitRanges(SweepPass):
         return Sample(
             values, _groups(spec, rows.timestep), values.new_ones(values.shape[1]) if felt is None else felt
         )
-
-    def _extremes(self, turn: Turn, reader: Reader, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
-        """Least and greatest value of every calibration row, and its group."""
-        gamma, found = turn.gamma(reader), list[tuple[Tensor, Tensor, Tensor]]()
-        for batch in turn.batches:
-            x = batch.quantized.movedim(turn.axis, -1)
-            x = (x if gamma is None else x / gamma.to(x)).flatten(1)
-            found.append((x.amin(1), x.amax(1), _groups(spec, batch.timestep)))
-        low, high, group = (turn.batches.gather(torch.cat(each)) for each in zip(*found, strict=True))
-        return low, high, group
 
 
 def _groups(spec: QuantSpec, timestep: Tensor) -> Tensor:

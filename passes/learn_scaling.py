@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -26,7 +26,6 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, ChannelScale, Codes, Entry, LayerPair, Range, Sensitivity, Shift, Table
 from dmqfx.numbers import effort
-from dmqfx.numbers.afterwards import apart, loss_afterwards
 from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn, surrogate
 from dmqfx.numbers.quant import QParams
 from dmqfx.numbers.speeds import Speeds
@@ -48,8 +47,9 @@ class LearnScaling(SweepPass):
     `smoothquant` needs no more than observed ranges. `surrogate` minimizes the error that steps of this size are
     expected to make. `les` takes the best of several closed forms and the surrogate's, and learns on from there:
     what the layers make of x / gamma and W * gamma, both rounded as planned, shall differ least from the float
-    product; what measure-sensitivity knows of the output counts. A scale that is no better than its start is not
-    taken. With `start` identity it begins at 1, as published. `weighting` is that of timestep groups while learning.
+    product; what measure-sensitivity knows of the output counts, and so do shifts that were voted on before. A scale
+    that is no better than its start is not taken. As published, it begins at 1 with `start` identity, and weights
+    have the range of their extremes with `weights` extremes. `weighting` is that of timestep groups while learning.
 
     Units: exponent 0..1 is the share of the difficulty that moves from the activation into the weight; `rows`
     output positions make up a problem, `batch` of them a step of Adam of rate `rate` on log gamma; `groups` are
@@ -64,7 +64,7 @@ class LearnScaling(SweepPass):
     method: Literal["smoothquant", "surrogate", "les"] = "smoothquant"
     exponent: float = 0.5
     start: Literal["best", "identity"] = "best"
-    judge: Literal["nearest", "gptq"] = "nearest"
+    weights: Literal["planned", "extremes"] = "planned"
     iterations: int = 80
     rows: int = 2048
     batch: int = 256
@@ -142,6 +142,8 @@ class LearnScaling(SweepPass):
         rows = turn.rows(readers[0], self.rows)
         if len(fit) < len(readers):
             return torch.ones_like(peaks[0]), "the start of layers in groups, or of different windows,"
+        if self.weights == "extremes":
+            fit = [_by_extremes(reader) for reader in fit]
         edges = torch.tensor([ctx.train_timesteps * k / self.groups for k in range(1, self.groups)])
         problem = _problem(
             turn, fit, seen, rows, timestep_group(rows.timestep, edges.to(rows.timestep.device))
@@ -156,15 +158,8 @@ class LearnScaling(SweepPass):
             return starts["surrogate"], "the scale of least expected error"
         weights = TimestepWeights(self.weighting, self.groups, self.strength)
         how = Learning(self.iterations, self.rate, self.batch)
-        if self.judge == "nearest":
-            gamma, name, turn.loss = learn(problem, starts, how, weights, turn.generator())
-            return gamma, f"the best start, {name},"
-        learned_from, judged = apart(problem)
-        gamma, _, _ = learn(learned_from, starts, how, weights, turn.generator())
-        one = torch.ones_like(gamma)
-        losses = [loss_afterwards(learned_from, judged, each) for each in (one, gamma)]
-        turn.loss = min(losses)
-        return (gamma, "") if losses[1] < losses[0] else (one, "the scale that is best with gptq's codes")
+        gamma, name, turn.loss = learn(problem, starts, how, weights, turn.generator())
+        return gamma, f"the best start, {name},"
 
 
 def _forgotten(table: Table, reader: Reader) -> Table:
@@ -178,6 +173,12 @@ def _forgotten(table: Table, reader: Reader) -> Table:
         for kind in kinds:
             table = table.drop(site, kind)
     return table
+
+
+def _by_extremes(reader: Reader) -> Reader:
+    """With a range of the weight that is that of its extremes."""
+    spec = reader.weight_spec
+    return reader if spec is None else replace(reader, weight_spec=replace(spec, range="minmax"))
 
 
 def _boundaries(readers: Sequence[Reader]) -> tuple[float, ...]:
@@ -197,7 +198,10 @@ def _problem(turn: Turn, readers: Sequence[Reader], seen: Range, rows: Rows, gro
         felt = turn.table.get(Site(reader.site.at, "out"), Sensitivity)
         layers.append(Layer(weight, reader.weight_spec, _root(felt, weight)))
         importance += 1 if felt is None else felt.of(rows.timestep).to(importance)
-    given = Input(rows.quantized, own, seen.low, seen.high, spec, rows.taps)
+    by_row = turn.row_extremes(spec.boundaries) if spec.range == "ema" else None
+    voted = turn.table.get(readers[0].site, Shift)
+    finer = None if voted is None else voted.factor.expand(len(seen.low), -1)
+    given = Input(rows.quantized, own, seen.low, seen.high, spec, rows.taps, by_row, finer)
     power = sum(float((rows.quantized @ each.weight.T @ each.root).square().sum(1).mean()) for each in layers)
     return Scaling(given, layers, importance / (len(readers) * power if power > 0 else 1.0), group)
 

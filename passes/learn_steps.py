@@ -21,8 +21,8 @@ class LearnSteps(Pass):
     where the squared error of the UNet's output is less, on inputs and with targets of the float trajectory;
     codes and zero points stay. No step is more than doubled or halved. The error of every group of timesteps
     counts relative to what it was, so that none drowns the others. One in 16 of the samples that were drawn for
-    calibration (the rows of a trajectory, or of a guided pair) is not learned from: if a shorter way leaves it less
-    error, that is gone, and if none leaves less than there was in the mean over groups, nothing is taken.
+    calibration (the rows of a trajectory, or of a guided pair) is not learned from and judges: if no less is left to it
+    in the mean over groups, only a half, a quarter or an eighth of the way is gone, and if that is no better, none.
 
     Units: `rows` of calibration, timesteps in equal shares; `batch` of them in each of the `iterations`;
     `groups` of equal width that the training timesteps are cut into; `rate` and `warmup` are those of Descent.

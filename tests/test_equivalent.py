@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn, surrogate
+from dmqfx.numbers.fitting import RowExtremes, Sample, percentile
 from dmqfx.numbers.quant import QuantSpec, fake_quantize, params_from_range
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.weighting import TimestepWeights
@@ -26,6 +27,7 @@ def problem(
     outlier: float = 1.0,
     taps: int = 1,
     layers: int = 1,
+    shifted: bool = False,
 ) -> Scaling:
     """Eight channels, of which the last is larger; three timestep groups."""
     drawn = torch.Generator().manual_seed(seed)
@@ -42,6 +44,8 @@ def problem(
         torch.stack([part.amax(1) for part in parts]),
         spec,
         taps,
+        RowExtremes(values.amin(2), values.amax(2), own),
+        2.0 ** -torch.randint(3, (len(parts), 8), generator=drawn) if shifted else None,
     )
     made = [
         Layer(torch.randn(5, 8 * taps, generator=drawn), weight, torch.randn(5, 5, generator=drawn))
@@ -50,10 +54,35 @@ def problem(
     return Scaling(given, made, 0.5 + torch.rand(300, generator=drawn), group)
 
 
+def fitted(given: Input, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends as fit-ranges finds them for x / gamma."""
+    if given.spec.range in ("minmax", "mse"):
+        return given.ends(gamma)
+    x = given.values.view(len(given.values), -1, given.taps) / gamma[:, None]
+    ends = [[], []]  # type: list[list[Tensor]]
+    for k in range(len(given.low)):
+        own = x[given.group == k].flatten(1)
+        if given.spec.range == "ema":
+            seen = [own[0].min(), own[0].max()]
+            for row in own[1:]:
+                seen = [0.95 * a + 0.05 * b for a, b in zip(seen, (row.min(), row.max()), strict=True)]
+        else:
+            sample = Sample(own, torch.zeros(len(own), dtype=torch.int64), torch.ones(own.shape[1]))
+            seen = [end[0] for end in percentile((own.min()[None], own.max()[None]), sample, 99.99)]
+        for end, value in zip(ends, seen, strict=True):
+            end.append(value)
+    return torch.stack(ends[0])[:, None].clamp(max=0), torch.stack(ends[1])[:, None].clamp(min=0)
+
+
 def deployed(of: Scaling, gamma: Tensor) -> Tensor:
     """The error in each row, by the arithmetic of the deployed graph."""
     given, columns = of.given, of.given.columns(gamma)
-    params = params_from_range(*given.ends(gamma), given.spec, None if given.spec.per == "tensor" else 1)
+    params = params_from_range(*fitted(given, gamma), given.spec, None if given.spec.per == "tensor" else 1)
+    if given.finer is not None:
+        finer = given.finer.repeat_interleave(given.taps, 1)
+        params = replace(
+            params, scale=params.scale * finer, zero_point=params.zero_point.expand(finer.shape), axis=1
+        )
     if given.spec.per == "channel":
         params = replace(
             params,
@@ -78,12 +107,17 @@ def deployed(of: Scaling, gamma: Tensor) -> Tensor:
     weight=st.sampled_from([WEIGHT, QuantSpec(4, "affine", per="tensor"), replace(WEIGHT, range="mse")]),
     taps=st.sampled_from([1, 4]),
     layers=st.integers(1, 2),
+    how=st.sampled_from(["minmax", "ema", "percentile"]),
+    shifted=st.booleans(),
 )
 def test_the_loss_is_the_error_of_the_deployed_layers(
-    seed: int, grid: str, per: str, edges: tuple[float, ...], weight: QuantSpec, taps: int, layers: int
-) -> None:
-    spec = QuantSpec(6, grid, per=per, boundaries=edges)  # type: ignore[arg-type]  # of the words
-    of = problem(seed, spec, weight, outlier=5.0, taps=taps, layers=layers)
+    seed: int, grid: str, per: str, edges: tuple[float, ...], weight: QuantSpec, taps: int, layers: int, how: str,
+    shifted: bool,
+) -> None:  # fmt: skip
+    """With ranges as fit-ranges finds them, and the steps of shifts where there are some."""
+    how, shifted = (how, shifted) if per == "tensor" else ("minmax", False)
+    spec = QuantSpec(6, grid, per=per, boundaries=edges, range=how)  # type: ignore[arg-type]  # of the words
+    of = problem(seed, spec, weight, outlier=5.0, taps=taps, layers=layers, shifted=shifted)
     gamma = torch.rand(8, generator=torch.Generator().manual_seed(seed)) + 0.5
     found = of.losses(gamma, of.shares(gamma), slice(None))
     # A value in the middle between two codes may fall to either side.

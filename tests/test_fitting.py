@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmqfx.numbers.fitting import Sample, percentile, row_average, search
+from dmqfx.numbers.fitting import RowExtremes, Sample, percentile, search
 from dmqfx.numbers.quant import QuantSpec, fake_quantize, params_from_range
 
 SPEC = QuantSpec(6, range="mse")
@@ -126,11 +126,27 @@ def test_a_percentile_leaves_its_share_outside(percent: float, seed: int) -> Non
 
 
 def test_the_average_of_rows_is_begun_anew_in_every_group() -> None:
-    low, high, group = (
-        torch.tensor([-4.0, -2.0, -8.0]),
-        torch.tensor([4.0, 2.0, 8.0]),
-        torch.tensor([0, 0, 1]),
-    )
-    found = row_average(low, high, group, (torch.tensor([-4.0, -8, -1]), torch.tensor([4.0, 8, 1])), 0.75)
+    low, high = torch.tensor([-4.0, -2.0, -8.0])[:, None], torch.tensor([4.0, 2.0, 8.0])[:, None]
+    rows = RowExtremes(low, high, torch.tensor([0, 0, 1]), 0.75)
+    found = rows.average((torch.tensor([-4.0, -8, -1]), torch.tensor([4.0, 8, 1])))
     assert found[0].tolist() == [-3.5, -8.0, -1.0]
     assert found[1].tolist() == [3.5, 8.0, 1.0]
+
+
+@given(seed=st.integers(0, 2**31), momentum=st.floats(0, 0.99), scaled=st.booleans())
+def test_the_average_of_rows_is_that_of_an_observer_that_sees_one_after_the_other(
+    seed: int, momentum: float, scaled: bool
+) -> None:
+    drawn = torch.Generator().manual_seed(seed)
+    x, group = torch.randn(12, 3, 7, generator=drawn), torch.randint(3, (12,), generator=drawn)
+    gamma = torch.rand(3, generator=drawn) + 0.5 if scaled else None
+    seen = x if gamma is None else x / gamma[:, None]
+    whole = torch.full((3,), -9.0), torch.full((3,), 9.0)
+    rows = RowExtremes(x.amin(2), x.amax(2), group, momentum)
+    low, high = rows.average(whole, gamma)
+    for k in range(3):
+        own = [(float(row.min()), float(row.max())) for row in seen[group == k]]
+        wanted = own[0] if own else (-9.0, 9.0)
+        for each in own[1:]:
+            wanted = tuple(momentum * a + (1 - momentum) * b for a, b in zip(wanted, each, strict=True))
+        assert (float(low[k]), float(high[k])) == pytest.approx(wanted, rel=1e-5)

@@ -155,8 +155,9 @@ def test_what_only_the_learned_rows_gain_is_gone_back_or_not_taken(monkeypatch: 
     assert (float(text.split()[0]) < 1) == bool(record.applied)
 
 
-@pytest.mark.parametrize(("best", "share"), [(1.0, 1.0), (0.5, 0.5), (0.3, 0.25), (0.0, 0.125), (2.0, 1.0)])
-def test_it_goes_back_as_long_as_that_leaves_less(best: float, share: float) -> None:
+@pytest.mark.parametrize(("best", "share"), [(1.0, 1.0), (0.6, 1.0), (0.3, 0.5), (0.2, 0.25), (0.0, 0.125)])
+def test_it_goes_back_where_no_less_is_left_than_there_was(best: float, share: float) -> None:
+    """What is left is least at a share of the way, and 1 at its beginning."""
     program = program_before("learn-steps", "shifts")
     steps = Steps(program, program.table, Network(program).nodes)
     generator = torch.Generator().manual_seed(0)
@@ -164,9 +165,11 @@ def test_it_goes_back_as_long_as_that_leaves_less(best: float, share: float) -> 
         for each in steps.numbers:
             each.copy_(torch.randn(each.shape, generator=generator))
     was = [each.detach().clone() for each in steps.numbers]
-    asked = SimpleNamespace(
-        left=lambda steps: (float(steps.numbers[0].detach().flatten()[0] / was[0].flatten()[0]) - best) ** 2
-    )
-    found = Objective.settle(asked, steps)  # type: ignore[arg-type]  # all that it asks for
-    assert found == pytest.approx((share - best) ** 2)
+
+    def left(steps: Steps) -> float:
+        gone = float(steps.numbers[0].detach().flatten()[0] / was[0].flatten()[0])
+        return 1 + (gone - best) ** 2 - best**2
+
+    found = Objective.settle(SimpleNamespace(left=left), steps)  # type: ignore[arg-type]  # all that it asks for
+    assert found == pytest.approx(1 + (share - best) ** 2 - best**2)
     assert all(torch.equal(now, before * share) for now, before in zip(steps.numbers, was, strict=True))

@@ -87,6 +87,20 @@ def test_from_identity_a_scale_goes_no_further_than_its_steps() -> None:
     assert any(scale.gamma.log().abs().max() > 0.2 for scale in far.values())
 
 
+def test_shifts_that_were_voted_on_and_ranges_of_weights_count_in_the_loss() -> None:
+    """The same rows and start; only what is rounded differs."""
+    data, found = context(recorded(paired(), 16)), list[dict[Site, ChannelScale]]()
+    fitted = swept(paired(), data, [("fit-ranges", {})])
+    voted = swept(fitted, data, [("vote-shifts", {"where": "all", "agree": 0.3})])
+    for before, more in ((fitted, {}), (voted, {}), (fitted, {"weights": "extremes"})):
+        options = {"method": "les", **QUICK, **more}
+        found.append(swept(before, data, [("learn-scaling", options)]).table.of(ChannelScale))
+    plain, shifted, extremes = found
+    differ = {s for s in plain.keys() & shifted.keys() if not torch.equal(plain[s].gamma, shifted[s].gamma)}
+    assert differ & set(voted.table.of(Shift))  # and what comes behind sees other inputs
+    assert any(not torch.equal(plain[s].gamma, extremes[s].gamma) for s in plain.keys() & extremes.keys())
+
+
 def test_what_was_decided_before_a_layer_was_scaled_is_forgotten() -> None:
     """Its codes are those of W and its steps those of x, not of W gamma and x / gamma."""
     rounding = [
@@ -154,7 +168,7 @@ def test_the_closed_form_alone_asks_for_ranges() -> None:
         (
             "weighting",
             "late",
-            "option weighting must be one of uniform, linear, quadratic, adaptive, published",
+            "option weighting must be one of uniform, linear, quadratic, adaptive, focal, published",
         ),
     ],
 )

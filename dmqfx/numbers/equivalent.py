@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dmqfx.numbers.fitting import Ends, Sample, search
+from dmqfx.numbers.fitting import PERCENT, Ends, RowExtremes, Sample, percentile, search
 from dmqfx.numbers.quant import QuantSpec, qrange
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.weighting import TimestepWeights
@@ -22,7 +22,8 @@ class Input:
     """A tensor that is to be scaled.
 
     Shapes: values [N, C * taps], taps of a channel side by side; group int64 [N], the row's timestep group of
-    the spec; low, high [G, C], its extremes.
+    the spec; low, high [G, C], its extremes; `rows` those of each calibration row, for ranges that are averages of
+    them; finer [G, C], by what each channel's step is multiplied: the power of two of a shift, if there is one.
     """
 
     values: Tensor
@@ -31,6 +32,8 @@ class Input:
     high: Tensor
     spec: QuantSpec
     taps: int = 1
+    rows: RowExtremes | None = None
+    finer: Tensor | None = None
 
     def columns(self, gamma: Tensor) -> Tensor:
         """gamma for every column."""
@@ -41,18 +44,48 @@ class Input:
         low, high = (self.low / gamma).clamp(max=0), (self.high / gamma).clamp(min=0)
         if self.spec.per == "channel":
             return low, high
-        return low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+        whole = low.amin(1), high.amax(1)
+        if self.spec.range == "ema" and self.rows is not None:
+            averaged = self.rows.average(whole, gamma)
+            whole = averaged[0].clamp(max=0), averaged[1].clamp(min=0)
+        return whole[0][:, None], whole[1][:, None]
+
+    def covered(self, gamma: Tensor, felt: Tensor) -> tuple[Tensor, Tensor]:
+        """What part of these ends the grid covers, where the plan has them searched or cut off.
+
+        Shapes: felt [C * taps] of x / gamma; result as the ends.
+        """
+        low, high = self.ends(gamma)
+        if self.spec.range not in ("mse", "percentile"):
+            return torch.ones_like(low), torch.ones_like(high)
+        sample = Sample(self.values / self.columns(gamma), self.group, felt)
+        ends = low[:, 0], high[:, 0]
+        found = (
+            search(ends, sample, self.spec) if self.spec.range == "mse" else percentile(ends, sample, PERCENT)
+        )
+        return _ratio(found[0][:, None], low), _ratio(found[1][:, None], high)
+
+    def grid(self, gamma: Tensor, shares: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Scale [G, C or 1] and zero point of x / gamma, with gradients; `shares` of the ends are covered."""
+        low, high = self.ends(gamma)
+        scale, zero = (
+            _grid(low, high, self.spec)
+            if shares is None
+            else _grid(low * shares[0], high * shares[1], self.spec)
+        )
+        return scale if self.finer is None else scale * self.finer.to(scale), zero
 
     def rounded(self, gamma: Tensor, shares: tuple[Tensor, Tensor], rows: Tensor | slice) -> Tensor:
-        """Some rows of x / gamma as they are deployed, with gradients; `shares` of the ranges are covered.
+        """Some rows of x / gamma as they are deployed, with gradients; `shares` of the ends are covered.
 
         Shapes: [n, C * taps].
         """
-        group, (low, high) = self.group[rows], self.ends(gamma)
-        scale, zero = _grid(low * shares[0], high * shares[1], self.spec)
-        if self.spec.per == "channel":
-            scale, zero = (each.repeat_interleave(self.taps, 1) for each in (scale, zero))
-        return _rounded(self.values[rows] / self.columns(gamma), scale[group], zero[group], self.spec)
+        wide = (
+            each.repeat_interleave(self.taps, 1) if each.shape[1] > 1 else each
+            for each in self.grid(gamma, shares)
+        )
+        scale, zero = (each[self.group[rows]] for each in wide)
+        return _rounded(self.values[rows] / self.columns(gamma), scale, zero, self.spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,22 +117,10 @@ class Scaling:
     importance: Tensor
     group: Tensor
 
-    def part(self, rows: Tensor) -> Scaling:
-        """The problem of some of its rows: a mask or indices [n]."""
-        given = replace(self.given, values=self.given.values[rows], group=self.given.group[rows])
-        return Scaling(given, self.layers, self.importance[rows], self.group[rows])
-
     def shares(self, gamma: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
         """What part of its whole range each grid covers best, for a scale: the input's ends and the weights'."""
-        low, high = self.given.ends(gamma)
-        shares = torch.ones_like(low), torch.ones_like(high)
-        if self.given.spec.range == "mse":
-            columns = self.given.columns(gamma)
-            felt = torch.stack([layer.felt for layer in self.layers]).sum(0) * columns.square()
-            sample = Sample(self.given.values / columns, self.given.group, felt)
-            found = search((low[:, 0], high[:, 0]), sample, self.given.spec)
-            shares = _ratio(found[0][:, None], low), _ratio(found[1][:, None], high)
-        weights = []
+        felt = torch.stack([layer.felt for layer in self.layers]).sum(0) * self.given.columns(gamma).square()
+        shares, weights = self.given.covered(gamma, felt), []
         for layer in self.layers:
             scaled = layer.weight * self.given.columns(gamma)
             searched = search_range(scaled, layer.spec).scale
@@ -149,7 +170,7 @@ class Scaling:
         weight what the input's second moments are. Nothing is rounded or clipped, so no row is looked at again.
         """
         given = self.given
-        scale, _ = _grid(*given.ends(gamma), given.spec)
+        scale, _ = given.grid(gamma)
         share = torch.zeros_like(scale[:, 0]).index_add(0, given.group, self.importance) / len(given.group)
         noise, power = share @ scale.square(), (self._power / gamma.square()).sum()
         total = gamma.new_zeros(())

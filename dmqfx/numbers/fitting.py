@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dmqfx.numbers.quant import QuantSpec, fake_quantize, params_from_range
 
-__all__ = ["Ends", "Sample", "percentile", "row_average", "search"]
+__all__ = ["MOMENTUM", "PERCENT", "Ends", "RowExtremes", "Sample", "percentile", "search"]
+
+PERCENT, MOMENTUM = 99.99, 0.95
+"""What lies inside of a range by percentile; what stays of an average of extremes when a row comes."""
 
 _BINS = 1024  # 16 of them in a step of 6 bits over the whole range
 _FACTORS, _SMALLEST = 24, 0.1  # candidates for each end, in equal ratios down to this share of it
@@ -103,16 +107,42 @@ def percentile(ends: Ends, sample: Sample, percent: float) -> Ends:
     return found_low.to(ends[0]), torch.minimum(found_high, high).to(ends[1])
 
 
-def row_average(low: Tensor, high: Tensor, group: Tensor, ends: Ends, momentum: float) -> Ends:
-    """The extremes of single rows, averaged exponentially in their order within each group.
+@dataclass(frozen=True, eq=False)
+class RowExtremes:
+    """The extremes of single calibration rows, in their order.
 
-    Shapes: low, high [N] of each row; group int64 [N]; a group without rows keeps its ends.
+    Shapes: low, high [N, C]; group int64 [N].
+    Units: `momentum` of the average stays when a row comes.
     """
-    found_low, found_high = ends[0].clone(), ends[1].clone()
-    for k in torch.unique(group).tolist():
-        for end, values in ((found_low, low[group == k]), (found_high, high[group == k])):
-            average = values[0]
-            for value in values[1:]:
-                average = momentum * average + (1 - momentum) * value
-            end[k] = average
-    return found_low, found_high
+
+    low: Tensor
+    high: Tensor
+    group: Tensor
+    momentum: float = MOMENTUM
+
+    def average(self, ends: Ends, gamma: Tensor | None = None) -> Ends:
+        """The extremes of whole rows of x / gamma, averaged exponentially within each group, with gradients.
+
+        Shapes: ends [G], kept by a group without rows; gamma [C]; result [G].
+        """
+        low, high = (self.low, self.high) if gamma is None else (self.low / gamma, self.high / gamma)
+        found = []
+        for end, rows in zip(ends, (low.amin(1), high.amax(1)), strict=True):
+            total = torch.zeros_like(end).index_add(0, self.group, self.weight.to(rows) * rows)
+            found.append(torch.where(self._count(len(end)) > 0, total, end))
+        return found[0], found[1]
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """What each row weighs in the average of its group, float64 [N]; they add up to 1 in each."""
+        found = torch.ones(len(self.group), dtype=torch.float64, device=self.group.device)
+        for k in torch.unique(self.group):
+            own = (self.group == k).nonzero()[:, 0]
+            later = torch.arange(len(own) - 1, -1, -1, dtype=torch.float64, device=own.device)
+            share = self.momentum**later
+            share[1:] *= 1 - self.momentum  # the first row is where the average begins
+            found[own] = share
+        return found
+
+    def _count(self, groups: int) -> Tensor:
+        return torch.bincount(self.group, minlength=groups)

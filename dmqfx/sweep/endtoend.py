@@ -217,15 +217,13 @@ class Objective:
         return float((error * self.weight)[live].mean()) if bool(live.any()) else 0.0
 
     def settle(self, steps: Steps) -> float:
-        """Go back half of the way as long as that leaves less, at most to an eighth of it; what is left then."""
+        """Go back half of the way as long as no less is left than there was, at most to an eighth; what is left then."""
         left = self.left(steps)
         for _ in range(_HALVINGS):
-            steps.scale(0.5)
-            nearer = self.left(steps)
-            if not nearer < left:
-                steps.scale(2.0)
+            if left < 1:
                 break
-            left = nearer
+            steps.scale(0.5)
+            left = self.left(steps)
         return left
 
     def loss(self, k: int, rows: slice, steps: Steps, learned: Learned) -> Tensor:

@@ -89,7 +89,7 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
             for each in {objective, judge}:
                 each.begin(steps)
             _descend(objective, steps, plan, run, ctx, bar)
-        left = judge.settle(steps) if plan.judged else judge.left(steps)
+        left = judge.settle(steps)
         tell(step.name(), speeds.clock() - started, plan.seconds)
     return Found(steps.entries(), left, bool(plan.judged))
 

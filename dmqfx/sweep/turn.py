@@ -18,6 +18,7 @@ from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
 from dmqfx.graph.sites import channel_axis
 from dmqfx.graph.table import Planned, Range, Sensitivity, Shift, Table
+from dmqfx.numbers.fitting import MOMENTUM, RowExtremes
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.parts import WIDEST, part_sizes
 from dmqfx.numbers.quant import QParams, QuantSpec
@@ -180,6 +181,22 @@ class Turn:
             observer.join(self.batches.gather)
             self._ranges[boundaries] = observer.result()
         return self._ranges[boundaries]
+
+    def row_extremes(self, boundaries: tuple[float, ...], momentum: float = MOMENTUM) -> RowExtremes:
+        """Extremes of the quantized-so-far tensor in every calibration row, per channel."""
+        low, high, timestep = self._extremes
+        return RowExtremes(
+            low, high, timestep_group(timestep, torch.tensor(boundaries).to(timestep)), momentum
+        )
+
+    @cached_property
+    def _extremes(self) -> tuple[Tensor, Tensor, Tensor]:
+        found = list[tuple[Tensor, Tensor, Tensor]]()
+        for batch in self.batches:
+            x = batch.quantized.movedim(self.axis, 1).flatten(2)
+            found.append((x.amin(2), x.amax(2), batch.timestep))
+        low, high, timestep = (self.batches.gather(torch.cat(each)) for each in zip(*found, strict=True))
+        return low, high, timestep
 
     def rows(self, reader: Reader, count: int) -> Rows:
         """About `count` output positions, drawn so that every calibration row has its share.
