@@ -1,21 +1,24 @@
 """What a compilation is estimated to take beside what it takes: seconds and memory of every sweep and stream of rows.
 
-    python benchmarks/bench_estimate.py [--case emoji] [--policy w4a6] [--processor]
+    python benchmarks/bench_estimate.py [--case emoji] [--policy w4a6] [--budget 1min] [--processor]
 
-Both may be repeated. `--processor` counts processor seconds in place of the clock's, for a machine that is shared;
-run it with one thread. The peak of memory is that of the process above what it was when the estimate was made.
+The first two may be repeated; with a budget, which holds for each sweep, what it has room for is estimated and made.
+What was measured of other cases, policies and budgets stays in the file. `--processor` counts processor seconds in
+place of the clock's, for a machine that is shared; run it with one thread. The peak of memory is that of the process
+above what it was when the estimate was made.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import logging
 import time
 import warnings
 from pathlib import Path
 
-from machine import write
+from machine import RESULTS, write
 from models import sd15_narrow
 
 from dmqfx import emoji
@@ -28,6 +31,7 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.numbers import speeds
 from dmqfx.policy.policy import Policy
+from dmqfx.sweep.budget import seconds_of
 
 POLICIES = ("w4a6-quick", "w4a6", "w4a8")
 CASES = ("emoji", "sd15-narrow")
@@ -67,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--policy", action="append")
+    parser.add_argument("--budget", help="as of `dmqfx compile`; none, unless said")
     parser.add_argument("--processor", action="store_true")
     options = parser.parse_args()
     if options.processor:
@@ -75,15 +80,20 @@ def main() -> None:
     seen = Seen()
     logging.getLogger("dmqfx").addHandler(seen)
     logging.getLogger("dmqfx").setLevel(logging.INFO)
-    rows, counted = [], "processor seconds" if options.processor else "seconds"
+    counted = "processor seconds" if options.processor else "seconds"
+    budget = None if options.budget is None else seconds_of(options.budget)
+    path = RESULTS / "estimate.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for case in options.case or CASES:
         program, data = _case(case)
         for name in options.policy or POLICIES:
             seen.found.clear()
             policy = Policy.load(name, check_step=registry.problems_with)
-            quantize(program, PassContext(policy=policy, calibration=data))
-            rows += [{"case": case, "policy": name, **row} for row in seen.found]
-            write("estimate", {"what": f"estimated and taken, in {counted}", "rows": rows})
+            quantize(program, PassContext(policy=policy, calibration=data, budget=budget))
+            key = {"case": case, "policy": name, "budget": options.budget, "counted": counted}
+            rows = [row for row in rows if any(row.get(each) != value for each, value in key.items())]
+            rows += [{**key, **row} for row in seen.found]
+            write("estimate", {"what": "estimated and taken", "rows": rows})
 
 
 def _case(name: str) -> tuple[Program, Calibration]:

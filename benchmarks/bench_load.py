@@ -1,0 +1,136 @@
+"""Loading SD1.5's configuration: seconds to the first output and resident memory, compiled and float.
+
+    OMP_NUM_THREADS=2 python benchmarks/bench_load.py [--policy w4a8-quick] [--compiled FOLDER] [--rows 4]
+
+Each model is loaded from its files in a process of its own, which imports torch and diffusers first and then computes a
+batch of two (classifier-free guidance) at 64 x 64. Resident memory is what the process has more than before it loaded:
+when the model is there, behind the first output with all that was freed given back, and the peak. With --compiled the
+folder of a former run is taken, and made if it is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from machine import write
+from models import sd15
+
+import dmqfx
+from dmqfx.calibration.calibration import Calibration
+
+
+def main() -> int:
+    """Compile if need be, load both in processes, write results/load_sd15_POLICY.json."""
+    options = parser().parse_args()
+    if options.child:
+        print(json.dumps(loaded(options.child, Path(options.compiled))))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(options.compiled or folder)
+        if not (home / "compiled").exists():
+            made(home, options)
+        found = {kind: child(kind, home) for kind in ("float", "compiled")}
+    exact, small = found["float"], found["compiled"]
+    result = {
+        "what": (__doc__ or "").partition("\n")[0],
+        "policy": options.policy,
+        **found,
+        "resident_over_float": {
+            at: round(small[f"megabytes_{at}"] / exact[f"megabytes_{at}"], 3)
+            for at in ("loaded", "used", "peak")
+        },
+    }
+    write(f"load_sd15_{options.policy}", result)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--policy", default="w4a8-quick")
+    made.add_argument("--compiled", help="a folder for both models, kept")
+    made.add_argument("--rows", type=int, default=4, help="calls of the UNet to calibrate on")
+    made.add_argument("--child", choices=["float", "compiled"], help=argparse.SUPPRESS)
+    return made
+
+
+def made(home: Path, options: argparse.Namespace) -> None:
+    """Both models' files."""
+    warnings.simplefilter("ignore")
+    unet = sd15()
+    unet.save_pretrained(home / "float")
+    data = Calibration.synthesize(unet, steps=options.rows, trajectories=1)
+    q = dmqfx.compile(unet, options.policy, calibration=data, report_rows=0)
+    q.save_pretrained(home / "compiled")
+
+
+def child(kind: str, home: Path) -> dict[str, float]:
+    """What a process tells that loads one of them."""
+    command = [sys.executable, __file__, "--child", kind, "--compiled", str(home)]
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, float] = json.loads(told.splitlines()[-1])
+    return found
+
+
+def loaded(kind: str, home: Path) -> dict[str, float]:
+    """Load and compute, in this process."""
+    from diffusers import UNet2DConditionModel  # before the clock starts, for both
+
+    generator = torch.Generator().manual_seed(0)
+    sample, context = (
+        torch.randn(2, 4, 64, 64, generator=generator),
+        torch.randn(2, 77, 768, generator=generator),
+    )
+    before, started = resident(), time.perf_counter()
+    if kind == "float":
+        unet: torch.nn.Module = UNet2DConditionModel.from_pretrained(home / "float").eval()
+    else:
+        unet = dmqfx.load(home / "compiled")
+    there = time.perf_counter()
+    at_load = resident()
+    with torch.no_grad():
+        unet(sample, torch.tensor(500), encoder_hidden_states=context)
+        first = time.perf_counter()
+        unet(sample, torch.tensor(480), encoder_hidden_states=context)
+        second = time.perf_counter()
+    peak = status("VmHWM")
+    return {
+        "seconds_to_load": round(there - started, 2),
+        "seconds_to_first_output": round(first - started, 2),
+        "seconds_of_second_call": round(second - first, 2),
+        "megabytes_loaded": round((at_load - before) / 2**20),
+        "megabytes_used": round((resident() - before) / 2**20),
+        "megabytes_peak": round((peak - before) / 2**20),
+        "megabytes_of_files": round(
+            sum(p.stat().st_size for p in (home / kind).rglob("*") if p.is_file()) / 2**20
+        ),
+    }
+
+
+def resident() -> int:
+    """Bytes that this process has in memory, what it freed given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return status("VmRSS")
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = dict(
+        line.split(":") for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    )
+    return int(lines[name].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
