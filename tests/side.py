@@ -18,6 +18,7 @@ from sweeping import SWEEP, VOTED, Stop, chain, context, recorded, swept, tensor
 from torch import Tensor
 
 from dmqfx import processes
+from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import DmqfxError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import FLAGGED, PLANNED, Fact
@@ -84,7 +85,8 @@ def work(kind: str, folder: Path) -> Table:
         return swept(chain(4, residual=True), kept, BLOCKS).table
     if kind == "steps":
         learn = ("learn-steps", {"rows": 12, "batch": 4, "iterations": 8, "groups": 4})
-        return swept(chain(4, residual=True), replace(ctx, run_dir=folder / "run"), (*SWEEP, learn)).table
+        ctx = replace(ctx, run_dir=folder / "run", calibration=in_samples(data))
+        return swept(chain(4, residual=True), ctx, (*SWEEP, learn)).table
     if kind in ("raise", "die"):
         return swept(chain(), ctx, SWEEP, Break("conv4/conv2d:input", kind)).table
     if kind == "few":
@@ -92,6 +94,12 @@ def work(kind: str, folder: Path) -> Table:
     assert kind == "other"
     processes.same("name", str(processes.rank()))
     return Table()
+
+
+def in_samples(data: Calibration) -> Calibration:
+    """The rows of every shape as those of four samples: one of the eight judges."""
+    groups = (replace(group, trajectory=torch.arange(len(group)) % 4) for group in data.groups)
+    return replace(data, groups=tuple(groups))
 
 
 def named(table: Table) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
         objective = Objective(network, plan.chunks, edges)
         judge = Objective(network, plan.judged, edges) if plan.judged else objective
         with tqdm(total=plan.step.iterations, desc=step.name(), disable=not ctx.progress) as bar:
-            for each in {objective, judge}:
+            for each in dict.fromkeys((objective, judge)):  # in one order in all processes, which sum up
                 each.begin(steps)
             _descend(objective, steps, plan, run, ctx, bar)
         left = judge.settle(steps)

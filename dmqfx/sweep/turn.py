@@ -193,7 +193,8 @@ class Turn:
     def _extremes(self) -> tuple[Tensor, Tensor, Tensor]:
         found = list[tuple[Tensor, Tensor, Tensor]]()
         for batch in self.batches:
-            x = batch.quantized.movedim(self.axis, 1).flatten(2)
+            x = batch.quantized.movedim(self.axis, 1)
+            x = x.reshape(*x.shape[:2], -1)
             found.append((x.amin(2), x.amax(2), batch.timestep))
         low, high, timestep = (self.batches.gather(torch.cat(each)) for each in zip(*found, strict=True))
         return low, high, timestep
