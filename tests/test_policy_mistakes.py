@@ -359,7 +359,7 @@ def test_every_wrong_option_of_a_real_pass_is_told_at_once_where_it_stands() -> 
     ) == [
         "p.yaml:3:29: learn-scaling: exponent must be between 0 and 1, not 7",
         "p.yaml:3:42: learn-scaling has no option 'metod'; did you mean 'method'? (legal: batch, exponent, groups,"
-        " iterations, method, rate, rows, start, strength, weighting)",
+        " iterations, method, rate, rows, start, strength, weighting, weights)",
         "p.yaml:3:52: learn-scaling: option method must be one of smoothquant, surrogate, les, not 'smooth'",
     ]
 
