@@ -26,8 +26,9 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, ChannelScale, Codes, Entry, LayerPair, Range, Sensitivity, Shift, Table
 from dmqfx.numbers import effort
-from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn, surrogate
+from dmqfx.numbers.equivalent import Layer, Learning, Scaling, learn, nbytes, surrogate
 from dmqfx.numbers.quant import QParams
+from dmqfx.numbers.scaledinput import Input
 from dmqfx.numbers.speeds import Speeds
 from dmqfx.numbers.weighting import TimestepWeights, Weighting
 from dmqfx.runtime.operators import timestep_group
@@ -106,6 +107,12 @@ class LearnScaling(SweepPass):
         steps = self.iterations if self.method == "les" else 0
         return tried + effort.learned_scale(speeds, steps, self.batch, columns, out)
 
+    def problem_nbytes(self, reader: Reader, rows: int) -> int:
+        """What learning from that many rows computes with."""
+        if not self.problem_rows(reader) or not reader.shape:
+            return 0
+        return nbytes(rows, self.batch, math.prod(reader.shape[1:]), reader.shape[0])
+
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """One scale for all that read the tensor."""
         found = next((r.site for r in turn.readers if turn.table.get(r.site, LayerPair) is not None), None)
@@ -142,6 +149,7 @@ class LearnScaling(SweepPass):
         rows = turn.rows(readers[0], self.rows)
         if len(fit) < len(readers):
             return torch.ones_like(peaks[0]), "the start of layers in groups, or of different windows,"
+        turn.reserve(max(self.problem_nbytes(reader, len(rows.real)) for reader in fit), readers[0])
         if self.weights == "extremes":
             fit = [_by_extremes(reader) for reader in fit]
         edges = torch.tensor([ctx.train_timesteps * k / self.groups for k in range(1, self.groups)])
@@ -201,8 +209,8 @@ def _problem(turn: Turn, readers: Sequence[Reader], seen: Range, rows: Rows, gro
     by_row = turn.row_extremes(spec.boundaries) if spec.range == "ema" else None
     voted = turn.table.get(readers[0].site, Shift)
     finer = None if voted is None else voted.factor.expand(len(seen.low), -1)
-    given = Input(rows.quantized, own, seen.low, seen.high, spec, rows.taps, by_row, finer)
-    power = sum(float((rows.quantized @ each.weight.T @ each.root).square().sum(1).mean()) for each in layers)
+    given = Input(rows.quantized, own, seen.low, seen.high, spec, rows.taps, by_row, finer).in_reach()
+    power = sum(float((given.values @ each.weight.T @ each.root).square().sum(1).mean()) for each in layers)
     return Scaling(given, layers, importance / (len(readers) * power if power > 0 else 1.0), group)
 
 

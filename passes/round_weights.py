@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
-from dmqfx.graph.blocks import blocks
+from dmqfx.graph.blocks import in_units
 from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, Fact
 from dmqfx.graph.options import above, at_least, between
 from dmqfx.graph.pipeline import PassContext
@@ -41,10 +41,11 @@ class RoundWeights(SweepPass):
     Where measure-sensitivity has run, `gptq` and `adaround` mind the UNet's output through the layer's, else
     the layer's alone; `damping` and `asymmetric` are those of Reconstruction. `adaround` begins with the codes
     of the method `start` and keeps those where it ends with a greater loss; `iterations`, `warmup`, the `beta`s,
-    `settling`, `loss` and `rate` are those of Annealing; `norm` is that of search_range. `weighting` is what rows
+    `settling`, `loss` and `rate` are those of Annealing; `norm` is that of search_range. With `biases`, what codes
+    lack in the mean of a layer's output is put in its bias. `weighting` is what rows
     weigh by their timestep group, with what the output feels: `adaptive` goes by the error that the nearest codes
-    make there, see TimestepWeights. With `where` outside-blocks the layers of residual blocks are rounded to nearest,
-    for reconstruct-blocks to learn.
+    make there, see TimestepWeights. With `where` outside-blocks layers that reconstruct-blocks will learn are rounded
+    to nearest.
 
     Units: `rows` output positions make up a layer's local problem; `groups` are parts of equal width of the
     training timesteps, for the weighting, whose exponent is `strength`.
@@ -69,6 +70,7 @@ class RoundWeights(SweepPass):
     settling: float = Annealing.settling
     loss: Loss = Annealing.loss
     rate: float = Annealing.rate
+    biases: bool = True
     weighting: Weighting = "uniform"
     strength: float = 20.0
     groups: int = 20
@@ -92,7 +94,7 @@ class RoundWeights(SweepPass):
 
     def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
         """Seconds of a solution and of the steps of learning, or of the search of a range alone."""
-        if not self.problem_rows(reader):
+        if not self.problem_rows(reader) or self._left(program, reader):
             return effort.weight_range(speeds, math.prod(reader.shape)) if reader.weight_spec else 0.0
         steps = self.iterations if self.method == "adaround" else 0
         columns, out, taps = math.prod(reader.shape[1:]), reader.shape[0], reader.geometry.taps
@@ -118,8 +120,6 @@ class RoundWeights(SweepPass):
 
         Raises: CalibrationError naming the site of a weight that is not finite.
         """
-        later = blocks(turn.program) if self.where == "outside-blocks" else []
-        left = {node for block in later for node in block.inside}
         for reader in turn.readers:
             if reader.weight is None or reader.weight_spec is None:
                 continue
@@ -129,7 +129,7 @@ class RoundWeights(SweepPass):
                 if self.method != "nearest" and reader.groups > 1:
                     why = f"a convolution in {reader.groups} groups has no local problem in common; rounded to nearest"
                     ctx.journal.refuse(reader.weight, self.method, why)
-                if self.method == "nearest" or reader.groups > 1 or turn.program.node(reader.site.at) in left:
+                if self.method == "nearest" or reader.groups > 1 or self._left(turn.program, reader):
                     ctx.journal.apply(reader.weight, "nearest", str(reader.weight_spec))
                     yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec, self.norm)
                     yield from _own_bias(turn, reader)
@@ -137,6 +137,10 @@ class RoundWeights(SweepPass):
                     yield from self._reconstructed(turn, reader, reader.weight, ctx)
             except CalibrationError as error:
                 raise CalibrationError(f"{reader.weight}: {error}") from error
+
+    def _left(self, program: Program, reader: Reader) -> bool:
+        """Whether a layer is left to reconstruct-blocks."""
+        return self.where == "outside-blocks" and in_units(program, program.node(reader.site.at))
 
     def _reconstructed(
         self, turn: Turn, reader: Reader, at: Site, ctx: PassContext
@@ -149,6 +153,9 @@ class RoundWeights(SweepPass):
         found, adjacent = problem.rounded(codes), self.method == "adaround" and self.start == "nearest"
         shape = tuple(found.codes.shape)
         yield at, Codes(pack(found.codes, spec.bits), shape, found.params, nearest=False, adjacent=adjacent)
+        if not self.biases:
+            yield from _own_bias(turn, reader)
+            return
         bias, offset = turn.bias(reader), found.offset.to(problem.whole.weight.dtype)
         yield Site(reader.site.at, "bias"), Bias(offset if bias is None else bias + offset)
 
@@ -179,6 +186,7 @@ class RoundWeights(SweepPass):
             spec=reader.weight_spec,
             damping=self.damping,
             norm=self.norm,
+            centred=self.biases,
             asymmetric=self.asymmetric,
             importance=None if felt is None else felt.of(rows.timestep),
             metric=None if felt is None else felt.metric,

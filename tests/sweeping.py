@@ -64,10 +64,11 @@ def planned(name: str = "toy") -> Program:
 
 
 @cache
-def chain(layers: int = 8, width: int = 8, *, residual: bool = False) -> Program:
+def chain(layers: int = 8, width: int = 8, *, residual: bool = False, peeked: bool = False) -> Program:
     """Convolutions with a linear layer for the timestep in the middle, made in milliseconds and planned.
 
-    If they are residual, each but the first is a block: what it makes is added to what it reads.
+    If they are residual, each but the first is a block: what it makes is added to what it reads. With `peeked`, what the
+    convolution of the first block puts out is read outside, too, before the addition.
     """
     generator = torch.Generator().manual_seed(0)
     graph, constants = fx.Graph(), dict[str, Tensor]()
@@ -92,10 +93,13 @@ def chain(layers: int = 8, width: int = 8, *, residual: bool = False) -> Program
             x = graph.call_function(
                 aten.add.Tensor, (x, graph.call_function(aten.view.default, (time, [-1, width, 1, 1])))
             )
+        side = graph.call_function(aten.mul.Tensor, (x, 0.5)) if peeked and k == 1 else None
         x = graph.call_function(aten.silu.default, (x,))
         if residual and k > 0:
             x = graph.call_function(aten.add.Tensor, (trunk, x))
             x.meta["address"] = Address(f"block{k}", "add")
+        if side is not None:
+            x = graph.call_function(aten.mul.Tensor, (x, side))
     graph.output((x,))
     return pipeline([("canonicalize", {}), ("plan-sites", {})]).run(
         program_of(graph, constants), PassContext(POLICY)

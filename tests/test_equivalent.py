@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmqfx.numbers.equivalent import Input, Layer, Learning, Scaling, learn, surrogate
+from dmqfx.numbers.equivalent import Layer, Learning, Scaling, learn, surrogate
 from dmqfx.numbers.fitting import RowExtremes, Sample, percentile
 from dmqfx.numbers.quant import QuantSpec, fake_quantize, params_from_range
 from dmqfx.numbers.ranges import search_range
+from dmqfx.numbers.scaledinput import Input
 from dmqfx.numbers.weighting import TimestepWeights
 
 WEIGHT = QuantSpec(4, "symmetric", per="channel")
@@ -138,6 +139,37 @@ def test_what_is_learned_is_no_worse_than_any_start(seed: int, outlier: float, k
     assert loss == of.loss(gamma)
     assert loss <= min(of.loss(start) for start in starts.values())
     assert bool((gamma > 0).all())
+
+
+@pytest.mark.parametrize("unit", [2.0**60, 2.0**-80])
+@pytest.mark.parametrize("how", ["minmax", "ema"])
+def test_the_size_of_activations_does_not_matter(unit: float, how: str) -> None:
+    """Squares of such errors are no float32; powers of two change no digit."""
+    spec, found = QuantSpec(6, "affine", boundaries=(1.0, 2.0), range=how), list[Tensor]()  # type: ignore[arg-type]
+    for size in (1.0, unit):
+        of = problem(outlier=9.0, spec=spec)
+        rows = of.given.rows
+        assert rows is not None
+        grown = replace(
+            of.given, values=of.given.values * size, low=of.given.low * size, high=of.given.high * size,
+            rows=replace(rows, low=rows.low * size, high=rows.high * size),
+        )  # fmt: skip
+        one = replace(of, given=grown.in_reach())
+        weights = TimestepWeights("adaptive", GROUPS)
+        found.append(learn(one, {"one": torch.ones(8)}, Learning(30), weights, torch.Generator())[0])
+    assert float((found[0] / found[1]).log().abs().max()) < 1e-2
+    assert float(found[0].max()) > 1.5
+
+
+def test_the_loss_of_all_rows_is_that_of_its_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    of, gamma = problem(outlier=5.0), torch.linspace(0.5, 2, 8)
+    whole = of.loss(gamma)
+    assert whole == pytest.approx(
+        float((of.losses(gamma, of.shares(gamma), slice(None)) * of.importance).mean())
+    )
+    monkeypatch.setattr("dmqfx.numbers.equivalent._PORTION", 7)
+    assert problem(outlier=5.0).loss(gamma) == pytest.approx(whole, rel=1e-5)
+    assert float(problem(outlier=5.0).expected(gamma)) == pytest.approx(float(of.expected(gamma)), rel=1e-5)
 
 
 def test_an_outlier_is_moved_into_the_weight() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from planting import context, program_before
-from sweeping import output
+from sweeping import bits, output
 from toys import rows
 
 from dmqfx.calibration.calibration import Calibration
@@ -19,7 +19,6 @@ from dmqfx.graph.pipeline import PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
 from dmqfx.runtime.operators import timestep_group
-from dmqfx.sweep import stepsweep
 from dmqfx.sweep.chunks import held_out, mixed
 from dmqfx.sweep.endtoend import Objective, Steps
 from dmqfx.sweep.network import Network
@@ -136,23 +135,21 @@ def test_where_nothing_can_be_held_out_a_warning_says_so(caplog: pytest.LogCaptu
     assert "mend: record more prompts" in warned.getMessage()
 
 
-def test_what_only_the_learned_rows_gain_is_gone_back_or_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The judges get other inputs: as if what was learned were of no use to anybody else."""
-    honest = stepsweep.mixed
+def test_what_judges_do_not_gain_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if whatever was learned did the judges harm; the rows that were learned from gain."""
+    honest = Objective.left
 
-    def turned(*args: object, **named: object) -> object:
-        chunks = honest(*args, **named)  # type: ignore[arg-type]  # handed on as they came
-        if len(args) > 5 and len(args[5]) == 3:  # type: ignore[arg-type]  # the judges' numbers
-            return [replace(c, inputs={**c.inputs, "sample": 30 * c.inputs["sample"]}) for c in chunks]
-        return chunks
+    def harmed(objective: Objective, steps: Steps) -> float:
+        judged = sum(len(chunk.timestep) for chunk in objective.chunks)
+        found = honest(objective, steps)
+        return 2 - found if judged == 3 else found
 
-    monkeypatch.setattr(stepsweep, "mixed", turned)
-    program = learned(sampled(), rate=0.1)
+    monkeypatch.setattr(Objective, "left", harmed)
+    program, before = learned(sampled()), program_before("learn-steps", "shifts")
     record = program.log[-1]
-    words = (record.applied or record.refused)[0]
-    text = words.what if record.applied else words.reason  # type: ignore[union-attr]  # by which it is
-    assert "on rows that it did not learn from" in text
-    assert (float(text.split()[0]) < 1) == bool(record.applied)
+    assert record.applied == ()
+    assert "on rows that it did not learn from; what was there is kept" in record.refused[0].reason
+    assert bits(program.table) == bits(before.table)
 
 
 @pytest.mark.parametrize(("best", "share"), [(1.0, 1.0), (0.6, 1.0), (0.3, 0.5), (0.2, 0.25), (0.0, 0.125)])

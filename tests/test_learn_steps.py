@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sweeping
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import context, program_before
-from sweeping import bits, output
+from sweeping import bits, chain, output
 from torch import Tensor
 
 import dmqfx
 from dmqfx.checking.tablecheck import broken_claims
 from dmqfx.errors import CalibrationError
+from dmqfx.graph.blocks import blocks
 from dmqfx.graph.facts import STEPPED
 from dmqfx.graph.journal import Journal
 from dmqfx.graph.pipeline import PassContext, run_step
@@ -323,6 +325,23 @@ def test_rows_that_are_not_finite_are_named() -> None:
         CalibrationError, match=r"conv_in/conv2d: the float network's value is not finite for .* row 3"
     ):
         learned(ready(calibration=replace(data, groups=(broken,))))
+
+
+def test_a_loss_that_is_not_finite_ends_it_and_names_the_rate() -> None:
+    with pytest.raises(
+        CalibrationError, match=r"a loss that is not finite\n  mend: a smaller rate than 1e\+30"
+    ):
+        learned(ready(), rate=1e30)
+
+
+def test_a_value_that_is_read_outside_of_a_block_is_no_matter() -> None:
+    """The block is then no stretch of its own; the one behind it is."""
+    program = chain(4, residual=True, peeked=True)
+    outside = [block for block in blocks(program) if block.read_outside is not None]
+    assert len(outside) == 1
+    data = sweeping.recorded(program, 12)
+    steps = [("measure-sensitivity", {"rows": 4}), *sweeping.SWEEP, ("learn-steps", QUICK)]
+    assert sweeping.swept(program, sweeping.context(data), steps).log[-1].applied
 
 
 def test_without_calibration_it_says_what_is_missing() -> None:

@@ -27,9 +27,11 @@ from dmqfx.graph.registry import create
 from dmqfx.graph.table import Bias, Codes, Planned, Table
 from dmqfx.numbers.adaround import Annealing, Cells
 from dmqfx.numbers.packing import unpack
+from dmqfx.numbers.speeds import Speeds
 from dmqfx.sweep.blockwalk import Arrival, walk
 from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.reconstruct import reconstructed
+from dmqfx.sweep.turn import turns
 
 QUICK = {"rows": 12, "batch": 4, "iterations": 30, "rate": 0.1}
 
@@ -110,6 +112,22 @@ def test_layers_of_blocks_can_be_left_to_it() -> None:
         like = nearest if name in inside else whole
         assert torch.equal(found, like[name]) or name not in inside, name
     assert any(not torch.equal(outside[name], nearest[name]) for name in whole.keys() - inside)
+
+
+def test_layers_that_are_left_to_it_are_not_told_to_learn_before() -> None:
+    program, speeds = before(), Speeds(torch.device("cpu"))
+    whole, outside = (
+        create("round-weights", {"method": "adaround", "where": w}) for w in ("all", "outside-blocks")
+    )
+    inside = {label(node) for block in blocks(program) for node in block.inside}
+    seen = set[bool]()
+    for readers in turns(program).values():
+        for reader in (reader for _, each in readers for reader in each if reader.weight_spec is not None):
+            costs = [step.cost(program, reader, 0.0, speeds) for step in (whole, outside)]  # type: ignore[attr-defined]
+            left = str(reader.site.at) in inside
+            seen.add(left)
+            assert costs[1] < costs[0] if left else costs[1] == costs[0]
+    assert seen == {False, True}
 
 
 def test_a_chain_has_no_block() -> None:

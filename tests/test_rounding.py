@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from dmqfx.numbers.gptq import handed_on
+from dmqfx.numbers.parts import Wide
 from dmqfx.numbers.quant import QuantSpec, dequantize, quantize
 from dmqfx.numbers.ranges import search_range
-from dmqfx.numbers.rounding import Reconstruction, Rounded
+from dmqfx.numbers.rounding import Reconstruction, Rounded, ridge
 
 SPEC = QuantSpec(4, "symmetric", "channel", "mse")
 
@@ -98,6 +99,32 @@ def test_the_asymmetric_target_makes_up_for_what_happened_upstream() -> None:
         found = reconstruct(Reconstruction(given, wanted, weight, SPEC, 0.001, share))
         errors.append(float((given @ real(found).T + found.offset - wanted).square().mean()))
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_no_damping_is_next_to_none_and_not_much() -> None:
+    """An inverse wants a little."""
+    x, weight = drawn(3)
+    none, little, much = (handed_on(problem(x, weight, damping=d)) for d in (0.0, 1e-6, 1.0))
+    assert torch.equal(none, little)
+    assert not torch.equal(none, much)
+    assert ridge(0.0, 5.0) == ridge(1e-6, 5.0) == pytest.approx(5e-6)
+    assert ridge(0.1, 5.0) == 0.5
+    assert ridge(0.0, 0.0) == ridge(0.1, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("columns", [24, 8])
+def test_without_a_bias_the_mean_counts_in_the_codes(columns: int) -> None:
+    """In parts, too: inputs that are far from 0 on average, whose common error no bias takes."""
+    x, weight = drawn(5)
+    x = x + 3
+    errors = {}
+    for centred in (True, False):
+        whole = problem(x, weight, centred=centred)
+        wide = Wide(whole, widest=columns)
+        found = wide.rounded(wide.solved(handed_on))
+        errors[centred] = float(((real(found) - weight) @ x.mean(0)).square().sum())
+        assert bool(found.offset.any()) == centred
+    assert errors[False] < errors[True] / 2
 
 
 @pytest.mark.parametrize("dead", ["column", "all", "constant"])

@@ -58,6 +58,16 @@ def test_the_average_of_the_mended_form_does_not_depend_on_how_often_a_group_is_
     assert unequal[0] < unequal[-1] / 1e10
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_one_timestep_nothing_weighs_less(kind: Weighting) -> None:
+    """Its share of the loss is all; a weight of 0 would learn nothing."""
+    weights = TimestepWeights(kind, 20, 20.0)
+    for _ in range(3):
+        found = weights(torch.rand(4) + 0.5, torch.full((4,), 7))
+        assert bool((found > 0.5).all())
+        assert bool((found == found[0]).all())
+
+
 def test_the_published_form_by_hand() -> None:
     weights = TimestepWeights("published", 4, 2.0)
     group = torch.tensor([0, 1, 1, 3])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import networkx as nx
 from torch import SymInt, fx
@@ -13,7 +14,9 @@ from dmqfx.graph.address import Address
 from dmqfx.graph.modules import is_fixed, label
 from dmqfx.graph.program import Program
 
-__all__ = ["Block", "blocks", "units"]
+__all__ = ["Block", "blocks", "in_units", "units"]
+
+_INSIDE: MutableMapping[fx.Graph, frozenset[str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,17 @@ def _joined(one: Block, two: Block) -> Block:
     inside = (*one.inside, *two.inside)
     inputs = dict.fromkeys(each for each in (*one.inputs, *two.inputs) if each not in inside)
     return Block(inside, tuple(inputs), two.arms)
+
+
+def in_units(program: Program, node: fx.Node) -> bool:
+    """Whether an operation is inside of a unit that can be learned as one: nothing outside reads its inside.
+
+    The units of a graph are searched for once.
+    """
+    if program.graph not in _INSIDE:
+        inside = (unit.inside for unit in units(program) if unit.read_outside is None)
+        _INSIDE[program.graph] = frozenset(each.name for nodes in inside for each in nodes)
+    return node.name in _INSIDE[program.graph]
 
 
 class _Search:

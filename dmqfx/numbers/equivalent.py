@@ -9,83 +9,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dmqfx.numbers.fitting import PERCENT, Ends, RowExtremes, Sample, percentile, search
-from dmqfx.numbers.quant import QuantSpec, qrange
+from dmqfx.numbers.fitting import Ends
+from dmqfx.numbers.quant import QuantSpec
 from dmqfx.numbers.ranges import search_range
+from dmqfx.numbers.scaledinput import Input, grid_between, ratio, round_through
 from dmqfx.numbers.weighting import TimestepWeights
 
-__all__ = ["Input", "Layer", "Learning", "Scaling", "learn", "surrogate"]
+__all__ = ["Layer", "Learning", "Scaling", "learn", "nbytes", "surrogate"]
 
-
-@dataclass(frozen=True, eq=False)
-class Input:
-    """A tensor that is to be scaled.
-
-    Shapes: values [N, C * taps], taps of a channel side by side; group int64 [N], the row's timestep group of
-    the spec; low, high [G, C], its extremes; `rows` those of each calibration row, for ranges that are averages of
-    them; finer [G, C], by what each channel's step is multiplied: the power of two of a shift, if there is one.
-    """
-
-    values: Tensor
-    group: Tensor
-    low: Tensor
-    high: Tensor
-    spec: QuantSpec
-    taps: int = 1
-    rows: RowExtremes | None = None
-    finer: Tensor | None = None
-
-    def columns(self, gamma: Tensor) -> Tensor:
-        """gamma for every column."""
-        return gamma.repeat_interleave(self.taps)
-
-    def ends(self, gamma: Tensor) -> Ends:
-        """The extremes of x / gamma, [G, 1]; or [G, C] if the spec is per channel."""
-        low, high = (self.low / gamma).clamp(max=0), (self.high / gamma).clamp(min=0)
-        if self.spec.per == "channel":
-            return low, high
-        whole = low.amin(1), high.amax(1)
-        if self.spec.range == "ema" and self.rows is not None:
-            averaged = self.rows.average(whole, gamma)
-            whole = averaged[0].clamp(max=0), averaged[1].clamp(min=0)
-        return whole[0][:, None], whole[1][:, None]
-
-    def covered(self, gamma: Tensor, felt: Tensor) -> tuple[Tensor, Tensor]:
-        """What part of these ends the grid covers, where the plan has them searched or cut off.
-
-        Shapes: felt [C * taps] of x / gamma; result as the ends.
-        """
-        low, high = self.ends(gamma)
-        if self.spec.range not in ("mse", "percentile"):
-            return torch.ones_like(low), torch.ones_like(high)
-        sample = Sample(self.values / self.columns(gamma), self.group, felt)
-        ends = low[:, 0], high[:, 0]
-        found = (
-            search(ends, sample, self.spec) if self.spec.range == "mse" else percentile(ends, sample, PERCENT)
-        )
-        return _ratio(found[0][:, None], low), _ratio(found[1][:, None], high)
-
-    def grid(self, gamma: Tensor, shares: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Scale [G, C or 1] and zero point of x / gamma, with gradients; `shares` of the ends are covered."""
-        low, high = self.ends(gamma)
-        scale, zero = (
-            _grid(low, high, self.spec)
-            if shares is None
-            else _grid(low * shares[0], high * shares[1], self.spec)
-        )
-        return scale if self.finer is None else scale * self.finer.to(scale), zero
-
-    def rounded(self, gamma: Tensor, shares: tuple[Tensor, Tensor], rows: Tensor | slice) -> Tensor:
-        """Some rows of x / gamma as they are deployed, with gradients; `shares` of the ends are covered.
-
-        Shapes: [n, C * taps].
-        """
-        wide = (
-            each.repeat_interleave(self.taps, 1) if each.shape[1] > 1 else each
-            for each in self.grid(gamma, shares)
-        )
-        scale, zero = (each[self.group[rows]] for each in wide)
-        return _rounded(self.values[rows] / self.columns(gamma), scale, zero, self.spec)
+_PORTION = 1024  # rows that are looked at together
+_COPIES = 6  # of what has the shape of a portion of the input, or of the weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +57,7 @@ class Scaling:
         for layer in self.layers:
             scaled = layer.weight * self.given.columns(gamma)
             searched = search_range(scaled, layer.spec).scale
-            weights.append(
-                _ratio(searched, search_range(scaled, replace(layer.spec, range="minmax")).scale).T
-            )
+            weights.append(ratio(searched, search_range(scaled, replace(layer.spec, range="minmax")).scale).T)
         return shares, weights
 
     def losses(
@@ -142,16 +73,19 @@ class Scaling:
         for layer, share in zip(self.layers, shares[1], strict=True):
             scaled = layer.weight * columns
             ends = _weight_ends(scaled, layer.spec)
-            steps, zeros = _grid(ends[0] * share, ends[1] * share, layer.spec)
-            error = rounded @ _rounded(scaled, steps, zeros, layer.spec).T - x @ scaled.T
+            steps, zeros = grid_between(ends[0] * share, ends[1] * share, layer.spec)
+            error = rounded @ round_through(scaled, steps, zeros, layer.spec).T - x @ scaled.T
             total = total + (error @ layer.root).square().sum(1)
         return total
 
     @cached_property
     def _power(self) -> Tensor:
         """The second moments of the input's channels, rows as they weigh, summed over taps [C]."""
-        moments = self.given.values.square().T @ self.importance / len(self.importance)
-        return moments.view(-1, self.given.taps).sum(1)
+        parts = zip(
+            torch.split(self.given.values, _PORTION), torch.split(self.importance, _PORTION), strict=True
+        )
+        moments = torch.stack([importance @ values.square() for values, importance in parts]).sum(0)
+        return moments.view(-1, self.given.taps).sum(1) / len(self.importance)
 
     @cached_property
     def _outlines(self) -> list[tuple[Ends, Tensor, Tensor]]:
@@ -177,7 +111,7 @@ class Scaling:
         for layer, (ends, felt, outputs) in zip(self.layers, self._outlines, strict=True):
             low, high = (_whole(end * gamma, layer.spec) for end in ends)
             low, high = low.clamp(max=0), high.clamp(min=0)
-            steps, _ = _grid(low.amin(1, keepdim=True), high.amax(1, keepdim=True), layer.spec)
+            steps, _ = grid_between(low.amin(1, keepdim=True), high.amax(1, keepdim=True), layer.spec)
             total = (
                 total + (noise * felt * gamma.square()).sum() + power * (steps[:, 0].square() * outputs).sum()
             )
@@ -185,7 +119,17 @@ class Scaling:
 
     def loss(self, gamma: Tensor) -> float:
         """The mean error of all rows, each as it weighs."""
-        return float((self.losses(gamma, self.shares(gamma), slice(None)) * self.importance).mean())
+        shares, total = self.shares(gamma), 0.0
+        for start in range(0, len(self.importance), _PORTION):
+            rows = slice(start, start + _PORTION)
+            total += float((self.losses(gamma, shares, rows) * self.importance[rows]).double().sum())
+        return total / len(self.importance)
+
+
+def nbytes(rows: int, batch: int, columns: int, out: int) -> int:
+    """The most that learning computes with: the scaled input that ranges are searched in, and a portion of the rows."""
+    portion = max(batch, min(rows, _PORTION))
+    return 4 * (columns * (rows + _COPIES * (portion + out)) + 2 * portion * out + 2 * out**2)
 
 
 @dataclass(frozen=True)
@@ -266,28 +210,3 @@ def _whole(weight: Tensor, spec: QuantSpec) -> Tensor:
 def _weight_ends(weight: Tensor, spec: QuantSpec) -> Ends:
     rows = _whole(weight, spec)
     return rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
-
-
-def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of params_from_range, with gradients."""
-    qmin, qmax = qrange(spec)
-    tiny = torch.finfo(low.dtype).tiny
-    if spec.grid == "symmetric":
-        scale = torch.maximum(high / qmax, low / qmin).clamp(min=tiny)
-        return scale, torch.zeros_like(scale)
-    scale = (high / (qmax - qmin) - low / (qmax - qmin)).clamp(min=tiny)
-    return scale, _straight(qmin - low / scale).clamp(qmin, qmax)
-
-
-def _rounded(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    codes = (_straight(x / scale) + zero).clamp(*qrange(spec))
-    return (codes - zero) * scale
-
-
-def _straight(x: Tensor) -> Tensor:
-    """Rounded forward, untouched backward."""
-    return x + (x.round() - x).detach()
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    return (part / whole.where(whole != 0, 1.0)).where(whole != 0, 1.0)

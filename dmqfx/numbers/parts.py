@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmqfx.numbers.quant import QParams
 from dmqfx.numbers.ranges import search_range
-from dmqfx.numbers.rounding import Grid, Reconstruction, Rounded
+from dmqfx.numbers.rounding import Grid, Reconstruction, Rounded, ridge
 
 __all__ = ["WIDEST", "Part", "Wide", "part_sizes"]
 
@@ -181,7 +181,8 @@ class Wide:
 
     @cached_property
     def _mean_wanted(self) -> Tensor:
-        return self.whole.share @ self.whole.wanted.double()
+        mean = self.whole.share @ self.whole.wanted.double()
+        return mean if self.whole.centred else torch.zeros_like(mean)
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
@@ -189,14 +190,13 @@ class Wide:
         share, means, energies = self.whole.share, list[Tensor](), list[Tensor]()
         for given in torch.split(self.whole.given, _LOOK, 1):
             x = given.to(torch.float64, copy=True)
-            means.append(share @ x)
+            means.append(share @ x if self.whole.centred else torch.zeros_like(x[0]))
             energies.append(share @ x.sub_(means[-1]).square_())
         return torch.cat(means), torch.cat(energies)
 
     @cached_property
     def _ridge(self) -> float:
-        ridge = self.whole.damping * float(self._moments[1].mean())
-        return ridge if ridge > 0 else 1.0
+        return ridge(self.whole.damping, float(self._moments[1].mean()))
 
     @cached_property
     def _at_first(self) -> Tensor:

@@ -17,7 +17,9 @@ from torch import Tensor
 from dmqfx.numbers.quant import QParams, QuantSpec
 from dmqfx.numbers.ranges import search_range
 
-__all__ = ["Grid", "Reconstruction", "Rounded", "damped"]
+__all__ = ["Grid", "Reconstruction", "Rounded", "damped", "ridge"]
+
+_LEAST = 1e-6  # of damping
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,8 @@ class Reconstruction:
     output, or None for all channels alike.
     Units: damping is relative to the mean energy of an input column (and of an output channel's metric);
     `asymmetric` is the share 0..1 of the way from the float weight to the one that best gives `wanted`; `norm` is
-    the exponent of the search of the grid, see search_range.
+    the exponent of the search of the grid, see search_range. What the mean of the output lacks is left to a bias, if
+    the problem is `centred`.
     """
 
     given: Tensor
@@ -41,6 +44,7 @@ class Reconstruction:
     importance: Tensor | None = None
     metric: Tensor | None = None
     norm: float = 2.0
+    centred: bool = True
 
     @cached_property
     def target(self) -> Tensor:
@@ -103,7 +107,8 @@ class Reconstruction:
 
     @cached_property
     def _means(self) -> tuple[Tensor, Tensor]:
-        return self.share @ self.given.double(), self.share @ self.wanted.double()
+        means = self.share @ self.given.double(), self.share @ self.wanted.double()
+        return means if self.centred else (torch.zeros_like(means[0]), torch.zeros_like(means[1]))
 
     @property
     def _centred(self) -> tuple[Tensor, Tensor]:
@@ -162,5 +167,9 @@ class Grid:
 
 def damped(gram: Tensor, damping: float) -> Tensor:
     """The matrix with damping times its mean diagonal added to the diagonal; the identity if it is all 0."""
-    ridge = damping * gram.diagonal().mean()
-    return gram + torch.eye(len(gram)).to(gram) * (ridge if float(ridge) > 0 else 1.0)
+    return gram + torch.eye(len(gram)).to(gram) * ridge(damping, float(gram.diagonal().mean()))
+
+
+def ridge(damping: float, mean: float) -> float:
+    """What damping adds to a diagonal of that mean: a millionth of it at least, so that there is an inverse."""
+    return max(damping, _LEAST) * mean if mean > 0 else 1.0

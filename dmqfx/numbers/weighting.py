@@ -19,7 +19,8 @@ class TimestepWeights:
     losses: the groups of small loss decide. The averages are exponential, of each group's mean loss, updated
     where the group is present; weights are 1 in the mean of a batch. `focal` is the same without that: weights as
     they are, 1 at most. `published` is `focal` by averages of each group's *sum*, in which absent groups decay, as in
-    DMQ. `linear` and `quadratic` fall from 1 + strength at the noisiest group to 1.
+    DMQ. `linear` and `quadratic` fall from 1 + strength at the noisiest group to 1. As long as no two groups have a loss,
+    all weights are 1.
 
     Source: DMQ (arXiv 2507.12933), adaptive timestep weighting.
     Example:
@@ -44,7 +45,9 @@ class TimestepWeights:
             early = (group + 1).to(losses) / self.groups
             return 1 + self.strength * early ** (1 if self.kind == "linear" else 2)
         self._count(losses.detach().double().cpu(), group.cpu())
-        total = self.average.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        if int((self.average > 0).sum()) < 2:
+            return torch.ones_like(losses)  # of one group nothing is early
+        total = self.average.sum()
         found = ((1 - self.average / total) ** self.strength)[group.cpu()]
         if self.kind == "adaptive":
             found = found / found.mean().clamp(min=torch.finfo(torch.float64).tiny)

@@ -139,6 +139,12 @@ class Steps:
             for each in self.numbers:
                 each.mul_(factor)
 
+    def spread(self) -> None:
+        """Let timestep groups of which there were no rows to learn from move like their neighbours."""
+        with torch.no_grad():
+            for each in self._scales.values():
+                each.copy_(_like_neighbours(each))
+
     def entries(self) -> dict[Site, Entry]:
         """What the table gets."""
         with torch.no_grad():
@@ -146,8 +152,7 @@ class Steps:
             for site in self._scales:
                 params = self._table.get(site, QParams)
                 assert params is not None  # it was when learning began
-                moved = _like_neighbours(self._scales[site])
-                found[site] = replace(params, scale=params.scale * moved.exp())
+                found[site] = replace(params, scale=params.scale * self._scales[site].exp())
             for site in self._weights:
                 codes = self._table.get(site, Codes)
                 assert codes is not None
@@ -218,12 +223,12 @@ class Objective:
 
     def settle(self, steps: Steps) -> float:
         """Go back half of the way as long as no less is left than there was, at most to an eighth; what is left then."""
-        left = self.left(steps)
+        left = processes.agreed(self.left(steps))
         for _ in range(_HALVINGS):
             if left < 1:
                 break
             steps.scale(0.5)
-            left = self.left(steps)
+            left = processes.agreed(self.left(steps))
         return left
 
     def loss(self, k: int, rows: slice, steps: Steps, learned: Learned) -> Tensor:

@@ -45,7 +45,7 @@ class Network:
         self._program, self.sparing = program, sparing
         self._stretches = [
             [node for node in stretch if node.op != "output"]
-            for stretch in stretches(program, blocks(program))
+            for stretch in stretches(program, [b for b in blocks(program) if b.read_outside is None])
         ]
         self._out = next(node for node in program.graph.nodes if node.op == "output").all_input_nodes
         self._needed = self._later()

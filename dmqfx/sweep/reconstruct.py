@@ -162,10 +162,9 @@ class _Problem:
 
     @property
     def energy_of_a_position(self) -> float:
-        """What a loss of 1 is, summed over channels, in the mean over output positions."""
-        wanted = self._wanted[0]
-        positions = wanted[0].numel() // wanted.shape[self._axis]
-        return self._energy / positions
+        """What a loss of 1 is, summed over channels, in the mean over output positions of all rows."""
+        positions = sum(wanted.numel() // wanted.shape[self._axis] for wanted in self._wanted)
+        return self._energy * sum(map(len, self._wanted)) / positions
 
     def loss(self) -> float:
         """The mean over all rows, with constants as they are in the table."""

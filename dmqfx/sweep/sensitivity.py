@@ -142,6 +142,11 @@ class Measurement:
         """The layers, for a network whose gradients nobody takes."""
         return {layer.node: _Watched(layer, lambda *_: None) for layer in self._layers}
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all sums."""
+        return sum(tensor.nbytes for tensor in self.state().values())
+
     def try_out(self, chunk: Chunk) -> None:
         """What a look takes, without a trace."""
         equal = torch.ones(len(chunk.timestep))

@@ -16,13 +16,14 @@ from dmqfx.calibration.calibration import Calibration
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Sensitivity
+from dmqfx.graph.table import Sensitivity, Table
 from dmqfx.numbers import speeds
 from dmqfx.numbers.speeds import second_time
 from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, chunked, shared
 from dmqfx.sweep.estimate import Estimate, tell
 from dmqfx.sweep.finite import refuse_broken_weights
+from dmqfx.sweep.key import of_table
 from dmqfx.sweep.network import Network
 from dmqfx.sweep.plan import Named, calibration_for, settled, tell_plan, warn_of_memory
 from dmqfx.sweep.run import NoRun
@@ -69,7 +70,9 @@ def measure(program: Program, step: Measurer, ctx: PassContext) -> dict[Site, Se
             found.resume(sums)
         _look(found, plan, run, begun, ctx)
         tell(step.name(), speeds.clock() - started, plan.seconds)
-    return found.entries()
+    entries = found.entries()
+    processes.same("sensitivities", of_table(Table().put_all(entries)))
+    return entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +96,8 @@ def _planned(
     """The plan, said in one line; a run that was begun before, whose looks are counted, goes on with its `portion`."""
     network = found.network
     largest = max(chunked(data, program, ctx.chunk), key=lambda chunk: chunk.inputs["sample"].numel())
-    room = network.room(largest, ctx.memory, found.watched)
+    sums = found.nbytes * (2 if ctx.run_dir is not None else 1)  # they are copied to be kept
+    room = network.room(largest, max(1, ctx.memory - sums), found.watched)
     network.sparing = room.sparing
     some = largest.part(slice(room.rows))
     one = second_time(program.device, partial(found.try_out, some)) / len(some.timestep)
@@ -104,9 +108,9 @@ def _planned(
     factor = processes.agreed(settled(run.factor, ctx, seconds))
     run.begin(factor)
     chosen = data.select(scaled(step, factor).rows, ctx.generator())
-    estimate = Estimate(len(chosen), seconds(factor), room.nbytes)
+    estimate = Estimate(len(chosen), seconds(factor), room.nbytes + sums)
     tell_plan(step.name(), estimate, [(step, ctx)], factor)
-    warn_of_memory(room.nbytes, step, ctx)
+    warn_of_memory(room.nbytes + sums, step, ctx)
     portion = room.rows if portion is None else portion
     parts = [
         chunk.part(slice(start, start + portion))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, NoReturn, Protocol
 
@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
-from dmqfx.errors import StoreError
+from dmqfx.errors import CalibrationError, StoreError
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
-from dmqfx.graph.table import Entry
+from dmqfx.graph.table import Entry, Table
 from dmqfx.numbers import speeds
 from dmqfx.numbers.speeds import second_time
 from dmqfx.sweep.budget import scaled
@@ -26,6 +26,7 @@ from dmqfx.sweep.chunks import Chunk, held_out, mixed
 from dmqfx.sweep.endtoend import Descent, Objective, Steps
 from dmqfx.sweep.estimate import Estimate, tell
 from dmqfx.sweep.finite import refuse_broken_weights
+from dmqfx.sweep.key import of_table
 from dmqfx.sweep.network import Network, Room
 from dmqfx.sweep.plan import Learner, calibration_for, settled, tell_plan, warn_of_memory
 from dmqfx.sweep.run import NoRun
@@ -39,6 +40,8 @@ _OFTEN: Final = 20.0
 _ONE_IN: Final = 16
 """Of so many samples one is not learned from, and judges."""
 _BETAS: Final = (0.9, 0.99)
+_PORTION: Final = "portion"
+"""In what is kept: rows that slopes are taken of at a time, on which their last digits depend."""
 
 
 class StepLearner(Learner, Protocol):
@@ -71,14 +74,16 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
 
     Where there are several processes each has a share of every batch, and slopes are summed.
 
-    Raises: CalibrationError without calibration data, for data that do not fit, for values that are not
-        finite; StoreError for a run directory or a disk.
+    Raises: CalibrationError without calibration data, for data that do not fit, for values or a loss that are
+        not finite; StoreError for a run directory or a disk.
     """
     refuse_broken_weights(program)
     data = calibration_for(program, [(step, ctx)])
     assert data is not None  # a learner needs some
     with kept(program, data, [(step, ctx)]) as run:
-        plan = _planned(program, step, ctx, data, run.factor)
+        known = run.state() if processes.is_first() else None
+        portion = int(processes.agreed(0 if known is None else known[1][_PORTION]))
+        plan = _planned(program, step, ctx, data, run.factor, portion)
         run.begin(plan.factor)
         edges = torch.tensor([ctx.train_timesteps * k / step.groups for k in range(1, step.groups)])
         network = Network(program, sparing=plan.room.sparing)
@@ -89,7 +94,9 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
             for each in dict.fromkeys((objective, judge)):  # in one order in all processes, which sum up
                 each.begin(steps)
             _descend(objective, steps, plan, run, ctx, bar)
+        steps.spread()
         left = judge.settle(steps)
+        processes.same("steps", of_table(Table().put_all(steps.entries())))
         tell(step.name(), speeds.clock() - started, plan.seconds)
     return Found(steps.entries(), left, bool(plan.judged))
 
@@ -116,7 +123,7 @@ def _descend(
         bar.update()
         last = iteration + 1 == how.iterations
         if last or speeds.clock() - saved > _OFTEN:
-            run.keep(iteration + 1, _state(steps, adam))
+            run.keep(iteration + 1, {**_state(steps, adam), _PORTION: torch.tensor(plan.room.rows)})
             saved = speeds.clock()
 
 
@@ -130,9 +137,14 @@ def _slopes(objective: Objective, steps: Steps, k: int, plan: _Plan) -> float:
             loss = objective.loss(k, slice(start, start + plan.room.rows), steps, steps.learned())
             (loss / plan.whole[k]).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         total += loss.detach().double().cpu() / plan.whole[k]
+    total = processes.summed(total)
+    if not bool(torch.isfinite(total)):
+        raise CalibrationError(
+            f"{plan.step.name()} has come to a loss that is not finite\n  mend: a smaller rate than {plan.step.rate:g}"
+        )
     for each in steps.numbers:
         each.grad = processes.summed(torch.zeros_like(each) if each.grad is None else each.grad)
-    return float(processes.summed(total))
+    return float(total)
 
 
 def _order(chunks: int, iterations: int, seed: int) -> Iterator[int]:
@@ -193,9 +205,14 @@ class _Plan:
 
 
 def _planned(
-    program: Program, step: StepLearner, ctx: PassContext, data: Calibration, factor: float | None
+    program: Program,
+    step: StepLearner,
+    ctx: PassContext,
+    data: Calibration,
+    factor: float | None,
+    portion: int,
 ) -> _Plan:
-    """The plan, said in one line; `factor` is given where a run had already settled it."""
+    """The plan, said in one line; `factor`, and `portion` if not 0, are those that a run had already settled."""
     learning, judging = held_out(data, _ONE_IN, ctx.generator())
     largest = max(
         mixed(data, program, step.rows, step.batch, ctx.generator()),
@@ -229,9 +246,11 @@ def _planned(
     )
     parts = slice(processes.rank(), None, processes.count())
     own, judges = ([chunk.part(parts) for chunk in chunks] for chunks in (whole, judged))
-    return _Plan(
-        changed, own, judges, [len(chunk.timestep) for chunk in whole], trial.room, factor, estimate.seconds
+    room, sizes = (
+        replace(trial.room, rows=portion or trial.room.rows),
+        [len(chunk.timestep) for chunk in whole],
     )
+    return _Plan(changed, own, judges, sizes, room, factor, estimate.seconds)
 
 
 @dataclass(frozen=True)
