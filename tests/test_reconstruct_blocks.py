@@ -124,7 +124,9 @@ def test_layers_that_are_left_to_it_are_not_told_to_learn_before() -> None:
     for readers in turns(program).values():
         for reader in (reader for _, each in readers for reader in each if reader.weight_spec is not None):
             costs = [step.cost(program, reader, 0.0, speeds) for step in (whole, outside)]  # type: ignore[attr-defined]
-            left = str(reader.site.at) in inside
+            left = (
+                str(reader.site.at) in inside and reader.groups == 1
+            )  # others are rounded to nearest anyway
             seen.add(left)
             assert costs[1] < costs[0] if left else costs[1] == costs[0]
     assert seen == {False, True}

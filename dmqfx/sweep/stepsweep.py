@@ -82,7 +82,7 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
     assert data is not None  # a learner needs some
     with kept(program, data, [(step, ctx)]) as run:
         known = run.state() if processes.is_first() else None
-        portion = int(processes.agreed(0 if known is None else known[1][_PORTION]))
+        portion = int(processes.agreed(0 if known is None else int(known[1][_PORTION])))
         plan = _planned(program, step, ctx, data, run.factor, portion)
         run.begin(plan.factor)
         edges = torch.tensor([ctx.train_timesteps * k / step.groups for k in range(1, step.groups)])
