@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Final, NoReturn, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dmqfx import processes
-from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import CalibrationError, StoreError
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
 from dmqfx.numbers import speeds
-from dmqfx.numbers.speeds import second_time
-from dmqfx.sweep.budget import scaled
-from dmqfx.sweep.chunks import Chunk, held_out, mixed
 from dmqfx.sweep.endtoend import Descent, Objective, Steps
-from dmqfx.sweep.estimate import Estimate, tell
+from dmqfx.sweep.estimate import tell
 from dmqfx.sweep.finite import refuse_broken_weights
 from dmqfx.sweep.key import of_table
-from dmqfx.sweep.network import Network, Room
-from dmqfx.sweep.plan import Learner, calibration_for, settled, tell_plan, warn_of_memory
+from dmqfx.sweep.network import Network
+from dmqfx.sweep.plan import calibration_for
 from dmqfx.sweep.run import NoRun
+from dmqfx.sweep.stepplan import StepLearner, StepPlan, planned
 from dmqfx.sweep.visits import kept
 
 __all__ = ["Found", "learn_steps"]
@@ -37,24 +33,9 @@ __all__ = ["Found", "learn_steps"]
 _log = logging.getLogger(__name__)
 _OFTEN: Final = 20.0
 """Seconds of learning that a killed process may lose, and an iteration."""
-_ONE_IN: Final = 16
-"""Of so many samples one is not learned from, and judges."""
 _BETAS: Final = (0.9, 0.99)
 _PORTION: Final = "portion"
 """In what is kept: rows that slopes are taken of at a time, on which their last digits depend."""
-
-
-class StepLearner(Learner, Protocol):
-    """A pass that learns steps; `groups` of timesteps count alike, `rate` and `warmup` are those of Descent."""
-
-    @property
-    def groups(self) -> int: ...
-
-    @property
-    def rate(self) -> float: ...
-
-    @property
-    def warmup(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +64,7 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
     with kept(program, data, [(step, ctx)]) as run:
         known = run.state() if processes.is_first() else None
         portion = int(processes.agreed(0 if known is None else int(known[1][_PORTION])))
-        plan = _planned(program, step, ctx, data, run.factor, portion)
+        plan = planned(program, step, ctx, data, run.factor, portion)
         run.begin(plan.factor)
         edges = torch.tensor([ctx.train_timesteps * k / step.groups for k in range(1, step.groups)])
         network = Network(program, sparing=plan.room.sparing)
@@ -102,7 +83,7 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
 
 
 def _descend(
-    objective: Objective, steps: Steps, plan: _Plan, run: NoRun, ctx: PassContext, bar: tqdm[NoReturn]
+    objective: Objective, steps: Steps, plan: StepPlan, run: NoRun, ctx: PassContext, bar: tqdm[NoReturn]
 ) -> None:
     """All iterations that a run directory does not know yet."""
     how = Descent(plan.step.iterations, plan.step.rate, plan.step.warmup)
@@ -127,7 +108,7 @@ def _descend(
             saved = speeds.clock()
 
 
-def _slopes(objective: Objective, steps: Steps, k: int, plan: _Plan) -> float:
+def _slopes(objective: Objective, steps: Steps, k: int, plan: StepPlan) -> float:
     """Each number's slope for one batch, in parts that fit the memory; the batch's loss."""
     rows, total = len(objective.chunks[k].timestep), torch.zeros((), dtype=torch.float64)
     for each in steps.numbers:
@@ -185,112 +166,3 @@ def _resumed(run: NoRun, steps: Steps, adam: torch.optim.Adam) -> int:
         names = ("step", "exp_avg", "exp_avg_sq")
         adam.state[each] = {name: known[1][f"{k}.{name}"] for name in names}
     return begun
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """The pass and its rows as a time budget and the memory want them.
-
-    Units: `chunks` are this process's share of every batch, `whole` the rows of all of it, `judged` its share of what
-    judges; seconds of all.
-    """
-
-    step: StepLearner
-    chunks: Sequence[Chunk]
-    judged: Sequence[Chunk]
-    whole: Sequence[int]
-    room: Room
-    factor: float
-    seconds: float
-
-
-def _planned(
-    program: Program,
-    step: StepLearner,
-    ctx: PassContext,
-    data: Calibration,
-    factor: float | None,
-    portion: int,
-) -> _Plan:
-    """The plan, said in one line; `factor`, and `portion` if not 0, are those that a run had already settled."""
-    learning, judging = held_out(data, _ONE_IN, ctx.generator())
-    largest = max(
-        mixed(data, program, step.rows, step.batch, ctx.generator()),
-        key=lambda chunk: chunk.inputs["sample"].numel(),
-    )
-    trial = _Trial.of(program, largest, step.batch, ctx.memory)
-
-    def counts(changed: StepLearner) -> tuple[int, int]:
-        return min(changed.rows, len(learning)), min(
-            max(changed.batch, changed.rows // _ONE_IN), len(judging)
-        )
-
-    def seconds(factor: float) -> float:
-        changed = scaled(step, factor)
-        return trial.seconds(*counts(changed), changed.iterations)
-
-    factor = processes.agreed(settled(factor, ctx, seconds))
-    changed = scaled(step, factor)
-    rows = counts(changed)
-    estimate = Estimate(sum(rows), seconds(factor), trial.room.nbytes)
-    tell_plan(step.name(), estimate, [(step, ctx)], factor)
-    warn_of_memory(trial.room.nbytes, step, ctx)
-    if not rows[1]:
-        _log.warning(
-            "%s learns from %d calibration rows of one or two samples, and none is left to judge it by: other calls may "
-            "get worse\n  mend: record more prompts, or no %s in the policy", step.name(), rows[0], step.name(),
-        )  # fmt: skip
-    whole, judged = (
-        mixed(data, program, count, step.batch, ctx.generator(), among) if count else []
-        for count, among in zip(rows, (learning, judging), strict=True)
-    )
-    parts = slice(processes.rank(), None, processes.count())
-    own, judges = ([chunk.part(parts) for chunk in chunks] for chunks in (whole, judged))
-    room, sizes = (
-        replace(trial.room, rows=portion or trial.room.rows),
-        [len(chunk.timestep) for chunk in whole],
-    )
-    return _Plan(changed, own, judges, sizes, room, factor, estimate.seconds)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What a batch costs.
-
-    Units: look and iterate in seconds for one row, of the float network, of the quantized one, and of a step of
-    learning.
-    """
-
-    real: float
-    quantized: float
-    iterate: float
-    batch: int
-    room: Room
-
-    @staticmethod
-    def of(program: Program, chunk: Chunk, batch: int, memory: int) -> _Trial:
-        """Try the parts of a batch that fit the memory."""
-        network = Network(program)
-        steps = Steps(program, program.table, network.nodes)
-        room = network.room(chunk, memory, steps.twins, steps.learned())
-        network.sparing = room.sparing
-        some = chunk.part(slice(room.rows))
-        objective = Objective(network, [some], torch.empty(0))
-        with torch.no_grad():
-            real = second_time(program.device, partial(network, some))
-            quantized = second_time(program.device, partial(network, some, steps.twins, steps.learned()))
-        objective.begin(steps)
-
-        def step() -> None:
-            with torch.enable_grad():
-                objective.loss(0, slice(None), steps, steps.learned()).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-
-        rows = len(some.timestep)
-        iterate = second_time(program.device, step)
-        return _Trial(real / rows, quantized / rows, iterate / rows, batch, room)
-
-    def seconds(self, rows: int, judged: int, iterations: int) -> float:
-        """Of learning: looks of the float network and of the quantized one, and the iterations."""
-        looks = (1, 4) if judged else (2, 0)  # of the quantized network, at either kind of rows
-        seen = (rows + judged) * self.real + (rows * looks[0] + judged * looks[1]) * self.quantized
-        return (seen + iterations * min(self.batch, rows) * self.iterate) / processes.count()
