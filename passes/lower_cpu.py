@@ -69,9 +69,9 @@ def _operands(
         return Refuse(why, root)
     codes = OPS.unpack(rw.value(packed), named["bits"], named["signed"], named["weight_shape"])
     zero_point = rw.value(ops.tensor(root, "w_zero_point"))
-    centered = integer.centered_weight(codes, zero_point)
-    if bool(((centered < -128) | (centered > 127)).any()):
-        least, greatest = int(centered.amin()), int(centered.amax())
+    centered = integer.centered_weight(codes, zero_point) if bool(zero_point.any()) else codes
+    least, greatest = map(int, torch.aminmax(centered)) if centered.numel() else (0, 0)
+    if least < -128 or greatest > 127:
         return Refuse(
             f"weight codes less their zero points go from {least} to {greatest}, the kernels take 8 bits; "
             "make the weight's grid symmetric",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, TypeAlias, TypeVar
@@ -215,6 +215,11 @@ class Table:
     """
 
     _rows: Mapping[tuple[type, Site], Entry] = field(default_factory=lambda: MappingProxyType({}))
+
+    @staticmethod
+    def of_rows(rows: Iterable[tuple[Site, Entry]]) -> Table:
+        """A table of many entries; of two of a kind at one site the last."""
+        return Table(MappingProxyType({(type(entry), site): entry for site, entry in rows}))
 
     def get(self, site: Site, kind: type[_Kind]) -> _Kind | None:
         """The entry of this kind at the site, or None."""

@@ -88,7 +88,8 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
         >>> unpack(blob, (1, 5), 1)
         tensor([[ 1, -2,  3,  7, -8]], dtype=torch.int8)
     """
-    if (why := integer.overflow(codes.float(), shift)) is not None:
+    least, greatest = _ends(codes)
+    if _may_overflow(codes, max(greatest, -least), shift) and (why := integer.overflow(codes.float(), shift)):
         raise ValueError(why)
     high, wide = _taps(codes.shape)
     out, channels = codes.shape[0] // groups, codes.shape[1]
@@ -96,23 +97,13 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
     laid = F.pad(laid, (0, 0, 0, -channels % QUAD, 0, -out % LANE))
     laid = laid.reshape(groups, -1, LANE, laid.shape[2] // QUAD, QUAD, high * wide).permute(0, 1, 5, 3, 2, 4)
     laid = laid.contiguous()
-    nibbles = not bool(((laid < -8) | (laid > 7)).any())
+    nibbles = least >= -8 and greatest <= 7
     data = laid.reshape(-1, _STEP)
     if nibbles:
         half = data.view(torch.uint8)
         data = (half[:, : _STEP // 2] & 15) | (half[:, _STEP // 2 :] << 4)
-    numbers = [
-        _MAGIC,
-        _VERSION,
-        int(nibbles),
-        groups,
-        out,
-        channels,
-        high,
-        wide,
-        _pair(laid),
-        _headroom(laid),
-    ]
+    bounds = (_pair(laid), _headroom(least, greatest))
+    numbers = [_MAGIC, _VERSION, int(nibbles), groups, out, channels, high, wide, *bounds]
     header = torch.tensor(numbers + [0] * (_HEADER - len(numbers)), dtype=torch.int32)
     sums = codes.flatten(1).sum(1, dtype=torch.int32)
     parts = (header.to(codes.device), sums, data.reshape(-1))
@@ -135,7 +126,7 @@ def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     codes = laid.permute(0, 1, 4, 3, 5, 2).reshape(groups, -1, quads * QUAD, high * wide)
     filled, codes = codes, codes[:, : weights.out_channels, : weights.channels]
     codes = codes.reshape(tuple(shape)).contiguous()
-    bounds = (_pair(laid), _headroom(laid))
+    bounds = (_pair(laid), _headroom(*_ends(laid)))
     sums = codes.flatten(1).sum(1, dtype=torch.int32)
     if bounds != (weights.pair, weights.headroom) or not torch.equal(sums, weights.sums):
         raise _malformed("its sums do not follow from its codes")
@@ -148,16 +139,27 @@ def _pair(laid: Tensor) -> int:
     """What two neighbouring weights can make of activation codes of 1, at most; they share a 16 bit sum."""
     if laid.numel() == 0:
         return 0
-    pairs = laid.reshape(-1, 2).to(torch.int16)
-    up, down = pairs.clamp(min=0).sum(1).amax(), pairs.clamp(max=0).sum(1).amin()
-    return max(int(up), -int(down))
+    one, two = laid.reshape(-1, 2).unbind(1)
+    up, down = (one.clamp(*ends).to(torch.int16) + two.clamp(*ends) for ends in ((0, None), (None, 0)))
+    return max(int(up.amax()), -int(down.amin()))
 
 
-def _headroom(laid: Tensor) -> int:
+def _ends(codes: Tensor) -> tuple[int, int]:
+    """The least code and the greatest, 0 included."""
+    if codes.numel() == 0:
+        return 0, 0
+    least, greatest = torch.aminmax(codes)
+    return min(0, int(least)), max(0, int(greatest))
+
+
+def _may_overflow(codes: Tensor, furthest: int, shift: Tensor | None) -> bool:
+    """Whether the codes have to be looked at one by one, by their number and the furthest of them."""
+    most = 0 if shift is None or not shift.numel() else int(shift.amax())
+    return (furthest << most) * (codes[0].numel() if len(codes) else 0) * 255 >= 2**31
+
+
+def _headroom(least: int, greatest: int) -> int:
     """The bits by which every code can be shifted to the left and still has 8."""
-    if laid.numel() == 0:
-        return _MOST_HEADROOM
-    least, greatest = int(laid.amin()), int(laid.amax())
     fits = (
         bits for bits in range(_MOST_HEADROOM, 0, -1) if least << bits >= -128 and greatest << bits <= 127
     )
