@@ -59,7 +59,7 @@ class LearnSteps(Pass):
         return frozenset({"rows", "iterations"})
 
     def run(self, program: Program, ctx: PassContext) -> Program:
-        """As many steps forward and back as there are iterations, and three looks at all rows.
+        """As many steps forward and back as there are iterations, a look at all rows before, and some at the judges.
 
         Raises: CalibrationError without calibration data, for rows that do not fit, or values that are not
             finite; StoreError for a run directory or a disk.
