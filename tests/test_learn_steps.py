@@ -217,25 +217,15 @@ def test_what_is_not_kept_is_computed_again_and_parts_of_a_batch_add_up() -> Non
     assert float(off.median()) < 1e-4
 
 
-def test_sparing_memory_keeps_less_of_a_deep_network() -> None:
-    plain = chain(16, residual=True)
-    deep = sweeping.swept(plain, sweeping.context(sweeping.recorded(plain, 4)), sweeping.SWEEP)
-    network = Network(deep)
-    steps = Steps(deep, deep.table, network.nodes)
-    batch = next(sweeping.recorded(deep, 4).batches(4, deep.inputs, dtype=deep.dtype))
-    chunk = Chunk(batch, batch["timestep"], 0)
-    whole, spared = network.kept(chunk, steps.twins, steps.learned())
-    assert 0 < spared < 0.8 * whole
-    assert network.room(chunk, 1, steps.twins, steps.learned()).sparing
-
-
-def test_sparing_memory_gives_the_same_slopes() -> None:
+def test_sparing_memory_keeps_less_and_gives_the_same_slopes() -> None:
     network = Network(before())
     steps = Steps(before(), before().table, network.nodes)
     data = context("shifts").calibration
     assert data is not None
     batch = next(data.batches(4, before().inputs, dtype=before().dtype))
     chunk = Chunk(batch, batch["timestep"], 0)
+    whole, spared = network.kept(chunk, steps.twins, steps.learned())
+    assert 0 < spared < 0.8 * whole
     found = []
     for network.sparing in (False, True):
         with torch.enable_grad():

@@ -91,7 +91,7 @@ class Network:
         (whole, whole_each), (spared, spared_each) = (
             (first, both - first if both > first else first) for first, both in zip(one, two, strict=True)
         )
-        sparing = whole + (rows - 1) * whole_each > memory and spared < whole
+        sparing = whole + (rows - 1) * whole_each > memory
         first, each = (spared, spared_each) if sparing else (whole, whole_each)
         fit = max(1, min(rows, 1 + (memory - first) // max(1, each)))
         return Room(sparing, fit, first + (fit - 1) * each)
@@ -99,17 +99,13 @@ class Network:
     def kept(
         self, chunk: Chunk, twins: Twins | None = None, learned: Learned | None = None
     ) -> tuple[int, int]:
-        """Bytes that the chunk keeps for its way back: all of it, and with `sparing`.
-
-        A stretch that is computed again takes what it keeps, about twice as much for slopes, and its own values.
-        """
+        """Bytes that the chunk keeps for its way back: all of it, and with `sparing`."""
         values, whole, most, between = self._given(chunk), 0, 0, dict[int, Tensor]()
-        for number, stretch in enumerate(self._stretches):
+        for number in range(len(self._stretches)):
             with remembered() as memory, torch.enable_grad():
-                found = forward(self._program, stretch, values, chunk.timestep, twins, learned)
-            own = sum(each.nbytes for each in found.values() if isinstance(each, Tensor))
-            values = {node: _cut(found[node]) for node in self._needed[number] if node in found}
-            whole, most = whole + memory.nbytes, max(most, 3 * memory.nbytes + own)
+                found = self._computed(number, values, chunk, twins, learned)
+            values = {node: _cut(value) for node, value in found.items()}
+            whole, most = whole + memory.nbytes, max(most, memory.nbytes)
             between |= {value.data_ptr(): value for value in values.values() if isinstance(value, Tensor)}
         return whole, most + sum(value.nbytes for value in between.values())
 
