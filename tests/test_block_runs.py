@@ -16,7 +16,7 @@ from sweeping import bits, changed
 from torch import Tensor
 
 from dmqfx.errors import CalibrationError
-from dmqfx.graph.blocks import Block, blocks
+from dmqfx.graph.blocks import Block, units
 from dmqfx.graph.pipeline import PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
@@ -146,11 +146,11 @@ def test_the_trial_tells_steps_looks_and_the_rest_apart(monkeypatch: pytest.Monk
     data = ready().calibration
     assert data is not None
     chunk = next(chunked(data, before(), 4))
-    trial = BlockTrial.of(before(), chunk, blocks(before()), practice)
-    assert trial.seconds(rows=4, iterations=10) == pytest.approx([5 + 2 + 3 * 10] * 5)
-    assert trial.seconds(rows=16, iterations=100) == pytest.approx([5 + 2 * 4 + 3 * 100] * 5)
-    assert trial.seconds(rows=2, iterations=10) == pytest.approx([5 + 1 + 3 * 5] * 5)
-    assert trial.seconds(rows=4, iterations=10, finished=3) == pytest.approx([0.0] * 3 + [37.0] * 2)
+    trial = BlockTrial.of(before(), chunk, units(before()), practice)
+    assert trial.seconds(rows=4, iterations=10) == pytest.approx([5 + 2 + 3 * 10] * 4)
+    assert trial.seconds(rows=16, iterations=100) == pytest.approx([5 + 2 * 4 + 3 * 100] * 4)
+    assert trial.seconds(rows=2, iterations=10) == pytest.approx([5 + 1 + 3 * 5] * 4)
+    assert trial.seconds(rows=4, iterations=10, finished=3) == pytest.approx([0.0] * 3 + [37.0])
     assert set(practised) <= set(ORDER)
 
 
@@ -158,7 +158,7 @@ def test_more_rows_take_more_memory_and_what_has_no_room_goes_to_disk() -> None:
     data = ready().calibration
     assert data is not None
     chunk = next(chunked(data, before(), 4))
-    trial = BlockTrial.of(before(), chunk, blocks(before()), lambda *given: None)
+    trial = BlockTrial.of(before(), chunk, units(before()), lambda *given: None)
     roomy, tight = trial.estimate(64, 1, 2**30), trial.estimate(64, 1, trial.beside(64) + 1000)
     assert roomy.disk == 0
     assert tight.memory == trial.beside(64) + 1000
