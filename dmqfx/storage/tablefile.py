@@ -69,7 +69,9 @@ def read_table(program: Program, document: Mapping[str, Json], tensors: Mapping[
             raise StoreError(f"there is no {word} {content!r}")
         return tensors[str(content)]
 
-    pairs_of = (row if isinstance(row, list) and len(row) == 2 else ("", None) for row in _list(document, "table"))
+    pairs_of = (
+        row if isinstance(row, list) and len(row) == 2 else ("", None) for row in _list(document, "table")
+    )
     rows = ((Site.parse(str(site)), decode(entry, read)) for site, entry in pairs_of)
     table = Table.of_rows(rows)  # type: ignore[arg-type]  # entries are what was written
     log = [decode(record) for record in _list(document, "log")]
