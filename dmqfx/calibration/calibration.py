@@ -229,9 +229,10 @@ class Calibration:
         return torch.cat([torch.empty(0, dtype=torch.int64), *(group.step for group in self.groups)])
 
     def columns(self) -> dict[str, Tensor]:
-        """Everything that a UNet is called with, by names of their own: for digests."""
+        """All that results depend on, what a UNet is called with and which sample each row is of, by name: for digests."""
         found: dict[str, Tensor] = {}
         for k, group in enumerate(self.groups):
+            found |= {f"{k}:trajectory": group.trajectory, f"{k}:step": group.step}
             for name, column in group.columns.items():
                 found |= {f"{k}/{name}": column.values, f"{k}/{name}/index": column.index}
             found |= {f"{k}/{name}": torch.tensor(value) for name, value in group.scalars.items()}

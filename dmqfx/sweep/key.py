@@ -30,8 +30,6 @@ def key_of(
     in their last digits.
     """
     columns = {} if data is None else data.columns()
-    if data is not None:  # by these samples are told apart
-        columns |= {"trajectory": data.trajectories(), "step": data.steps()}
     return {
         "graph": _digest(dump(write_graph(program))),
         "weights": fingerprint(program.weights()),

@@ -183,7 +183,10 @@ class Turn:
         return self._ranges[boundaries]
 
     def row_extremes(self, boundaries: tuple[float, ...], momentum: float = MOMENTUM) -> RowExtremes:
-        """Extremes of the quantized-so-far tensor in every calibration row, per channel."""
+        """Extremes of the quantized-so-far tensor in every calibration row, per channel.
+
+        Shapes, units: those of RowExtremes; timestep groups are cut at `boundaries`.
+        """
         low, high, timestep = self._extremes
         return RowExtremes(
             low, high, timestep_group(timestep, torch.tensor(boundaries).to(timestep)), momentum
