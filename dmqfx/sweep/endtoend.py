@@ -195,7 +195,7 @@ def _like_neighbours(moved: Tensor) -> Tensor:
 class Objective:
     """The error of the outputs on all chunks, every timestep group relative to its own before learning.
 
-    Where processes share the rows, chunks are those of this one.
+    Where processes share the rows, chunks are those of this one. At most `portion` rows are computed at a time.
 
     Shapes: weight [G], the inverse of each group's error before learning; 0 where there was none.
     """
@@ -203,14 +203,14 @@ class Objective:
     network: Network
     chunks: Sequence[Chunk]
     edges: Tensor
+    portion: int
     wanted: list[Tensor] = field(init=False)
     weight: Tensor = field(init=False)
 
     def begin(self, steps: Steps) -> None:
         """Two looks at all rows: at what the outputs should be, and at what they lack."""
         with torch.no_grad():
-            nothing = torch.empty(0)  # of a chunk that has fewer rows than there are processes
-            self.wanted = [self.network(each) if len(each.timestep) else nothing for each in self.chunks]
+            self.wanted = [self._exact(k) for k in range(len(self.chunks))]
             error = self._errors(steps)
         self.weight = torch.where(error > 0, 1 / error.clamp(min=torch.finfo(error.dtype).tiny), 0.0)
 
@@ -231,12 +231,21 @@ class Objective:
             left = processes.agreed(self.left(steps))
         return left
 
+    def portions(self, k: int) -> list[slice]:
+        """A chunk's rows as they are computed."""
+        return [slice(at, at + self.portion) for at in range(0, len(self.chunks[k].timestep), self.portion)]
+
     def loss(self, k: int, rows: slice, steps: Steps, learned: Learned) -> Tensor:
         """The sum over some rows of a chunk."""
         part = self.chunks[k].part(rows)
         error = (self.network(part, steps.twins, learned) - self.wanted[k][rows]).double().square().mean(1)
         weight = self.weight.to(error)[timestep_group(part.timestep, self.edges.to(part.timestep.device))]
         return (error * weight).sum()
+
+    def _exact(self, k: int) -> Tensor:
+        """The float network's outputs on a chunk, which has no rows where there are fewer than processes."""
+        parts = [self.network(self.chunks[k].part(rows)) for rows in self.portions(k)]
+        return torch.cat(parts) if parts else torch.empty(0)
 
     def _errors(self, steps: Steps) -> Tensor:
         """The mean squared error of each timestep group.
@@ -245,15 +254,15 @@ class Objective:
         """
         sums = torch.zeros(2, len(self.edges) + 1, dtype=torch.float64)
         learned = steps.learned()
-        for chunk, wanted in zip(self.chunks, self.wanted, strict=True):
-            if not len(chunk.timestep):
-                continue
-            error = (self.network(chunk, steps.twins, learned) - wanted).double().square().mean(1).cpu()
-            if not finite(error):
-                self.network.blame(chunk, steps.twins, learned)
-            group = timestep_group(chunk.timestep.cpu(), self.edges)
-            sums[0].index_add_(0, group, error)
-            sums[1].index_add_(0, group, torch.ones_like(error))
+        for k, chunk in enumerate(self.chunks):
+            for rows in self.portions(k):
+                part, wanted = chunk.part(rows), self.wanted[k][rows]
+                error = (self.network(part, steps.twins, learned) - wanted).double().square().mean(1).cpu()
+                if not finite(error):
+                    self.network.blame(part, steps.twins, learned)
+                group = timestep_group(part.timestep.cpu(), self.edges)
+                sums[0].index_add_(0, group, error)
+                sums[1].index_add_(0, group, torch.ones_like(error))
         total, count = processes.summed(sums)
         mean: Tensor = total / count.clamp(min=1)
         return mean

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from dmqfx.sweep.blockwalk import Learned, Twins, forward, stretches
 from dmqfx.sweep.chunks import Chunk
 from dmqfx.sweep.finite import refuse_not_finite
 from dmqfx.sweep.values import Pair
-from dmqfx.sweep.wayback import remembered
+from dmqfx.sweep.wayback import Peak, remembered
 
 __all__ = ["Network", "Room"]
 
@@ -26,7 +26,7 @@ __all__ = ["Network", "Room"]
 class Room:
     """How many rows are computed at a time, and whether sparingly.
 
-    Units: nbytes that they keep for their way back.
+    Units: nbytes that they keep for their way back, or that work on them was seen to take.
     """
 
     sparing: bool
@@ -95,6 +95,21 @@ class Network:
         first, each = (spared, spared_each) if sparing else (whole, whole_each)
         fit = max(1, min(rows, 1 + (memory - first) // max(1, each)))
         return Room(sparing, fit, first + (fit - 1) * each)
+
+    def tried(self, room: Room, chunk: Chunk, memory: int, work: Callable[[Chunk], object]) -> Room:
+        """The room as work forward and back on so many rows shows it: more sparing as long as that takes too much.
+
+        Units: memory in bytes.
+        """
+        while True:
+            self.sparing = room.sparing
+            with Peak() as peak:
+                work(chunk.part(slice(room.rows)))
+            room = replace(room, nbytes=peak.nbytes)
+            if peak.nbytes <= memory or (room.sparing and room.rows == 1):
+                return room
+            fewer = max(1, room.rows * memory // peak.nbytes) if room.sparing else room.rows
+            room = replace(room, sparing=True, rows=fewer)
 
     def kept(
         self, chunk: Chunk, twins: Twins | None = None, learned: Learned | None = None

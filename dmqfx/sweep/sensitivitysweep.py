@@ -18,7 +18,7 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Sensitivity, Table
 from dmqfx.numbers import speeds
-from dmqfx.numbers.speeds import second_time
+from dmqfx.numbers.speeds import once
 from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, chunked, shared
 from dmqfx.sweep.estimate import Estimate, tell
@@ -97,10 +97,10 @@ def _planned(
     network = found.network
     largest = max(chunked(data, program, ctx.chunk), key=lambda chunk: chunk.inputs["sample"].numel())
     sums = found.nbytes * (2 if ctx.run_dir is not None else 1)  # they are copied to be kept
-    room = network.room(largest, max(1, ctx.memory - sums), found.watched)
-    network.sparing = room.sparing
+    memory = max(1, ctx.memory - sums)
+    room = network.tried(network.room(largest, memory, found.watched), largest, memory, found.try_out)
     some = largest.part(slice(room.rows))
-    one = second_time(program.device, partial(found.try_out, some)) / len(some.timestep)
+    one = once(program.device, partial(found.try_out, some)) / len(some.timestep)
 
     def seconds(factor: float) -> float:
         return 2 * one * min(scaled(step, factor).rows, len(data)) / processes.count()

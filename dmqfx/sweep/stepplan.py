@@ -15,7 +15,7 @@ from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
-from dmqfx.numbers.speeds import second_time
+from dmqfx.numbers.speeds import once, second_time
 from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, held_out, mixed
 from dmqfx.sweep.endtoend import Objective, Steps
@@ -128,21 +128,21 @@ class _Trial:
         """Try the parts of a batch that fit the memory."""
         network = Network(program)
         steps = Steps(program, program.table, network.nodes)
-        room = network.room(chunk, memory, steps.twins, steps.learned())
-        network.sparing = room.sparing
-        some = chunk.part(slice(room.rows))
-        objective = Objective(network, [some], torch.empty(0))
-        with torch.no_grad():
-            real = second_time(program.device, partial(network, some))
-            quantized = second_time(program.device, partial(network, some, steps.twins, steps.learned()))
-        objective.begin(steps)
 
-        def step() -> None:
+        def step(part: Chunk) -> None:
+            objective = Objective(network, [part], torch.empty(0), len(part.timestep))
+            objective.begin(steps)
             with torch.enable_grad():
                 objective.loss(0, slice(None), steps, steps.learned()).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
 
+        room = network.room(chunk, memory, steps.twins, steps.learned())
+        room = network.tried(room, chunk, memory, step)
+        some = chunk.part(slice(room.rows))
         rows = len(some.timestep)
-        iterate = second_time(program.device, step)
+        with torch.no_grad():
+            real = second_time(program.device, partial(network, some))
+            quantized = second_time(program.device, partial(network, some, steps.twins, steps.learned()))
+        iterate = once(program.device, partial(step, some)) - real - quantized
         return _Trial(real / rows, quantized / rows, iterate / rows, batch, room)
 
     def seconds(self, rows: int, judged: int, iterations: int) -> float:

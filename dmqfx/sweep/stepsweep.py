@@ -69,8 +69,8 @@ def learn_steps(program: Program, step: StepLearner, ctx: PassContext) -> Found:
         edges = torch.tensor([ctx.train_timesteps * k / step.groups for k in range(1, step.groups)])
         network = Network(program, sparing=plan.room.sparing)
         steps, started = Steps(program, program.table, network.nodes), speeds.clock()
-        objective = Objective(network, plan.chunks, edges)
-        judge = Objective(network, plan.judged, edges) if plan.judged else objective
+        objective = Objective(network, plan.chunks, edges, plan.room.rows)
+        judge = Objective(network, plan.judged, edges, plan.room.rows) if plan.judged else objective
         with tqdm(total=plan.step.iterations, desc=step.name(), disable=not ctx.progress) as bar:
             for each in dict.fromkeys((objective, judge)):  # in one order in all processes, which sum up
                 each.begin(steps)
@@ -110,12 +110,12 @@ def _descend(
 
 def _slopes(objective: Objective, steps: Steps, k: int, plan: StepPlan) -> float:
     """Each number's slope for one batch, in parts that fit the memory; the batch's loss."""
-    rows, total = len(objective.chunks[k].timestep), torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
     for each in steps.numbers:
         each.grad = None
-    for start in range(0, rows, plan.room.rows):
+    for rows in objective.portions(k):
         with torch.enable_grad():
-            loss = objective.loss(k, slice(start, start + plan.room.rows), steps, steps.learned())
+            loss = objective.loss(k, rows, steps, steps.learned())
             (loss / plan.whole[k]).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         total += loss.detach().double().cpu() / plan.whole[k]
     total = processes.summed(total)
