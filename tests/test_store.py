@@ -406,3 +406,40 @@ def test_a_link_to_a_directory_stays_a_link(saved: Path, tmp_path: Path) -> None
     compiled().save_pretrained(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert contents(tmp_path / "real") == contents(saved)
+
+
+# --- memory
+
+
+def test_codes_stay_in_the_file_and_the_process_holds_none_of_it(saved: Path) -> None:
+    loaded = store.load(saved, "cpu")
+    packed = loaded.program.weights()["conv_in.weight_packed"]
+    held = mapped(saved / store.TENSORS)
+    assert [start for start, end, _ in held if start <= packed.data_ptr() < end]
+    assert [resident for *_, resident in held] == [0] * len(held)
+    assert torch.equal(
+        packed, compiled().program.weights()["conv_in.weight_packed"]
+    )  # read from the file again
+
+
+def test_what_was_loaded_outlives_its_file(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "unet")
+    loaded = store.load(tmp_path / "unet", "reference")
+    CompiledUNet(quantized_program(), config={**CONFIG, "sample_size": 12}).save_pretrained(tmp_path / "unet")
+    loaded.save_pretrained(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(saved)
+    loaded.save_pretrained(tmp_path / "unet")
+    shutil.rmtree(tmp_path / "unet")
+    assert torch.equal(outputs(loaded), outputs(compiled("reference")))
+
+
+def mapped(path: Path) -> list[tuple[int, int, int]]:
+    """Where a file is mapped in this process: start, end, and how many kB of it are in memory."""
+    found: list[tuple[int, int, int]] = []
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(path.resolve())):
+            start, end = (int(word, 16) for word in line.split()[0].split("-"))
+            resident = next(other for other in lines if other.startswith("Rss:"))
+            found.append((start, end, int(resident.split()[1])))
+    return found

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import diffusers
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from dmqfx.storage.atomic import replacing, survivor
 from dmqfx.storage.codec import dump, parse
 from dmqfx.storage.graphfile import read_program, strides, write_graph
 from dmqfx.storage.manifest import FORMAT_VERSION, MANIFEST, read_manifest, write_manifest
+from dmqfx.storage.mapped import TensorFile
 from dmqfx.storage.tablefile import read_table, write_table
 
 if TYPE_CHECKING:
@@ -92,29 +92,31 @@ def load(directory: str | PathLike[str], target: str | targets.Target = "auto") 
         policy = parse_policy(_text(path / POLICY), str(path / POLICY)) if POLICY in files else None
     with _About(path / REPORT):
         report = Report.from_json(_text(path / REPORT)) if REPORT in files else None
-    program = _read_program(path)
+    program, file = _read_program(path)
     if config.get("_class_name") != program.inputs.root or "in_channels" not in config:
         raise StoreError(f"{path / CONFIG} is not the configuration of the {program.inputs.root} beside it")
     try:
-        return CompiledUNet(
+        loaded = CompiledUNet(
             program, config=config, target=chosen, policy=policy, report=report, provenance=provenance
         )
     except (ValueError, TypeError, RuntimeError) as error:  # operators refuse what cannot have been saved
         raise StoreError(f"{path / GRAPH} cannot be lowered for {chosen.name}: {error}") from error
+    file.give_back()
+    return loaded
 
 
-def _read_program(path: Path) -> Program:
+def _read_program(path: Path) -> tuple[Program, TensorFile]:
     graph = parse(_text(path / GRAPH), str(path / GRAPH))
     knowledge = parse(_text(path / TABLE), str(path / TABLE))
     with _About(path / TENSORS):
-        tensors = _read_tensors(path / TENSORS, dict(strides(graph)))
+        file = TensorFile.read(path / TENSORS, dict(strides(graph)))
     with _About(path / GRAPH):
-        program = read_program(graph, tensors)
+        program = read_program(graph, file.tensors)
     with _About(path / TABLE):
-        program = read_table(program, knowledge, tensors)
+        program = read_table(program, knowledge, file.tensors)
         check_structure(program, "load")
         check_facts(program, "load")
-    return program
+    return program, file
 
 
 @dataclass(frozen=True)
@@ -153,22 +155,6 @@ def _write_config(unet: CompiledUNet) -> dict[str, object]:
             "policy": None if unet.policy is None else unet.policy.name,
         },
     }
-
-
-def _read_tensors(path: Path, strides: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Every tensor in memory of its own: aligned as torch does it, untouched by what becomes of the file."""
-    with safe_open(path, framework="pt") as file:
-        names = tuple(file.keys())
-        return {name: _laid_out(file.get_tensor(name), strides.get(name)) for name in names}
-
-
-def _laid_out(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:
-    own = (
-        torch.empty_like(tensor)
-        if stride is None
-        else torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
-    )
-    return own.copy_(tensor)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
