@@ -19,6 +19,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 SOURCES = {
     "dispatch.cpp": [],
     "arrange.cpp": [],
+    "pack.cpp": [],
     "scalar.cpp": [],
     "avx2.cpp": ["-mavx2"] if X86 else [],
     "avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vnni"] if X86 else [],

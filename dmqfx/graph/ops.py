@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import fx
@@ -45,8 +46,13 @@ def name(node: fx.Node) -> str:
     if node.op != "call_function":
         return ""
     if isinstance(node.target, OpOverload):
-        return node.target._schema.name.partition("::")[2]
+        return _bare(node.target)
     return str(getattr(node.target, "__name__", node.target))
+
+
+@cache  # asked of every node by every rule
+def _bare(target: OpOverload) -> str:
+    return target._schema.name.partition("::")[2]
 
 
 def is_call(node: object, *names: str) -> bool:

@@ -1,5 +1,5 @@
-// The C interface: one integer layer, or the coding of its input, called through ctypes. Every field is eight bytes,
-// so that both sides agree.
+// The C interface: one integer layer, the coding of its input, or the packing of its weights, called through ctypes.
+// Every field is eight bytes, so that both sides agree.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +57,15 @@ struct DmqfxCoding {
   uint8_t* codes;                      // [batch, positions, channels]; signed ones in two's complement
 };
 
+// Codes of a weight to the form in which layers read them.
+struct DmqfxPacking {
+  int64_t groups, out_channels, channels, taps;  // channels of one group
+  int64_t nibbles;                     // whether two codes share a byte: all lie in -8..7
+  const int8_t* raw;                   // [groups * out_channels, channels, taps]
+  uint8_t* weights;                    // as DmqfxLayer has them
+  int32_t* sums;
+};
+
 #define DMQFX_EXPORT __attribute__((visibility("default")))
 
 enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3, kBadShift = 4 };
@@ -68,6 +77,8 @@ DMQFX_EXPORT int64_t dmqfx_layer_size(void);  // whether a caller means the same
 DMQFX_EXPORT int64_t dmqfx_coding_size(void);
 DMQFX_EXPORT int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads);
 DMQFX_EXPORT int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads);
+DMQFX_EXPORT int64_t dmqfx_packing_size(void);
+DMQFX_EXPORT int64_t dmqfx_pack(const DmqfxPacking* packing, int threads);  // DmqfxLayer's pair
 // 10^9 multiply-adds a second of the innermost instructions alone, on one thread: what a layer is measured against.
 DMQFX_EXPORT double dmqfx_peak(int instruction_set, int widening);
 }

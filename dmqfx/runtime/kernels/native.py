@@ -15,7 +15,7 @@ import torch
 from dmqfx.errors import DmqfxError
 from dmqfx.words import suggest
 
-__all__ = ["INSTRUCTION_SETS", "Coding", "Layer", "Library", "absent", "library"]
+__all__ = ["INSTRUCTION_SETS", "Coding", "Layer", "Library", "Packing", "absent", "library"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,15 @@ class Coding(ctypes.Structure):
         ("eps", c_double),
         *((name, c_void_p) for name in ("x", "gammas", "betas", "scales", "zero_points", "group")),
         *((name, c_void_p) for name in ("moments", "codes")),
+    )
+
+
+class Packing(ctypes.Structure):
+    """DmqfxPacking of layer.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("groups", "out_channels", "channels", "taps", "nibbles")),
+        *((name, c_void_p) for name in ("raw", "weights", "sums")),
     )
 
 
@@ -105,6 +114,10 @@ class Library:
         if self.handle.dmqfx_code(ctypes.byref(coding), number, torch.get_num_threads()) != 0:
             raise DmqfxError(f"no kernel for {instruction_set}")
 
+    def pack(self, packing: Packing) -> int:
+        """Lay out weights; what two neighbouring ones can make of activation codes of 1, at most."""
+        return int(self.handle.dmqfx_pack(ctypes.byref(packing), torch.get_num_threads()))
+
     def peak(self, instruction_set: str, *, widening: bool = False) -> float:
         """The rate of the innermost instructions alone; `widening` for what W8A8 takes on AVX2."""
         return float(self.handle.dmqfx_peak(INSTRUCTION_SETS.index(instruction_set), int(widening)))
@@ -124,10 +137,11 @@ def library() -> Library | None:
         handle.dmqfx_run.argtypes = (POINTER(Layer), c_int, c_int)
         handle.dmqfx_code.argtypes = (POINTER(Coding), c_int, c_int)
         handle.dmqfx_peak.argtypes, handle.dmqfx_peak.restype = (c_int, c_int), c_double
-        sizes = (handle.dmqfx_layer_size, handle.dmqfx_coding_size)
+        handle.dmqfx_pack.argtypes, handle.dmqfx_pack.restype = (POINTER(Packing), c_int), c_int64
+        sizes = (handle.dmqfx_layer_size, handle.dmqfx_coding_size, handle.dmqfx_packing_size)
         for size in sizes:
             size.restype = c_int64
-        if [size() for size in sizes] != [ctypes.sizeof(each) for each in (Layer, Coding)]:
+        if [size() for size in sizes] != [ctypes.sizeof(each) for each in (Layer, Coding, Packing)]:
             raise OSError(f"{file} was built from other sources")
         found = handle.dmqfx_instruction_sets()
     except (OSError, AttributeError) as error:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from dmqfx.errors import StoreError
+from dmqfx.errors import DmqfxError, StoreError
 from dmqfx.runtime import integer
+from dmqfx.runtime.kernels.native import Packing, absent, library
 
 __all__ = ["LANE", "QUAD", "Weights", "pack", "unpack"]
 
@@ -62,19 +62,17 @@ class Weights:
                 f"{blob.dtype} {list(blob.shape)} does not start with the header of version {_VERSION}"
             )
         nibbles, *sizes, pair, headroom = numbers[2:10]
-        high, wide = _taps(shape)
-        expected = [groups, shape[0] // max(groups, 1), shape[1], high, wide]
+        expected = _sizes(shape, groups)
         bounded = 0 <= pair <= 256 and 0 <= headroom <= _MOST_HEADROOM
         if sizes != expected or not bounded or nibbles not in (0, 1):
             raise _malformed(f"it says {numbers[2:10]} where the layer has {expected}")
         sums = 4 * shape[0]
-        steps = groups * math.ceil(expected[1] / LANE) * high * wide * math.ceil(shape[1] / QUAD)
-        length = head + sums + steps * (_STEP // 2 if nibbles else _STEP)
+        length = head + sums + _length(expected, bool(nibbles))
         if blob.numel() != length:
             raise _malformed(f"it has {blob.numel()} bytes where the layer {list(shape)} needs {length}")
         return cls(
             blob[head + sums :], blob[head : head + sums].view(torch.int32), bool(nibbles), groups, expected[1],
-            shape[1], (high, wide), pair, headroom,
+            shape[1], (expected[3], expected[4]), pair, headroom,
         )  # fmt: skip
 
 
@@ -82,7 +80,8 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
     """A blob of centered codes, in half the bytes where all of them lie in -8..7; `shift` is not in it.
 
     Shapes: codes int8 [O, C / groups, h, w] or [O, K]; shift uint8 [G, C], of the input; returns uint8, 1-D.
-    Raises: ValueError if 8 bit activations, shifted, could overflow int32 with these codes.
+    Raises: ValueError if 8 bit activations, shifted, could overflow int32 with these codes; DmqfxError without
+        the library of kernels.
     Example:
         >>> blob = pack(torch.tensor([[1, -2, 3, 7, -8]], dtype=torch.int8), 1)
         >>> unpack(blob, (1, 5), 1)
@@ -91,23 +90,23 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
     least, greatest = _ends(codes)
     if _may_overflow(codes, max(greatest, -least), shift) and (why := integer.overflow(codes.float(), shift)):
         raise ValueError(why)
-    high, wide = _taps(codes.shape)
-    out, channels = codes.shape[0] // groups, codes.shape[1]
-    laid = codes.reshape(groups, out, channels, high * wide)
-    laid = F.pad(laid, (0, 0, 0, -channels % QUAD, 0, -out % LANE))
-    laid = laid.reshape(groups, -1, LANE, laid.shape[2] // QUAD, QUAD, high * wide).permute(0, 1, 5, 3, 2, 4)
-    laid = laid.contiguous()
-    nibbles = least >= -8 and greatest <= 7
-    data = laid.reshape(-1, _STEP)
-    if nibbles:
-        half = data.view(torch.uint8)
-        data = (half[:, : _STEP // 2] & 15) | (half[:, _STEP // 2 :] << 4)
-    bounds = (_pair(laid), _headroom(least, greatest))
-    numbers = [_MAGIC, _VERSION, int(nibbles), groups, out, channels, high, wide, *bounds]
-    header = torch.tensor(numbers + [0] * (_HEADER - len(numbers)), dtype=torch.int32)
-    sums = codes.flatten(1).sum(1, dtype=torch.int32)
-    parts = (header.to(codes.device), sums, data.reshape(-1))
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts])
+    sizes, nibbles = _sizes(codes.shape, groups), least >= -8 and greatest <= 7
+    start, end = 4 * _HEADER, 4 * (_HEADER + len(codes))
+    blob = torch.zeros(end + _length(sizes, nibbles), dtype=torch.uint8)
+    pair = _laid_out(codes.cpu().contiguous(), sizes, nibbles, blob[start:end], blob[end:])
+    numbers = [_MAGIC, _VERSION, int(nibbles), *sizes, pair, _headroom(least, greatest)]
+    blob[: 4 * len(numbers)] = torch.tensor(numbers, dtype=torch.int32).view(torch.uint8)
+    return blob.to(codes.device)
+
+
+def _laid_out(codes: Tensor, sizes: Sequence[int], nibbles: bool, sums: Tensor, into: Tensor) -> int:
+    """Sums and codes written where they go; what two neighbouring codes can make of activation codes of 1."""
+    kernels = library()
+    if kernels is None:
+        raise DmqfxError(absent())
+    groups, out, channels, high, wide = sizes
+    places = (codes.data_ptr(), into.data_ptr(), sums.data_ptr())
+    return kernels.pack(Packing(groups, out, channels, high * wide, nibbles, *places))
 
 
 def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
@@ -166,8 +165,17 @@ def _headroom(least: int, greatest: int) -> int:
     return next(fits, 0)
 
 
-def _taps(shape: Sequence[int]) -> tuple[int, int]:
-    return (shape[2], shape[3]) if len(shape) == 4 else (1, 1)
+def _sizes(shape: Sequence[int], groups: int) -> list[int]:
+    """Groups, output and input channels of one, and the taps of a weight [O, C / groups, ...]."""
+    taps = shape[2:] if len(shape) == 4 else (1, 1)
+    return [groups, shape[0] // max(groups, 1), shape[1], *taps]
+
+
+def _length(sizes: Sequence[int], nibbles: bool) -> int:
+    """Bytes of the codes."""
+    groups, out, channels, high, wide = sizes
+    steps = groups * math.ceil(out / LANE) * high * wide * math.ceil(channels / QUAD)
+    return steps * (_STEP // 2 if nibbles else _STEP)
 
 
 def _malformed(what: str) -> StoreError:
