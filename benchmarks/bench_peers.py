@@ -1,0 +1,184 @@
+"""Whole UNet calls beside other engines: torch eager and compiled, OpenVINO in float32 and in NNCF's int8.
+
+    pip install openvino nncf
+    python benchmarks/bench_peers.py [--model emoji] [--policy w4a8-quick] [--compiled DIR] [--batch 32] [--threads 2]
+        [--seconds 60] [--without torch.compile]
+
+The engines take turns on the same inputs, with the same number of threads, in one process; a time is the median of an
+engine's turns on the clock, so nothing else may run. Each call has a timestep that it never had; the context is that of
+before, as in a denoising loop. Engines that are not installed or cannot take the model are named with the reason. What
+an engine needs once (tracing, compiling) is in `seconds_before`. NNCF calibrates on eight calls with random inputs: its
+speed is measured here, not its quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from bench_unet import MODELS, draw
+from machine import write
+from torch import Tensor, nn
+
+import dmqfx
+
+Call = Callable[[Mapping[str, Tensor]], object]
+
+
+class Positional(nn.Module):
+    """A UNet that takes its inputs in the order of `draw` and gives its sample, as tracers want it."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """One call."""
+        made: Tensor = self.unet(sample, timestep, context, return_dict=False)[0]
+        return made
+
+
+def eager(unet: nn.Module, inputs: Mapping[str, Tensor]) -> Call:
+    """As diffusers runs it."""
+    module = Positional(unet)
+    return lambda given: module(*given.values())
+
+
+def channels_last(unet: nn.Module, inputs: Mapping[str, Tensor]) -> Call:
+    """The same in the layout that convolutions prefer."""
+    import copy
+
+    module = Positional(copy.deepcopy(unet).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    return lambda given: module(
+        *(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in given.values())
+    )
+
+
+def inductor(unet: nn.Module, inputs: Mapping[str, Tensor]) -> Call:
+    """torch.compile, with its defaults."""
+    module = torch.compile(Positional(unet))
+    return lambda given: module(*given.values())
+
+
+def openvino(unet: nn.Module, inputs: Mapping[str, Tensor], *, threads: int, int8: bool = False) -> Call:
+    """OpenVINO's CPU plugin: float32 arithmetic, or what NNCF quantizes."""
+    import openvino as ov
+
+    model = ov.convert_model(Positional(unet), example_input=tuple(inputs.values()))
+    if int8:
+        import nncf
+
+        data = [tuple(torch.randn_like(x) if x.dim() > 1 else x for x in inputs.values()) for _ in range(8)]
+        plain = [[x.numpy() for x in row] for row in data]
+        model = nncf.quantize(model, nncf.Dataset(plain), model_type=nncf.ModelType.TRANSFORMER)
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    return lambda given: request.infer([x.numpy() for x in given.values()], share_inputs=True)
+
+
+def engines(threads: int) -> dict[str, tuple[str, Callable[..., Call]]]:
+    """How each is made, and which package it needs."""
+    return {
+        "float32": ("torch", eager),
+        "float32, channels last": ("torch", channels_last),
+        "torch.compile": ("torch", inductor),
+        "OpenVINO float32": ("openvino", partial(openvino, threads=threads)),
+        "OpenVINO, NNCF int8": ("nncf", partial(openvino, threads=threads, int8=True)),
+    }
+
+
+def ready(
+    wanted: Mapping[str, tuple[str, Callable[..., Call]]], unet: nn.Module, inputs: Mapping[str, Tensor]
+) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+    """The engines that run, the seconds until each gave its first output, and why others do not."""
+    calls: dict[str, Call] = {}
+    before: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for name, (package, make) in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            missing[name] = f"{package} is not installed"
+            continue
+        started = time.perf_counter()
+        try:
+            calls[name] = make(unet, inputs)
+            calls[name](inputs)
+        except Exception as error:  # noqa: BLE001  # whatever another engine makes of the model is told
+            calls.pop(name, None)
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        before[name] = round(time.perf_counter() - started, 1)
+    return calls, before, missing
+
+
+def in_turn(calls: Mapping[str, Call], inputs: Mapping[str, Tensor], seconds: float) -> dict[str, float]:
+    """Median milliseconds of each on the clock, every call at timesteps of its own."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    ends, numbers = time.monotonic() + seconds, itertools.count(1)
+    while time.monotonic() < ends or len(spent[next(iter(calls))]) < 3:
+        given = {**inputs, "timestep": inputs["timestep"] + 2.0**-10 * next(numbers)}
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call(given)
+            spent[name].append(1e3 * (time.perf_counter() - started))
+    return {name: round(statistics.median(each), 1) for name, each in spent.items()}
+
+
+def options() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=list(MODELS), default="emoji", help="sd15 has random parameters")
+    parser.add_argument("--policy", default="w4a8-quick")
+    parser.add_argument("--compiled", help="a directory of save_pretrained, made with the policy")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=60, help="how long the engines take turns")
+    parser.add_argument("--without", action="append", default=[], help="an engine to leave out")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure, write results/peers_MODEL_POLICY_batchN.json."""
+    given = options()
+    torch.set_num_threads(given.threads)
+    unet, inputs = MODELS[given.model][0](), draw(given.model, given.batch)
+    q: Any = (
+        dmqfx.load(given.compiled)
+        if given.compiled
+        else dmqfx.compile(unet, given.policy, report_rows=0, progress=False)
+    )
+    if q.policy is None or q.policy.name != given.policy:
+        raise SystemExit(f"{given.compiled} was not made with {given.policy}")
+    others = {name: each for name, each in engines(given.threads).items() if name not in given.without}
+    calls, before, missing = ready(others, unet, inputs)
+    milliseconds = in_turn({**calls, "dmqfx": eager(q, inputs)}, inputs, given.seconds)
+    own = milliseconds["dmqfx"]
+    fastest = min((name for name in milliseconds if name != "dmqfx"), key=milliseconds.__getitem__)
+    result: dict[str, object] = {
+        "what": f"{given.model} UNet, {given.policy}, batch {given.batch}, {given.threads} threads",
+        "milliseconds_a_call": milliseconds,
+        "over_dmqfx": {name: round(each / own, 2) for name, each in milliseconds.items()},
+        "fastest_peer": fastest,
+        "seconds_before": before,
+        "not_run": missing,
+        "versions": {name: version(name) for name in ("openvino", "nncf") if importlib.util.find_spec(name)},
+    }
+    write(f"peers_{given.model}_{given.policy.replace('-', '_')}_batch{given.batch}", result)
+
+
+if __name__ == "__main__":
+    main()
