@@ -1,16 +1,19 @@
 """A full calibration of SD1.5's configuration: what is told before, and what the part of it that is run takes.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_full.py [--policy w4a6] [--minutes 20] [--budget overnight] [--calls 8]
+        [--part learn-scaling] [--part rounding] [--part learn-steps]
 
-860 M random parameters, 64 x 64 latents. The sweep is stopped after so many minutes; its turns so far are compared
-with what was told of each, and the rest is counted by their ratio. Then all weights are rounded to nearest, and
-`learn-steps` makes --steps of its iterations, each of a batch as the policy has it. Seconds are those of the processor,
-memory is the peak beside the model and the calibration data.
+860 M random parameters, 64 x 64 latents. Each of the two sweeps, that of `learn-scaling` and that in which ranges, shifts
+and codes are found (`rounding`, behind a measured sensitivity), is stopped after so many minutes; its turns so far are
+compared with what was told of each, and the rest is counted by their ratio. For `learn-steps` all weights are rounded
+to nearest, and it makes --steps of its iterations, each of a batch as the policy has it. Seconds are those of the
+processor, memory is the peak beside the model and the calibration data. Parts that are not asked for stay in the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import time
 import warnings
@@ -22,21 +25,23 @@ from unittest.mock import patch
 
 import torch
 from bench_estimate import Seen, peak
-from machine import write
+from machine import RESULTS, header, write
 from models import sd15
 
 from dmqfx.calibration.calibration import Calibration
-from dmqfx.compiler import quantize
 from dmqfx.frontend.capture import capture
 from dmqfx.graph import registry
 from dmqfx.graph.address import Site
-from dmqfx.graph.pipeline import PassContext
+from dmqfx.graph.pipeline import PassContext, Pipeline
 from dmqfx.graph.program import Program
 from dmqfx.numbers import speeds
-from dmqfx.policy.policy import Policy
+from dmqfx.policy.policy import Policy, Step
 from dmqfx.sweep import joint
 from dmqfx.sweep.budget import seconds_of
 from dmqfx.sweep.progress import Progress
+
+PARTS = ("learn-scaling", "rounding", "learn-steps")
+SCALING = ("pair-layers", "learn-scaling", "apply-scaling", "absorb-scaling")
 
 
 class EnoughError(Exception):
@@ -92,10 +97,13 @@ def main() -> None:
     data = Calibration.synthesize(unet, steps=options.calls, trajectories=1)
     program = capture(unet)
     found: dict[str, object] = {"what": (__doc__ or "").partition("\n")[0], "calibration_rows": len(data)}
-    found["sweep"] = sweep(program, data, options, seen)
-    write(f"calibrate_sd15_{options.policy}", found)
-    found["learn-steps"] = learn_steps(program, data, options, seen)
-    write(f"calibrate_sd15_{options.policy}", found)
+    path = RESULTS / f"calibrate_sd15_{options.policy}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    found |= {part: kept[part] for part in PARTS if part in kept}
+    for part in options.part or PARTS:
+        measure = learn_steps if part == "learn-steps" else sweep
+        found[part] = {**header(), **measure(program, data, options, seen, part)}
+        write(path.stem, found)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,16 +113,26 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=20, help="of the processor, for the sweep")
     made.add_argument("--budget", default="overnight", help="for each part, as of `dmqfx compile`")
     made.add_argument("--calls", type=int, default=8, help="of the UNet, to calibrate on")
+    made.add_argument("--part", action="append", choices=PARTS, help="may be repeated; all, unless said")
     made.add_argument("--steps", type=int, default=1, help="of learn-steps")
     return made
 
 
-def sweep(program: Program, data: Calibration, options: argparse.Namespace, seen: Seen) -> dict[str, object]:
-    """As much of the sweep as there is time for, and the whole by what was told of it."""
+def sweep(
+    program: Program, data: Calibration, options: argparse.Namespace, seen: Seen, part: str
+) -> dict[str, object]:
+    """As much of a sweep as there is time for, and the whole by what was told of it."""
+    seen.found.clear()
+    Timed.turns.clear()
     policy = Policy.load(options.policy, check_step=registry.problems_with)
+    names = [step.name for step in policy.pipeline]
+    first = names.index("learn-scaling" if part == "learn-scaling" else "fit-ranges")
     context = PassContext(policy=policy, calibration=data, budget=seconds_of(options.budget))
+    skipped = SCALING if part == "rounding" else ()  # which changes no cost
+    before = [step for step in policy.pipeline[:first] if step.name not in skipped]
+    program = pipeline(before).run(program, replace(context, budget=None))
     with patch.object(joint, "Progress", Timed), suppress(EnoughError):
-        quantize(program, context)
+        pipeline(policy.pipeline[first:]).run(program, context)
     told, took = sum(turn.told for turn in Timed.turns), sum(turn.took for turn in Timed.turns)
     return {
         "budget": options.budget,
@@ -135,18 +153,18 @@ def sweep(program: Program, data: Calibration, options: argparse.Namespace, seen
 
 
 def learn_steps(
-    program: Program, data: Calibration, options: argparse.Namespace, seen: Seen
+    program: Program, data: Calibration, options: argparse.Namespace, seen: Seen, part: str
 ) -> dict[str, object]:
     """So many iterations of learn-steps behind nearest codes, and all of them by the ratio."""
     policy = Policy.load(options.policy, ["pipeline.round-weights.method=nearest"])
     names = [step.name for step in policy.pipeline]
-    before, own = policy.pipeline[: names.index("learn-steps")], policy.pipeline[names.index("learn-steps")]
-    quick = [step for step in before if step.name != "measure-sensitivity"]
+    before, own = policy.pipeline[: names.index(part)], policy.pipeline[names.index(part)]
+    quick = [step for step in before if step.name not in ("measure-sensitivity", *SCALING)]
     context = PassContext(policy=policy, calibration=data, budget=seconds_of(options.budget))
-    rounded = registry.pipeline((step.name, step.keywords()) for step in quick).run(program, context)
+    rounded = pipeline(quick).run(program, context)
     logging.getLogger("dmqfx").addHandler(stop := Told())
     with suppress(EnoughError):
-        registry.pipeline([(own.name, own.keywords())]).run(rounded, context)
+        pipeline([own]).run(rounded, context)
     logging.getLogger("dmqfx").removeHandler(stop)
     seen.found.clear()
     few = {**own.keywords(), "iterations": options.steps}
@@ -159,6 +177,11 @@ def learn_steps(
         "hours_by_that_ratio": round(stop.seconds * ratio / 3600, 2),
     }
     return {"iterations_run": options.steps, **took, **hours}
+
+
+def pipeline(steps: Sequence[Step]) -> Pipeline:
+    """The passes of some steps of a policy."""
+    return registry.pipeline((step.name, step.keywords()) for step in steps)
 
 
 class Told(logging.Handler):
