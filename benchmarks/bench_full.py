@@ -96,13 +96,17 @@ def main() -> None:
     unet = sd15()
     data = Calibration.synthesize(unet, steps=options.calls, trajectories=1)
     program = capture(unet)
-    found: dict[str, object] = {"what": (__doc__ or "").partition("\n")[0], "calibration_rows": len(data)}
+    found: dict[str, object] = {"what": (__doc__ or "").partition("\n")[0]}
     path = RESULTS / f"calibrate_sd15_{options.policy}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     found |= {part: kept[part] for part in PARTS if part in kept}
     for part in options.part or PARTS:
         measure = learn_steps if part == "learn-steps" else sweep
-        found[part] = {**header(), **measure(program, data, options, seen, part)}
+        found[part] = {
+            **header(),
+            "calibration_rows": len(data),
+            **measure(program, data, options, seen, part),
+        }
         write(path.stem, found)
 
 

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 import dmqfx
 
 Call = Callable[[Mapping[str, Tensor]], object]
+Engine = tuple[tuple[str, ...], Callable[..., Call]]
+"""The packages that it needs, and what makes it."""
 
 
 class Positional(nn.Module):
@@ -88,27 +90,27 @@ def openvino(unet: nn.Module, inputs: Mapping[str, Tensor], *, threads: int, int
     return lambda given: request.infer([x.numpy() for x in given.values()], share_inputs=True)
 
 
-def engines(threads: int) -> dict[str, tuple[str, Callable[..., Call]]]:
-    """How each is made, and which package it needs."""
+def engines(threads: int) -> dict[str, Engine]:
+    """The other engines, by name."""
     return {
-        "float32": ("torch", eager),
-        "float32, channels last": ("torch", channels_last),
-        "torch.compile": ("torch", inductor),
-        "OpenVINO float32": ("openvino", partial(openvino, threads=threads)),
-        "OpenVINO, NNCF int8": ("nncf", partial(openvino, threads=threads, int8=True)),
+        "float32": (("torch",), eager),
+        "float32, channels last": (("torch",), channels_last),
+        "torch.compile": (("torch",), inductor),
+        "OpenVINO float32": (("openvino",), partial(openvino, threads=threads)),
+        "OpenVINO, NNCF int8": (("openvino", "nncf"), partial(openvino, threads=threads, int8=True)),
     }
 
 
 def ready(
-    wanted: Mapping[str, tuple[str, Callable[..., Call]]], unet: nn.Module, inputs: Mapping[str, Tensor]
+    wanted: Mapping[str, Engine], unet: nn.Module, inputs: Mapping[str, Tensor]
 ) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
     """The engines that run, the seconds until each gave its first output, and why others do not."""
     calls: dict[str, Call] = {}
     before: dict[str, float] = {}
     missing: dict[str, str] = {}
-    for name, (package, make) in wanted.items():
-        if importlib.util.find_spec(package) is None:
-            missing[name] = f"{package} is not installed"
+    for name, (packages, make) in wanted.items():
+        if absent := [package for package in packages if importlib.util.find_spec(package) is None]:
+            missing[name] = f"{' and '.join(absent)} is not installed"
             continue
         started = time.perf_counter()
         try:
@@ -116,7 +118,7 @@ def ready(
             calls[name](inputs)
         except Exception as error:  # noqa: BLE001  # whatever another engine makes of the model is told
             calls.pop(name, None)
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            missing[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue
         before[name] = round(time.perf_counter() - started, 1)
     return calls, before, missing
@@ -164,8 +166,9 @@ def main() -> None:
     if q.policy is None or q.policy.name != given.policy:
         raise SystemExit(f"{given.compiled} was not made with {given.policy}")
     others = {name: each for name, each in engines(given.threads).items() if name not in given.without}
-    calls, before, missing = ready(others, unet, inputs)
-    milliseconds = in_turn({**calls, "dmqfx": eager(q, inputs)}, inputs, given.seconds)
+    ways = {**others, "dmqfx": (("torch",), lambda unet, inputs: eager(q, inputs))}
+    calls, before, missing = ready(ways, unet, inputs)
+    milliseconds = in_turn(calls, inputs, given.seconds)
     own = milliseconds["dmqfx"]
     fastest = min((name for name in milliseconds if name != "dmqfx"), key=milliseconds.__getitem__)
     result: dict[str, object] = {

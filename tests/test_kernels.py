@@ -202,6 +202,21 @@ def test_padding_counts_in_the_room_of_16_bit_sums() -> None:
         assert torch.equal(found, expected), each
 
 
+@pytest.mark.parametrize(
+    ("codes", "groups"),
+    [
+        (torch.ones(4, 8), 1),
+        (torch.ones(4, 8, dtype=torch.int64), 1),
+        (torch.ones(5, 8, dtype=torch.int8), 2),
+        (torch.ones(4, 8, dtype=torch.int8), 0),
+        (torch.ones(4, 4, 3, dtype=torch.int8), 1),
+    ],
+)
+def test_what_is_no_weight_is_not_packed(codes: Tensor, groups: int) -> None:
+    with pytest.raises(ValueError, match="are not the codes of a weight"):
+        weights.pack(codes, groups)
+
+
 def test_a_sum_that_could_leave_int32_is_refused_when_weights_are_packed() -> None:
     with pytest.raises(ValueError, match="could overflow int32"):
         weights.pack(torch.full((1, 67000), 127, dtype=torch.int8), 1)

@@ -197,14 +197,16 @@ def test_the_slope_of_a_step_is_that_of_lsq(
     clipped = (exact < params.qmin) | (exact > params.qmax)
     ties = (((exact % 1) - 0.5).abs() < 1e-3) | ((exact - code).abs() > 0.5) & ~clipped
     edges = ((exact - params.qmin).abs() < 1e-3) | ((exact - params.qmax).abs() < 1e-3)
-    weight = torch.randn(out.shape, generator=generator) * ~(
-        ties | edges
-    )  # which code is a matter of last digits there
+    term = torch.where(clipped, code - zero, code - exact) * factor
+    drawn = (
+        torch.randn(out.shape, generator=generator).abs() * term.sign()
+    )  # of one sign: nothing cancels out
+    weight = drawn * ~(ties | edges)  # which code is a matter of last digits there
     (slope,) = torch.autograd.grad((out * weight).sum(), step)
-    each = torch.where(clipped, code - zero, code - exact) * factor * weight
+    each = term * weight
     wanted = torch.zeros(3).index_add_(0, group, each.flatten(1).sum(1))[:, None]
     assert float((slope - wanted).abs().max()) < 1e-4 * float(each.abs().sum())
-    assert float(wanted.abs().max()) > 1e-2 * float(each.abs().sum())
+    assert float(wanted.abs().max()) > 0.3 * float(each.abs().sum()) > 0
 
 
 def test_what_is_not_kept_is_computed_again_and_parts_of_a_batch_add_up() -> None:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["Prepare", "Speeds", "clock", "finish", "once", "second_time"]
+__all__ = ["Prepare", "Speeds", "clock", "finish", "second_time"]
 
 Prepare: TypeAlias = Callable[[int, torch.device], Callable[[], object]]
 """Makes the operands of an operation of some size; what it returns is what is timed."""
@@ -76,13 +76,10 @@ def finish(device: torch.device) -> None:
 
 def second_time(device: torch.device, work: Callable[[], object]) -> float:
     """Seconds that work takes the second time: the first one builds kernels."""
-    once(device, work)
-    return once(device, work)
-
-
-def once(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that work takes."""
-    started = clock()
-    work()
-    finish(device)
-    return clock() - started
+    took = 0.0
+    for _ in range(2):
+        started = clock()
+        work()
+        finish(device)
+        took = clock() - started
+    return took

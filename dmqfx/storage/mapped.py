@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -51,10 +52,11 @@ class TensorFile:
     def give_back(self) -> None:
         """Let the memory go that codes have been read into; whoever reads them again finds them in the file.
 
-        Where the system knows no such thing nothing happens.
+        What somebody wrote into them is forgotten. Where the system does not let go (pages that are locked) nothing happens.
         """
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+            with suppress(OSError):
+                self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _copied(tensor: Tensor, stride: tuple[int, ...] | None) -> Tensor:

@@ -97,19 +97,19 @@ class Network:
         return Room(sparing, fit, first + (fit - 1) * each)
 
     def tried(self, room: Room, chunk: Chunk, memory: int, work: Callable[[Chunk], object]) -> Room:
-        """The room as work forward and back on so many rows shows it: more sparing as long as that takes too much.
+        """The room as work forward and back shows it on one row and on two; `sparing` is set as it says.
+
+        What it is tried with may take more than the memory: then one row does.
 
         Units: memory in bytes.
         """
-        while True:
-            self.sparing = room.sparing
-            with Peak() as peak:
-                work(chunk.part(slice(room.rows)))
-            room = replace(room, nbytes=peak.nbytes)
-            if peak.nbytes <= memory or (room.sparing and room.rows == 1):
-                return room
-            fewer = max(1, room.rows * memory // peak.nbytes) if room.sparing else room.rows
-            room = replace(room, sparing=True, rows=fewer)
+        self.sparing, rows = room.sparing, len(chunk.timestep)
+        one, two = (_peak(work, chunk.part(slice(k))) for k in (1, min(2, rows)))
+        each = max(1, two - one if two > one else one)
+        fit = max(1, min(rows, 1 + (memory - one) // each))
+        if fit < rows and not room.sparing:
+            return self.tried(replace(room, sparing=True), chunk, memory, work)
+        return Room(room.sparing, fit, one + (fit - 1) * each)
 
     def kept(
         self, chunk: Chunk, twins: Twins | None = None, learned: Learned | None = None
@@ -149,6 +149,13 @@ class Network:
             found.append([node for node in made if node in needed])
             needed |= {read for node in stretch for read in node.all_input_nodes}
         return found[::-1]
+
+
+def _peak(work: Callable[[Chunk], object], chunk: Chunk) -> int:
+    """The most bytes that work on a chunk takes."""
+    with Peak() as peak:
+        work(chunk)
+    return peak.nbytes
 
 
 def _cut(value: object) -> object:

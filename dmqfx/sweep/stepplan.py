@@ -15,7 +15,7 @@ from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
-from dmqfx.numbers.speeds import once, second_time
+from dmqfx.numbers.speeds import second_time
 from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, held_out, mixed
 from dmqfx.sweep.endtoend import Objective, Steps
@@ -131,7 +131,7 @@ class _Trial:
 
         def step(part: Chunk) -> None:
             objective = Objective(network, [part], torch.empty(0), len(part.timestep))
-            objective.begin(steps)
+            objective.begin_alone()
             with torch.enable_grad():
                 objective.loss(0, slice(None), steps, steps.learned()).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
 
@@ -142,7 +142,7 @@ class _Trial:
         with torch.no_grad():
             real = second_time(program.device, partial(network, some))
             quantized = second_time(program.device, partial(network, some, steps.twins, steps.learned()))
-        iterate = once(program.device, partial(step, some)) - real - quantized
+        iterate = max(0.0, second_time(program.device, partial(step, some)) - real)
         return _Trial(real / rows, quantized / rows, iterate / rows, batch, room)
 
     def seconds(self, rows: int, judged: int, iterations: int) -> float:

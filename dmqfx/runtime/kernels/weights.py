@@ -80,13 +80,18 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
     """A blob of centered codes, in half the bytes where all of them lie in -8..7; `shift` is not in it.
 
     Shapes: codes int8 [O, C / groups, h, w] or [O, K]; shift uint8 [G, C], of the input; returns uint8, 1-D.
-    Raises: ValueError if 8 bit activations, shifted, could overflow int32 with these codes; DmqfxError without
-        the library of kernels.
+    Raises: ValueError for codes of another kind, or if 8 bit activations, shifted, could overflow int32 with them;
+        DmqfxError without the library of kernels.
     Example:
         >>> blob = pack(torch.tensor([[1, -2, 3, 7, -8]], dtype=torch.int8), 1)
         >>> unpack(blob, (1, 5), 1)
         tensor([[ 1, -2,  3,  7, -8]], dtype=torch.int8)
     """
+    whole = groups > 0 and len(codes) % groups == 0
+    if codes.dtype != torch.int8 or codes.dim() not in (2, 4) or not whole:
+        raise ValueError(
+            f"{codes.dtype} {list(codes.shape)} in {groups} groups are not the codes of a weight"
+        )
     least, greatest = _ends(codes)
     if _may_overflow(codes, max(greatest, -least), shift) and (why := integer.overflow(codes.float(), shift)):
         raise ValueError(why)
