@@ -155,7 +155,7 @@ def _peak(work: Callable[[Chunk], object], chunk: Chunk) -> int:
     """The most bytes that work on a chunk takes."""
     with Peak() as peak:
         work(chunk)
-    return peak.nbytes
+    return int(peak.nbytes)
 
 
 def _cut(value: object) -> object:
