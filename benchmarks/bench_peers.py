@@ -14,6 +14,7 @@ speed is measured here, not its quality.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import itertools
 import statistics
@@ -56,8 +57,6 @@ def eager(unet: nn.Module, inputs: Mapping[str, Tensor]) -> Call:
 
 def channels_last(unet: nn.Module, inputs: Mapping[str, Tensor]) -> Call:
     """The same in the layout that convolutions prefer."""
-    import copy
-
     module = Positional(copy.deepcopy(unet).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     return lambda given: module(
         *(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in given.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dmqfx.graph.program import Program
 from dmqfx.sweep.chunks import Chunk, chunked
-from dmqfx.sweep.endtoend import Objective, Steps
+from dmqfx.sweep.endtoend import Objective, Steps, practise
 from dmqfx.sweep.network import Network, Room
 from dmqfx.sweep.wayback import Peak
 
@@ -63,13 +64,7 @@ def test_rows_and_what_they_keep_give_way_until_a_step_of_learning_fits(share: f
     program, chunk = _batch()
     network = Network(program)
     steps = Steps(program, program.table, network.nodes)
-
-    def learn(part: Chunk) -> None:
-        objective = Objective(network, [part], torch.empty(0), len(part.timestep))
-        objective.begin_alone()
-        with torch.enable_grad():
-            objective.loss(0, slice(None), steps, steps.learned()).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-
+    learn = partial(practise, network, steps)
     rows = len(chunk.timestep)
     generous = network.tried(Room(sparing=False, rows=rows, nbytes=0), chunk, 2**40, learn)
     assert (generous.sparing, generous.rows) == (False, rows)

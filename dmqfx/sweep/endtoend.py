@@ -23,7 +23,7 @@ from dmqfx.sweep.deploy import deployed_bias
 from dmqfx.sweep.finite import finite
 from dmqfx.sweep.network import Network
 
-__all__ = ["FARTHEST", "Descent", "Objective", "Steps"]
+__all__ = ["FARTHEST", "Descent", "Objective", "Steps", "practise"]
 
 FARTHEST = 2.0
 """What a step may be multiplied or divided by at most."""
@@ -272,3 +272,11 @@ class Objective:
         total, count = processes.summed(sums)
         mean: Tensor = total / count.clamp(min=1)
         return mean
+
+
+def practise(network: Network, steps: Steps, chunk: Chunk) -> None:
+    """What an iteration does on a chunk: a look at what it should give, the loss, and the way back; nothing moves."""
+    objective = Objective(network, [chunk], torch.empty(0), len(chunk.timestep))
+    objective.begin_alone()
+    with torch.enable_grad():
+        objective.loss(0, slice(None), steps, steps.learned()).backward()  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -18,7 +18,7 @@ from dmqfx.graph.program import Program
 from dmqfx.numbers.speeds import second_time
 from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, held_out, mixed
-from dmqfx.sweep.endtoend import Objective, Steps
+from dmqfx.sweep.endtoend import Steps, practise
 from dmqfx.sweep.estimate import Estimate
 from dmqfx.sweep.network import Network, Room
 from dmqfx.sweep.plan import Learner, settled, tell_plan, warn_of_memory
@@ -128,13 +128,7 @@ class _Trial:
         """Try the parts of a batch that fit the memory."""
         network = Network(program)
         steps = Steps(program, program.table, network.nodes)
-
-        def step(part: Chunk) -> None:
-            objective = Objective(network, [part], torch.empty(0), len(part.timestep))
-            objective.begin_alone()
-            with torch.enable_grad():
-                objective.loss(0, slice(None), steps, steps.learned()).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-
+        step = partial(practise, network, steps)
         room = network.room(chunk, memory, steps.twins, steps.learned())
         room = network.tried(room, chunk, memory, step)
         some = chunk.part(slice(room.rows))
