@@ -22,15 +22,15 @@ PROVOKE = """
 import torch
 from dmqfx.runtime.kernels import layers, weights
 from dmqfx.runtime.kernels.native import library
-honest = library().handle.dmqfx_run
+w = torch.ones(16, 64, dtype=torch.int8)
+packed, honest = weights.pack(w, 1), library().handle.dmqfx_run
 def longer(layer, *more):
     layer._obj.width += 4096
     layer._obj.out_width += 4096
     return honest(layer, *more)
 object.__setattr__(library(), "handle", type("H", (), {"dmqfx_run": staticmethod(longer)})())
-w = torch.ones(16, 64, dtype=torch.int8)
 zero, x = torch.zeros(1, 1), torch.ones(3, 64, dtype=torch.uint8)
-layers.linear(x, None, zero, None, weights.pack(w, 1), (16, 64), zero, None)
+layers.linear(x, None, zero, None, packed, (16, 64), zero, None)
 """
 
 
