@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.facts import INTEGER, Fact
 from dmqfx.graph.modules import label
 from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
-from dmqfx.graph.pipeline import Preserves
+from dmqfx.graph.pipeline import PassContext, Preserves
+from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse, Rewriter
 from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
@@ -78,9 +80,67 @@ def native_quantize(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
     return _fused(rw, root, x)
 
 
+LAYERS = p.one_of("kernel_conv2d", "kernel_linear", added=p.value(None)).as_("layer")
+UPSAMPLED = p.upsample_nearest2d(input=p.any("small")).as_("upsampled")
+
+
+@rule(p.kernel_quantize(x=p.contiguous(self=p.any("x")).as_("copy")))
+def any_layout(rw: Rewriter, root: fx.Node, x: fx.Node, copy: fx.Node) -> Outcome:
+    """kernel_quantize(contiguous(x))  ->  kernel_quantize(x), which takes what layout there is."""
+    return rw.like(root, x=x) if ops.args(copy)["memory_format"] != torch.channels_last else None
+
+
+@rule(p.kernel_quantize(x=p.any("x"), beside=p.value(None)))
+def two_arms(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
+    """kernel_quantize(cat([a, b], 1))  ->  kernel_quantize(a, beside=b): no float concatenation is made."""
+    if not ops.is_call(x, "cat") or x.meta["val"].dim() != 4 or ops.args(root)["axis"] != 1:
+        return None
+    named = ops.args(x)
+    arms, dim = named["tensors"], named["dim"]
+    if dim not in (1, -3) or not isinstance(arms, (list, tuple)) or len(arms) != 2:
+        return Refuse("it is no concatenation of two arms along channels", x)
+    if any(not isinstance(arm, fx.Node) or arm.meta["val"].dtype != torch.float32 for arm in arms):
+        return Refuse("its arms are not both float32", x)
+    return rw.like(root, x=arms[0], beside=arms[1])
+
+
+@rule(
+    p.kernel_conv2d(
+        x_codes=p.kernel_quantize(x=UPSAMPLED, norm=p.value("none")).as_("codes"),
+        upsample_size=p.value(None),
+        upsample_factors=p.value(None),
+    )
+)
+def upsampled_conv2d(
+    rw: Rewriter, root: fx.Node, codes: fx.Node, upsampled: fx.Node, small: fx.Node
+) -> Outcome:
+    """conv2d(quantize(upsample(x)))  ->  conv2d(quantize(x), upsampled): nearest neighbours have the same codes."""
+    named = ops.args(upsampled)
+    size, factors = named["output_size"], named["scale_factors"]
+    if isinstance(factors, (list, tuple)) and any(str(each).partition(".")[2] != "0" for each in factors):
+        return Refuse(f"it upsamples by {list(factors)}, not by whole numbers", upsampled)
+    fewer = rw.call_at(OPS.kernel_quantize.default, codes.meta["address"], **{**ops.args(codes), "x": small})
+    return rw.like(root, x_codes=fewer, upsample_size=size, upsample_factors=factors)
+
+
+@rule(p.add(self=LAYERS, other=p.any("other"), alpha=p.value(1)))
+def layer_add(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument) -> Outcome:
+    """layer(x) + y  ->  layer(x, added=y), the same bits."""
+    return _added(rw, root, layer, other)
+
+
+@rule(p.add(self=p.any("other"), other=LAYERS, alpha=p.value(1)))
+def add_layer(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument) -> Outcome:
+    """y + layer(x)  ->  layer(x, added=y), the same bits."""
+    return _added(rw, root, layer, other)
+
+
 @dataclass(frozen=True)
 class Fuse(RewritePass):
     """norm -> activation -> quantize  ->  one native operator, whose codes lie as integer layers read them.
+
+    It reads the arms of a concatenation where they are. Integer layers take what is added to their results, and
+    convolutions the upsampling in front of them.
 
     Codes are equal but for ties: the norm's sums and the exponential are rounded elsewhere than in torch. Where a
     norm or an activation has other readers only what follows it is fused.
@@ -96,7 +156,21 @@ class Fuse(RewritePass):
         gelu_quantize,
         geglu_quantize,
         native_quantize,
+        any_layout,
+        two_arms,
+        upsampled_conv2d,
+        layer_add,
+        add_layer,
     )
+
+    def run(self, program: Program, ctx: PassContext) -> Program:
+        """Fuse; what is known of concatenations and layers that became part of another operation is dropped."""
+        fused = super().run(program, ctx)
+        there, table = {node.meta.get("address") for node in fused.graph.nodes}, fused.table
+        for site, entry in fused.table:
+            if site.at not in there:
+                table = table.drop(site, type(entry))
+        return fused.with_table(table)
 
 
 def _fused(
@@ -119,6 +193,20 @@ def _fused(
         chain |= {arg: of_norm[theirs] for arg, theirs in NORM_ARGUMENTS.items()}
         chain |= {"norm": kind, "norm_groups": of_norm.get("num_groups", 1)}
     return rw.call_at(OPS.kernel_quantize.default, root.meta["address"], **{**ops.args(root), **chain})
+
+
+def _added(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument) -> Outcome:
+    """The layer with something added to its results."""
+    if not isinstance(other, fx.Node) or not isinstance(other.meta.get("val"), Tensor):
+        return Refuse("what is added is no tensor", root)
+    mine, theirs = root.meta["val"], other.meta["val"]
+    if mine.shape != layer.meta["val"].shape or {mine.dtype, theirs.dtype} != {layer.meta["val"].dtype}:
+        return Refuse(f"what is added, {theirs.dtype} {list(theirs.shape)}, makes the result another", other)
+    return rw.call_at(
+        layer.target,  # type: ignore[arg-type]  # an operator, as the pattern has it
+        root.meta["address"],
+        **{**ops.args(layer), "added": other},
+    )
 
 
 def _axis(root: fx.Node, x: fx.Node) -> int | Refuse:

@@ -101,7 +101,7 @@ def test_fused_codes_are_those_of_torch_but_for_ties_and_the_same_from_every_set
     real = activated(normed(x.double()), activation)
     expected = quant.quantize(real, scale.double(), zero_point, group, axis, 0, 255)
     given = (norm, 12 if norm == "group" else 1, weight, bias, 1e-5, activation)
-    found = [codes.quantize(x, scale, zero_point, group, axis, 0, 255, *given, isa) for isa in SETS]
+    found = [codes.quantize(x, scale, zero_point, group, axis, 0, 255, *given, instruction_set=isa) for isa in SETS]
     assert all(torch.equal(each, found[0]) for each in found)
     off = (found[0].int() - expected.int()).abs()
     exact = real / quant.spread(scale.double(), group, axis, len(shape))

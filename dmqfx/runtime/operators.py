@@ -26,6 +26,8 @@ _WEIGHT = (
 )
 _CONV = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _SHIFT = "Tensor? shift=None"
+_ADDED = "Tensor? added=None"
+_UPSAMPLE = "SymInt[]? upsample_size=None, float[]? upsample_factors=None"
 _KERNEL_WEIGHT = "Tensor packed_weight, int bits, SymInt[] weight_shape, Tensor w_scale, Tensor? bias=None"
 
 _NORM = "str norm='none', int norm_groups=1, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0"
@@ -113,10 +115,18 @@ def kernel_conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     shift: Tensor | None = None,
+    added: Tensor | None = None,
+    upsample_size: Sequence[int] | None = None,
+    upsample_factors: Sequence[float] | None = None,
 ) -> Tensor:
-    """qconv2d by a native kernel, which reads centered codes in a form of its own; `bits` is what they came from."""
+    """qconv2d by a native kernel, + added; it reads centered codes in a form of its own, `bits` is what they came from.
+
+    A size or factors upsample the codes first, as aten.upsample_nearest2d; the result is laid out channels last.
+    """
     head = (x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
-    return layers.conv2d(*head, stride, padding, dilation, groups, shift=shift)
+    tail = (stride, padding, dilation, groups)
+    more = (added, upsample_size, upsample_factors)
+    return layers.conv2d(*head, *tail, None, shift, *more)
 
 
 def kernel_linear(
@@ -130,10 +140,11 @@ def kernel_linear(
     w_scale: Tensor,
     bias: Tensor | None = None,
     shift: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
     """qlinear by a native kernel, as kernel_conv2d."""
     head = (x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
-    return layers.linear(*head, shift=shift)
+    return layers.linear(*head, shift=shift, added=added)
 
 
 def hoisted(x: Tensor, by: Sequence[Tensor]) -> Tensor:
@@ -219,8 +230,13 @@ def _fake_kernel_conv2d(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     shift: Tensor | None = None,
+    added: Tensor | None = None,
+    upsample_size: Sequence[int] | None = None,
+    upsample_factors: Sequence[float] | None = None,
 ) -> Tensor:
-    return _convolved(x_codes, x_scale, weight_shape, stride, padding, dilation)
+    sizes = layers.upsampled_sizes(x_codes.shape[2:], upsample_size, upsample_factors)
+    made = _convolved(x_codes.new_empty([x_codes.shape[0], 1, *sizes]), x_scale, weight_shape, stride, padding, dilation)
+    return made.contiguous(memory_format=torch.channels_last)
 
 
 def _fake_kernel_linear(
@@ -234,13 +250,15 @@ def _fake_kernel_linear(
     w_scale: Tensor,
     bias: Tensor | None = None,
     shift: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
     return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
 
 
 def _fake_kernel_quantize(x: Tensor, *given: Any) -> Tensor:
     axis, qmin, activation = given[3], given[4], given[11] if len(given) > 11 else "none"
-    return codes.laid_out(x, axis, qmin, activation)
+    beside = given[12] if len(given) > 12 else None
+    return codes.laid_out(x, axis, qmin, activation, 0 if beside is None else beside.shape[1])
 
 
 def _convolved(
@@ -278,10 +296,19 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
     "unpack": ("Tensor packed, int bits, bool signed, SymInt[] shape", packing.unpack, _fake_unpack),
     "qconv2d": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_CONV}, {_SHIFT}", qconv2d, _fake_qconv2d),
     "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_SHIFT}", qlinear, _fake_qlinear),
-    "kernel_conv2d": (f"{_INPUT}, {_KERNEL_WEIGHT}, {_CONV}, {_SHIFT}", kernel_conv2d, _fake_kernel_conv2d),
-    "kernel_linear": (f"{_INPUT}, {_KERNEL_WEIGHT}, {_SHIFT}", kernel_linear, _fake_kernel_linear),
+    "kernel_conv2d": (
+        f"{_INPUT}, {_KERNEL_WEIGHT}, {_CONV}, {_SHIFT}, {_ADDED}, {_UPSAMPLE}",
+        kernel_conv2d,
+        _fake_kernel_conv2d,
+    ),
+    "kernel_linear": (
+        f"{_INPUT}, {_KERNEL_WEIGHT}, {_SHIFT}, {_ADDED}",
+        kernel_linear,
+        _fake_kernel_linear,
+    ),
     "kernel_quantize": (
-        f"Tensor x, {_GRID}, Tensor? group, int axis, int qmin, int qmax, {_NORM}, str activation='none'",
+        f"Tensor x, {_GRID}, Tensor? group, int axis, int qmin, int qmax, {_NORM}, str activation='none', "
+        "Tensor? beside=None",
         kernel_quantize,
         _fake_kernel_quantize,
     ),

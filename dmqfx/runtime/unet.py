@@ -103,7 +103,7 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
         nn.Module.eval(self)
 
     def forward(self, *args: object, **kwargs: object) -> Result:
-        """One call, with the arguments of the diffusers class; the result has the dtype of the sample.
+        """One call, with the arguments of the diffusers class; the result has the dtype of the sample, in torch's layout.
 
         Raises: CallError for an argument that this program does not take.
         """
@@ -116,7 +116,8 @@ class CompiledUNet(ModelMixin):  # type: ignore[misc]  # diffusers is Any to the
         outputs: Outputs = self.runner(**inputs)
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         dtype = sample.dtype if isinstance(sample, Tensor) else self.dtype
-        return _result(root, tuple(t.to(dtype) for t in tensors), as_tuple=given.get("return_dict") is False)
+        made = tuple(t.to(dtype).contiguous() for t in tensors)
+        return _result(root, made, as_tuple=given.get("return_dict") is False)
 
     @property
     def config(self) -> FrozenDict:

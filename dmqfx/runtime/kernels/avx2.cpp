@@ -17,9 +17,9 @@ inline __m256i four_everywhere(const uint8_t* from) {
   return _mm256_set1_epi32(four);
 }
 
-inline void add_to(int32_t* to, __m256i sums) {
+inline void add_to(int32_t* to, __m256i sums, bool fresh) {
   auto* place = reinterpret_cast<__m256i*>(to);
-  _mm256_storeu_si256(place, _mm256_add_epi32(_mm256_loadu_si256(place), sums));
+  _mm256_storeu_si256(place, fresh ? sums : _mm256_add_epi32(_mm256_loadu_si256(place), sums));
 }
 
 struct Narrow {
@@ -39,10 +39,10 @@ struct Narrow {
     sums.low = _mm256_add_epi16(sums.low, _mm256_maddubs_epi16(codes, weights.low));
     sums.high = _mm256_add_epi16(sums.high, _mm256_maddubs_epi16(codes, weights.high));
   }
-  static void flush(Sums& sums, int32_t* to) {
+  static void flush(Sums& sums, int32_t* to, bool fresh) {
     const __m256i ones = _mm256_set1_epi16(1);
-    add_to(to, _mm256_madd_epi16(sums.low, ones));
-    add_to(to + 8, _mm256_madd_epi16(sums.high, ones));
+    add_to(to, _mm256_madd_epi16(sums.low, ones), fresh);
+    add_to(to + 8, _mm256_madd_epi16(sums.high, ones), fresh);
     clear(sums);
   }
 };
@@ -77,9 +77,9 @@ struct Wide {
     sums.high = _mm256_add_epi32(sums.high, _mm256_add_epi32(_mm256_madd_epi16(codes.even, weights.even_high),
                                                              _mm256_madd_epi16(codes.odd, weights.odd_high)));
   }
-  static void flush(Sums& sums, int32_t* to) {
-    add_to(to, sums.low);
-    add_to(to + 8, sums.high);
+  static void flush(Sums& sums, int32_t* to, bool fresh) {
+    add_to(to, sums.low, fresh);
+    add_to(to + 8, sums.high, fresh);
     clear(sums);
   }
 };

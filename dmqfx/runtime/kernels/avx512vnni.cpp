@@ -22,8 +22,8 @@ struct Vnni {
     return _mm512_set1_epi32(four);
   }
   static void add(Sums& sums, Codes codes, Weights weights) { sums = _mm512_dpbusd_epi32(sums, codes, weights); }
-  static void flush(Sums& sums, int32_t* to) {
-    _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), sums));
+  static void flush(Sums& sums, int32_t* to, bool fresh) {
+    _mm512_storeu_si512(to, fresh ? sums : _mm512_add_epi32(_mm512_loadu_si512(to), sums));
     clear(sums);
   }
 };

@@ -4,11 +4,11 @@
 // includes this: every set gives the same bits. Internal linkage, as in tile.h.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "layer.h"
+#include "moments.h"
 #include "square.h"
 
 namespace {
@@ -16,8 +16,6 @@ namespace {
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to the nearest, ties to even
 constexpr int64_t kRun = 64;             // positions of planes that are coded together
 constexpr int kLong = 64, kShort = 16;   // numbers that are coded at once: loops of fixed length have no slow end
-constexpr int kLanes = 32;               // running sums of a moment
-constexpr int64_t kStretch = 2048;       // numbers that they add up in float
 
 inline float bounded(float x, float low, float high) {
   const float below = x < high ? x : high;  // also where x is not a number
@@ -42,11 +40,6 @@ inline float exponential(float x) {
   std::memcpy(&power, &bits, sizeof power);
   return series * power;
 }
-
-// Mean 0 and deviation 1, before gamma and beta: x * times + plus.
-struct Moments {
-  float times = 1, plus = 0;
-};
 
 struct Limits {
   float least, greatest;
@@ -84,21 +77,22 @@ struct One {
   Number operator[](int) const { return value; }
 };
 
-// What belongs to each number of a line, arrays or `One`: gates for GEGLU, gammas and betas for a norm.
-template <class Weights, class Scales, class ZeroPoints>
+// What belongs to each number of a line, arrays or `One`: gates for GEGLU; moments, gammas and betas for a norm.
+template <class Moment, class Weights, class Scales, class ZeroPoints>
 struct Line {
   const float *x, *gates;
+  Moment times, pluses;
   Weights gammas, betas;
   Scales scales;
   ZeroPoints zero_points;
 };
 
 template <bool kNormed, int kActivation, int kCount, class Known>
-inline void code_vector(const Known& line, Moments moments, Limits limits, uint8_t* to) {
+inline void code_vector(const Known& line, Limits limits, uint8_t* to) {
   int32_t codes[kCount];
   for (int k = 0; k < kCount; ++k) {
     float y = line.x[k];
-    if constexpr (kNormed) y = (y * moments.times + moments.plus) * line.gammas[k] + line.betas[k];
+    if constexpr (kNormed) y = (y * line.times[k] + line.pluses[k]) * line.gammas[k] + line.betas[k];
     y = activated<kActivation>(y, kActivation == kGeglu ? line.gates[k] : 0);
     const float whole = (bounded(y / line.scales[k], -1048576.0f, 1048576.0f) + kRounder) - kRounder;
     const float code = whole + static_cast<float>(line.zero_points[k]);
@@ -122,61 +116,26 @@ inline const Number* padded(const Number* from, int64_t count, Number* room) {
 }
 
 template <bool kNormed, int kActivation, class Known>
-inline void code_line(const Known& line, Moments moments, Limits limits, int64_t count, uint8_t* to) {
+inline void code_line(const Known& line, Limits limits, int64_t count, uint8_t* to) {
   int64_t n = 0;
   const auto from = [&] {
-    return Known{line.x + n, behind(line.gates, n), behind(line.gammas, n), behind(line.betas, n),
-                 behind(line.scales, n), behind(line.zero_points, n)};
+    return Known{line.x + n,  behind(line.gates, n),  behind(line.times, n),  behind(line.pluses, n), behind(line.gammas, n),
+                 behind(line.betas, n), behind(line.scales, n), behind(line.zero_points, n)};
   };
-  for (; n + kLong <= count; n += kLong) code_vector<kNormed, kActivation, kLong>(from(), moments, limits, to + n);
-  for (; n + kShort <= count; n += kShort) code_vector<kNormed, kActivation, kShort>(from(), moments, limits, to + n);
+  for (; n + kLong <= count; n += kLong) code_vector<kNormed, kActivation, kLong>(from(), limits, to + n);
+  for (; n + kShort <= count; n += kShort) code_vector<kNormed, kActivation, kShort>(from(), limits, to + n);
   const int64_t left = count - n;
   if (left == 0) return;
-  float rooms[5][kShort];
+  float rooms[7][kShort];
   int32_t room[kShort];
   uint8_t last[kShort];
   const Known rest = from();
-  const Known end{padded(rest.x, left, rooms[0]),      padded(rest.gates, left, rooms[1]),
-                  padded(rest.gammas, left, rooms[2]), padded(rest.betas, left, rooms[3]),
-                  padded(rest.scales, left, rooms[4]), padded(rest.zero_points, left, room)};
-  code_vector<kNormed, kActivation, kShort>(end, moments, limits, last);
+  const Known end{padded(rest.x, left, rooms[0]),       padded(rest.gates, left, rooms[1]),
+                  padded(rest.times, left, rooms[2]),   padded(rest.pluses, left, rooms[3]),
+                  padded(rest.gammas, left, rooms[4]),  padded(rest.betas, left, rooms[5]),
+                  padded(rest.scales, left, rooms[6]),  padded(rest.zero_points, left, room)};
+  code_vector<kNormed, kActivation, kShort>(end, limits, last);
   std::memcpy(to + n, last, static_cast<size_t>(left));
-}
-
-// Sum of x - less, or of its squares; in float over short runs, in double beyond.
-template <bool kSquares>
-double total(const float* x, int64_t count, float less) {
-  double sum = 0;
-  for (int64_t from = 0; from < count; from += kStretch) {
-    const int64_t to = from + kStretch < count ? from + kStretch : count;
-    float lanes[kLanes] = {};
-    int64_t k = from;
-    for (; k + kLanes <= to; k += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const float off = x[k + lane] - less;
-        lanes[lane] += kSquares ? off * off : off;
-      }
-    for (; k < to; ++k) {
-      const float off = x[k] - less;
-      lanes[k % kLanes] += kSquares ? off * off : off;
-    }
-    double halves[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) halves[lane] = lanes[lane];
-#pragma GCC unroll 8
-    for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int lane = 0; lane < width; ++lane) halves[lane] += halves[lane + width];
-    sum += halves[0];
-  }
-  return sum;
-}
-
-inline Moments moments_of(const float* x, int64_t count, double eps) {
-  const auto whole = static_cast<double>(count);
-  const double mean = total<false>(x, count, 0) / whole;
-  const auto near = static_cast<float>(mean);
-  const double off = mean - near, variance = total<true>(x, count, near) / whole - off * off;
-  const double times = 1 / std::sqrt((variance > 0 ? variance : 0) + eps);
-  return {static_cast<float>(times), static_cast<float>(-mean * times)};
 }
 
 // The grid of one sample; `wide`: a number for each channel.
@@ -204,22 +163,23 @@ void code_planes(const DmqfxCoding& coding, int64_t image, int64_t first, int64_
   const Grid grid(coding, image);
   const Limits limits = limits_of(coding);
   const int64_t channels = coding.channels;
+  const float* moments = coding.moments + image * 2 * channels;
   uint8_t lines[kSquare][kRun];
   uint8_t* to = coding.codes + (image * coding.positions + first) * channels;
   for (int64_t channel = 0; channel < channels; channel += kSquare) {
     const int64_t high = channels - channel < kSquare ? channels - channel : kSquare;
     for (int64_t k = 0; k < high; ++k) {
       const int64_t c = channel + k;
+      using Same = One<float>;
       const float* x = coding.x + (image * channels + c) * coding.positions + first;
-      Line<One<float>, One<float>, One<int32_t>> line{x, nullptr, {1}, {0}, {grid.scale(c)}, {grid.zero_point(c)}};
-      Moments moments;
+      Line<Same, Same, Same, One<int32_t>> line{x, nullptr, {1}, {0}, {1}, {0}, {grid.scale(c)}, {grid.zero_point(c)}};
       if constexpr (kNormed) {
-        const int64_t group = image * coding.norm_groups + c / (channels / coding.norm_groups);
-        moments = {coding.moments[2 * group], coding.moments[2 * group + 1]};
+        line.times = {moments[c]};
+        line.pluses = {moments[channels + c]};
         line.gammas = {coding.gammas[c]};
         line.betas = {coding.betas[c]};
       }
-      code_line<kNormed, kActivation>(line, moments, limits, count, lines[k]);
+      code_line<kNormed, kActivation>(line, limits, count, lines[k]);
     }
     const int64_t squares = high == kSquare ? count / kSquare * kSquare : 0;
     for (int64_t n = 0; n < squares; n += kSquare) transpose(&lines[0][n], kRun, to + n * channels + channel, channels, 0);
@@ -228,73 +188,102 @@ void code_planes(const DmqfxCoding& coding, int64_t image, int64_t first, int64_
   }
 }
 
-// One position's channels, side by side; behind them as many gates, if there are any.
-template <bool kNormed, int kActivation>
-void code_row(const DmqfxCoding& coding, int64_t row) {
-  const Grid grid(coding, row / coding.positions);
+// Channels first..first + count of one position, which lie side by side from x on; moments are numbers or arrays.
+template <bool kNormed, int kActivation, class Moment>
+inline void code_channels(const DmqfxCoding& coding, const Grid& grid, Moment times, Moment pluses, const float* x,
+                          int64_t first, int64_t count, uint8_t* to) {
   const Limits limits = limits_of(coding);
-  const int64_t channels = coding.channels;
-  const float* x = coding.x + row * channels * (kActivation == kGeglu ? 2 : 1);
-  uint8_t* to = coding.codes + row * channels;
-  Moments moments;
-  if constexpr (kNormed) moments = moments_of(x, channels, coding.eps);
-  const float *gates = kActivation == kGeglu ? x + channels : nullptr, *gammas = kNormed ? coding.gammas : nullptr;
-  const float* betas = kNormed ? coding.betas : nullptr;
+  const float* gates = kActivation == kGeglu ? x + coding.channels : nullptr;
+  const float *gammas = kNormed ? coding.gammas + first : nullptr, *betas = kNormed ? coding.betas + first : nullptr;
   if (!grid.wide_scales && !grid.wide_zero_points) {
-    const Line<const float*, One<float>, One<int32_t>> line{x, gates, gammas, betas, {*grid.scales}, {*grid.zero_points}};
-    return code_line<kNormed, kActivation>(line, moments, limits, channels, to);
+    const Line<Moment, const float*, One<float>, One<int32_t>> line{x, gates, times, pluses, gammas, betas,
+                                                                    {*grid.scales}, {*grid.zero_points}};
+    return code_line<kNormed, kActivation>(line, limits, count, to);
   }
-  for (int64_t n = 0; n < channels; n += kLong) {
-    const int64_t count = channels - n < kLong ? channels - n : kLong;
+  for (int64_t n = 0; n < count; n += kLong) {
+    const int64_t some = count - n < kLong ? count - n : kLong;
     float scales[kLong];
     int32_t zero_points[kLong];
-    for (int64_t k = 0; k < count; ++k) scales[k] = grid.scale(n + k), zero_points[k] = grid.zero_point(n + k);
-    const Line<const float*, const float*, const int32_t*> line{
-        x + n, behind(gates, n), behind(gammas, n), behind(betas, n), scales, zero_points};
-    code_line<kNormed, kActivation>(line, moments, limits, count, to + n);
+    for (int64_t k = 0; k < some; ++k)
+      scales[k] = grid.scale(first + n + k), zero_points[k] = grid.zero_point(first + n + k);
+    const Line<Moment, const float*, const float*, const int32_t*> line{
+        x + n, behind(gates, n), behind(times, n), behind(pluses, n), behind(gammas, n), behind(betas, n), scales, zero_points};
+    code_line<kNormed, kActivation>(line, limits, some, to + n);
   }
 }
 
-template <bool kNormed, int kActivation>
+// One position of an image, from one arm or two.
+template <int kNorm, int kActivation>
+void code_row(const DmqfxCoding& coding, int64_t row) {
+  const int64_t image = row / coding.positions, channels = coding.channels;
+  const Grid grid(coding, image);
+  uint8_t* to = coding.codes + row * channels;
+  if constexpr (kNorm == kLayerNorm) {
+    const float* x = coding.x + row * channels;
+    const Moments moments = moments_of(x, channels, coding.eps);
+    const One<float> times{moments.times}, pluses{moments.plus};
+    return code_channels<true, kActivation>(coding, grid, times, pluses, x, 0, channels, to);
+  }
+  const int64_t split = coding.beside == nullptr ? channels : coding.split;
+  const float* moments = kNorm == kGroupNorm ? coding.moments + image * 2 * channels : nullptr;
+  const auto part = [&](const float* x, int64_t first, int64_t count) {
+    code_channels<kNorm != kNoNorm, kActivation>(coding, grid, behind(moments, first), behind(moments, channels + first),
+                                                 x, first, count, to + first);
+  };
+  part(coding.x + row * split * (kActivation == kGeglu ? 2 : 1), 0, split);
+  if (split < channels) part(coding.beside + row * (channels - split), split, channels - split);
+}
+
+// The moments of all groups of a group norm, written for each channel.
+void prepare_moments(const DmqfxCoding& coding, int threads) {
+  const int64_t channels = coding.channels, size = channels / coding.norm_groups;
+  const int64_t many = coding.planes ? 1 : groups_at_once(coding), turns = (coding.norm_groups + many - 1) / many;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t k = 0; k < coding.batch * turns; ++k) {
+    const int64_t image = k / turns, group = k % turns * many, first = group * size;
+    if (!coding.planes) {
+      moments_of_rows(coding, image, group);
+      continue;
+    }
+    const float* x = coding.x + (image * channels + first) * coding.positions;
+    const Moments moments = moments_of(x, size * coding.positions, coding.eps);
+    float* times = coding.moments + image * 2 * channels + first;
+    for (int64_t c = 0; c < size; ++c) times[c] = moments.times, times[channels + c] = moments.plus;
+  }
+}
+
+template <int kNorm, int kActivation>
 void code_all(const DmqfxCoding& coding, int threads) {
+  if constexpr (kNorm == kGroupNorm) prepare_moments(coding, threads);
   if (coding.planes == 0) {
     const int64_t rows = coding.batch * coding.positions;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) code_row<kNormed, kActivation>(coding, row);
+    for (int64_t row = 0; row < rows; ++row) code_row<kNorm, kActivation>(coding, row);
     return;
-  }
-  if constexpr (kNormed) {
-    const int64_t groups = coding.batch * coding.norm_groups;
-    const int64_t size = coding.channels / coding.norm_groups * coding.positions;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t group = 0; group < groups; ++group) {
-      const Moments moments = moments_of(coding.x + group * size, size, coding.eps);
-      coding.moments[2 * group] = moments.times;
-      coding.moments[2 * group + 1] = moments.plus;
-    }
   }
   const int64_t runs = (coding.positions + kRun - 1) / kRun;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t k = 0; k < coding.batch * runs; ++k) {
     const int64_t first = k % runs * kRun, left = coding.positions - first;
-    code_planes<kNormed, kActivation>(coding, k / runs, first, left < kRun ? left : kRun);
+    code_planes<kNorm == kGroupNorm, kActivation>(coding, k / runs, first, left < kRun ? left : kRun);
   }
 }
 
-template <bool kNormed>
+template <int kNorm>
 void code_normed(const DmqfxCoding& coding, int threads) {
   switch (coding.activation) {
-    case kSilu: return code_all<kNormed, kSilu>(coding, threads);
-    case kGelu: return code_all<kNormed, kGelu>(coding, threads);
-    case kGeglu: return code_all<false, kGeglu>(coding, threads);  // of rows without a norm
-    default: return code_all<kNormed, kNoActivation>(coding, threads);
+    case kSilu: return code_all<kNorm, kSilu>(coding, threads);
+    case kGelu: return code_all<kNorm, kGelu>(coding, threads);
+    case kGeglu: return code_all<kNoNorm, kGeglu>(coding, threads);  // of rows without a norm
+    default: return code_all<kNorm, kNoActivation>(coding, threads);
   }
 }
 
 void code(const DmqfxCoding& coding, int threads) {
   if (coding.batch * coding.channels * coding.positions < 16384) threads = 1;  // less is not worth a team
   threads = threads > 1 ? threads : 1;
-  (coding.norm == kNoNorm ? code_normed<false> : code_normed<true>)(coding, threads);
+  if (coding.norm == kGroupNorm) return code_normed<kGroupNorm>(coding, threads);
+  (coding.norm == kLayerNorm ? code_normed<kLayerNorm> : code_normed<kNoNorm>)(coding, threads);
 }
 
 }  // namespace

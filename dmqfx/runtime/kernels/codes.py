@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,91 +31,116 @@ def quantize(
     norm_bias: Tensor | None = None,
     eps: float = 0.0,
     activation: str = "none",
+    beside: Tensor | None = None,
     instruction_set: str | None = None,
 ) -> Tensor:
     """quant.quantize of activation(norm(x)); four dimensions with channels on axis 1 come out channels last.
 
-    `geglu` is the first half of the last axis times gelu of the second, without a norm: half as many codes as numbers.
-    Without norm and activation these are the codes of quant.quantize. With them a number at the middle of two
-    codes may get the other. Every instruction set gives the same codes.
+    With `beside` it is that of the concatenation of both on axis 1, which is made only where one of them is not laid
+    out channels last. `geglu` is the first half of the last axis times gelu of the second, without a norm: half as many
+    codes as numbers. Without norm and activation these are the codes of quant.quantize. With them a number at the middle
+    of two codes may get the other. Every instruction set gives the same codes.
 
-    Shapes: as quant.quantize; `axis` is 1 of [B, C, H, W] or the last; norm_weight, norm_bias [C] or None. A group
-    norm is of [B, C, H, W], a layer norm over the last axis. Other devices and dtypes are computed in plain torch.
-    Raises: ValueError for another axis, norm or activation, or groups that do not divide the channels.
+    Shapes: as quant.quantize; `axis` is 1 of [B, C, H, W] or the last; norm_weight, norm_bias [C] or None; beside
+    [B, D, H, W]. A group norm is of [B, C, H, W], a layer norm over the last axis. Other devices and dtypes are computed
+    in plain torch.
+    Raises: ValueError for another axis, norm or activation, groups that do not divide the channels, a timestep group
+        that is not there, or arms of other sizes.
     """
-    planes, channels = _layout(x, axis, norm, activation, norm_groups)
-    rows = {each.shape[0] for each in (scale, zero_point)}
-    if group is None and rows != {1}:
-        raise ValueError(f"parameters of {max(rows)} timestep groups need a group index")
+    if beside is not None:
+        _check_arms(x, beside, axis)
+    if beside is not None and not (_is_last(x) and _is_last(beside) and _readable(x) and _readable(beside)):
+        x, beside = torch.cat([x, beside], 1), None
+    more = 0 if beside is None else beside.shape[1]
+    planes, channels = _layout(x, axis, norm, activation, norm_groups, more)
+    if group is None and (scale.shape[0] != 1 or zero_point.shape[0] != 1):
+        raise ValueError(f"parameters of {max(scale.shape[0], zero_point.shape[0])} timestep groups need a group index")
     native, real = library(), (x, scale, norm_weight, norm_bias)
     if native is None or not all(each is None or _readable(each) for each in real):
-        real_codes = _plain(x, norm, norm_groups, norm_weight, norm_bias, eps, activation)
+        whole = x if beside is None else torch.cat([x, beside], 1)
+        real_codes = _plain(whole, norm, norm_groups, norm_weight, norm_bias, eps, activation)
         codes = quant.quantize(real_codes, scale, zero_point, group, axis, qmin, qmax)
-        return codes.contiguous(memory_format=_format(x, planes))
-    if group is not None and len(group) and not 0 <= int(group.min()) <= int(group.max()) < min(rows):
-        raise ValueError(f"a timestep group beyond the {min(rows)} that there are")
-    turned = planes and norm == "none" and x.is_contiguous(memory_format=torch.channels_last)
+        return codes.contiguous(memory_format=_format(planes))
+    turned = planes and _is_last(x)
     coding = Coding(
-        batch=1 if group is None and not planes else len(x), channels=channels, planes=planes and not turned,
+        batch=1 if group is None and norm != "group" and (turned or not planes) else x.shape[0],
+        channels=channels, planes=planes and not turned, split=channels - more,
         norm=NORMS.index(norm), norm_groups=norm_groups, activation=ACTIVATIONS.index(activation), eps=eps,
         least=qmin, greatest=qmax,
         scale_channels=scale.shape[1], zero_point_channels=zero_point.shape[1],
+        timestep_groups=min(scale.shape[0], zero_point.shape[0]),
     )  # fmt: skip
-    read = {"x": x if turned else x.contiguous(), "scales": scale, "zero_points": zero_point.to(torch.int32)}
-    read |= {} if group is None else {"group": group}
+    read = {"x": x if turned else x.contiguous(), "beside": beside}
+    read |= {"scales": scale.contiguous(), "zero_points": zero_point.to(torch.int32).contiguous()}
+    if group is not None:
+        if group.shape[0] != x.shape[0]:
+            raise ValueError(f"{group.shape[0]} timestep groups for {x.shape[0]} samples")
+        read["group"] = group.long().contiguous()
     if norm != "none":
-        read |= _weights_of_norm(norm_weight, norm_bias, channels)
-    return _coded(native, coding, read, laid_out(x, axis, qmin, activation), instruction_set)
+        read["gammas"] = torch.ones(channels) if norm_weight is None else norm_weight.contiguous()
+        read["betas"] = torch.zeros(channels) if norm_bias is None else norm_bias.contiguous()
+    if norm == "group":
+        read["moments"] = torch.empty(2 * x.shape[0] * channels)
+    return _coded(native, coding, read, laid_out(x, axis, qmin, activation, more), instruction_set)
 
 
-def _weights_of_norm(weight: Tensor | None, bias: Tensor | None, channels: int) -> dict[str, Tensor]:
-    """Both, where there are none too."""
-    return {
-        "gammas": torch.ones(channels) if weight is None else weight,
-        "betas": torch.zeros(channels) if bias is None else bias,
-    }
+def _check_arms(x: Tensor, beside: Tensor, axis: int) -> None:
+    fits = x.dim() == beside.dim() == 4 and axis == 1
+    if not fits or x.shape[0] != beside.shape[0] or x.shape[2:] != beside.shape[2:]:
+        raise ValueError(f"{list(x.shape)} and {list(beside.shape)} do not lie beside each other on axis 1")
+
+
+def _is_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _readable(tensor: Tensor) -> bool:
-    return (tensor.dtype, tensor.device.type) == (torch.float32, "cpu")
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _coded(
-    native: Library, coding: Coding, read: Mapping[str, Tensor], out: Tensor, instruction_set: str | None
+    native: Library,
+    coding: Coding,
+    read: Mapping[str, Tensor | None],
+    out: Tensor,
+    instruction_set: str | None,
 ) -> Tensor:
     """`out`, with the codes in it."""
     if not out.numel():
         return out
     coding.positions = out.numel() // (coding.batch * coding.channels)
-    grouped = coding.norm == NORMS.index("group")
-    room = torch.empty(2 * len(out) * coding.norm_groups if grouped else 0)
-    kept = {name: each if name == "x" else each.contiguous() for name, each in read.items()}
-    for name, each in {**kept, "moments": room, "codes": out}.items():
-        setattr(coding, name, each.data_ptr())
+    coding.codes = out.data_ptr()
+    for name, each in read.items():
+        if each is not None:
+            setattr(coding, name, each.data_ptr())
     native.code(coding, instruction_set)
     return out
 
 
-def laid_out(x: Tensor, axis: int, qmin: int, activation: str = "none") -> Tensor:
-    """Room for the codes of x."""
+def laid_out(x: Tensor, axis: int, qmin: int, activation: str = "none", more: int | torch.SymInt = 0) -> Tensor:
+    """Room for the codes of x, with `more` channels on axis 1."""
     dtype = torch.int8 if qmin < 0 else torch.uint8
     planes = x.dim() == 4 and axis == 1
-    shape = [*x.shape[:-1], x.shape[-1] // 2] if activation == "geglu" else x.shape
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=_format(x, planes))
+    shape: Sequence[int | torch.SymInt] = x.shape
+    if activation == "geglu":
+        shape = [*x.shape[:-1], x.shape[-1] // 2]
+    elif planes:
+        shape = [x.shape[0], x.shape[1] + more, *x.shape[2:]]
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=_format(planes))
 
 
-def _format(x: Tensor, planes: bool) -> torch.memory_format:
+def _format(planes: bool) -> torch.memory_format:
     return torch.channels_last if planes else torch.contiguous_format
 
 
-def _layout(x: Tensor, axis: int, norm: str, activation: str, groups: int) -> tuple[bool, int]:
+def _layout(x: Tensor, axis: int, norm: str, activation: str, groups: int, more: int) -> tuple[bool, int]:
     """Whether channels are planes, and how many there are."""
     planes = x.dim() == 4 and axis == 1
     if not planes and axis not in (-1, x.dim() - 1):
         raise ValueError(f"channels on axis {axis} of {list(x.shape)}: not 1 of four, nor the last")
     if norm not in NORMS or activation not in ACTIVATIONS:
         raise ValueError(f"norm {norm!r}, activation {activation!r}: there are {NORMS} and {ACTIVATIONS}")
-    channels = x.shape[axis]
+    channels = x.shape[axis] + more
     if norm != "none" and planes != (norm == "group"):
         raise ValueError(f"a {norm} norm with channels on axis {axis} of {list(x.shape)}")
     if activation == "geglu" and (planes or norm != "none" or channels % 2):

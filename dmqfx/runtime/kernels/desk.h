@@ -13,7 +13,9 @@ constexpr int kLane = 16;       // output channels of a block
 constexpr int kQuad = 4;        // input channels of a step
 constexpr int kStep = kLane * kQuad;
 constexpr int64_t kChunk = 1024;  // steps whose weights are unpacked together: they stay in the second cache
-constexpr int64_t kStrip = 96;    // output positions of a piece of work, a multiple of every kRows
+constexpr int64_t kStrip = 96;    // output positions that are worked on together, at most
+constexpr int64_t kWhole = 12;    // a multiple of every kRows
+constexpr int64_t kBundle = 384;  // positions of a piece of work, about: they share unpacked weights
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t pieces(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
@@ -48,6 +50,15 @@ inline void multiply(const int8_t* from, int64_t first, int64_t steps, int64_t q
   }
 }
 
+// Which weights lie unpacked on a desk: of which block and group, from which step, times which row of shifts less `left`.
+struct Held {
+  int64_t block, group, from, shifts, left;
+  bool operator==(const Held& other) const {
+    return block == other.block && group == other.group && from == other.from && shifts == other.shifts &&
+           left == other.left;
+  }
+};
+
 // What one thread works in.
 struct Desk {
   int8_t* weights = nullptr;
@@ -55,17 +66,20 @@ struct Desk {
   const uint8_t** rows = nullptr;
   uint8_t* padding = nullptr;
   uint8_t* factors = nullptr;
-  int64_t table = -1;  // which image, group and strip `rows` belongs to
+  int64_t table = -1;  // which bundle `rows` and `padding` belong to
+  int64_t width = 0;   // sums of a position
+  Held held{-1, -1, -1, -1, -1};
 
-  bool furnish(const DmqfxLayer& layer, int64_t blocks) {
-    const auto taps = static_cast<size_t>(layer.taps[0] * layer.taps[1]);
+  bool furnish(const DmqfxLayer& layer, int64_t blocks, int64_t pointers, int64_t strips) {
+    width = blocks * kLane;
     weights = static_cast<int8_t*>(room(static_cast<size_t>(blocks * kChunk * kStep)));
-    sums = static_cast<int32_t*>(room(static_cast<size_t>(kStrip * blocks * kLane) * sizeof(int32_t)));
-    rows = static_cast<const uint8_t**>(room(kStrip * taps * sizeof(uint8_t*)));
-    padding = static_cast<uint8_t*>(room(static_cast<size_t>(layer.channels)));
+    sums = static_cast<int32_t*>(room(static_cast<size_t>(kStrip * width) * sizeof(int32_t)));
+    rows = static_cast<const uint8_t**>(room(static_cast<size_t>(pointers) * sizeof(uint8_t*)));
+    padding = static_cast<uint8_t*>(room(static_cast<size_t>(strips * layer.channels)));
     factors = static_cast<uint8_t*>(room(static_cast<size_t>(layer.channels)));
     return weights && sums && rows && padding && factors;
   }
+  void clear() { std::memset(sums, 0, static_cast<size_t>(kStrip * width) * sizeof(int32_t)); }
   ~Desk() {
     std::free(weights);
     std::free(sums);

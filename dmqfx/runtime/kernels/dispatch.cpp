@@ -22,19 +22,33 @@ const InstructionSet& named(int instruction_set) {
   return instruction_set == kOfAvx2 ? kAvx2 : kScalar;
 }
 
+// The tables' row of a sample.
+int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.group == nullptr ? 0 : layer.group[image]; }
+
+bool known(const int64_t* group, int64_t batch, int64_t rows) {
+  for (int64_t k = 0; group != nullptr && k < batch; ++k)
+    if (group[k] < 0 || group[k] >= rows) return false;
+  return true;
+}
+
 int64_t greatest_code(const DmqfxLayer& layer) {
   const int64_t count = layer.batch * layer.height * layer.width * layer.groups * layer.channels;
   uint8_t greatest = 0;
   for (int64_t k = 0; k < count; ++k) greatest = layer.codes[k] > greatest ? layer.codes[k] : greatest;
-  for (int64_t k = 0; k < layer.batch; ++k)
-    if (layer.zero_points[k] > greatest) greatest = static_cast<uint8_t>(layer.zero_points[k]);
+  for (int64_t k = 0; k < layer.batch; ++k) {
+    const int32_t zero_point = layer.zero_points[row_of(layer, k)];
+    if (zero_point > greatest) greatest = static_cast<uint8_t>(zero_point);
+  }
   return greatest;
 }
 
 int64_t greatest_shift(const DmqfxLayer& layer) {
   uint8_t greatest = 0;
-  const int64_t count = layer.shifts == nullptr ? 0 : layer.batch * layer.groups * layer.given;
-  for (int64_t k = 0; k < count; ++k) greatest = layer.shifts[k] > greatest ? layer.shifts[k] : greatest;
+  const int64_t given = layer.groups * layer.given;
+  for (int64_t k = 0; layer.shifts != nullptr && k < layer.batch; ++k) {
+    const uint8_t* shifts = layer.shifts + row_of(layer, k) * given;
+    for (int64_t c = 0; c < given; ++c) greatest = shifts[c] > greatest ? shifts[c] : greatest;
+  }
   return greatest;
 }
 
@@ -68,8 +82,11 @@ int64_t dmqfx_layer_size(void) { return sizeof(DmqfxLayer); }
 int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
   if (instruction_set < 0 || instruction_set > kOfAvx512Vnni || !((dmqfx_instruction_sets() >> instruction_set) & 1))
     return kNotHere;
-  for (int64_t k = 0; k < layer->batch; ++k)
-    if (layer->zero_points[k] < 0 || layer->zero_points[k] > 255) return kBadZeroPoint;
+  if (!known(layer->group, layer->batch, layer->timestep_groups)) return kBadGroup;
+  for (int64_t k = 0; k < layer->batch; ++k) {
+    const int32_t zero_point = layer->zero_points[row_of(*layer, k)];
+    if (zero_point < 0 || zero_point > 255) return kBadZeroPoint;
+  }
   const int64_t shift = greatest_shift(*layer);
   if (shift > 30 || layer->headroom < 0 || layer->headroom > 7) return kBadShift;
   if (layer->raw != nullptr) arrange(*layer, threads);
@@ -87,6 +104,7 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
 int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads) {
   if (instruction_set < 0 || instruction_set > kOfAvx512Vnni || !((dmqfx_instruction_sets() >> instruction_set) & 1))
     return kNotHere;
+  if (!known(coding->group, coding->batch, coding->timestep_groups)) return kBadGroup;
   named(instruction_set).code(*coding, threads);
   return kDone;
 }

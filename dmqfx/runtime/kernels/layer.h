@@ -1,5 +1,5 @@
 // The C interface: one integer layer, the coding of its input, or the packing of its weights, called through ctypes.
-// Every field is eight bytes, so that both sides agree.
+// Every field is eight bytes, or a pair of four, so that both sides agree.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,9 @@ struct DmqfxLayer {
   int64_t given;                      // those that there are
   int64_t out_channels;               // of one group
   int64_t taps[2], stride[2], padding[2], dilation[2];
+  int64_t upsampled[2];               // sizes that the input is read as if it had, from nearest neighbours
+  float steps[2];                     // how far apart those lie in the input
   int64_t out_height, out_width;
-  int64_t out_image, out_channel, out_position;  // strides of the output, in elements
   int64_t nibbles;                    // whether two weights share a byte
   int64_t pair;                       // what two neighbouring weights can make of codes of 1, at most
   int64_t headroom;                   // bits by which every weight can be shifted within its 8
@@ -22,15 +23,19 @@ struct DmqfxLayer {
   int64_t flip;                       // 128 to make signed codes unsigned, else 0
   const uint8_t* raw;                 // codes that have to be arranged first, or null
   uint8_t* codes;                     // [batch, height, width, groups * channels]
-  const int32_t* zero_points;         // [batch], 0..255; padding stands for it
-  const uint8_t* shifts;              // [batch, groups * given], bits by which centered codes are shifted, or null
+  int64_t timestep_groups;            // rows of the next tables
+  const int64_t* group;               // [batch], the row of each sample, or null: the first
+  const int32_t* zero_points;         // [timestep groups], 0..255; padding stands for it
+  const float* input_scales;          // [timestep groups]
+  const uint8_t* shifts;              // [timestep groups, groups * given], bits by which centered codes are shifted, or null
   const uint8_t* weights;             // [groups, blocks of 16, taps, channels / 4, 16, 4]
   const int32_t* sums;                // [groups * out_channels], of the weights of an output channel
-  const float* input_scales;          // [batch]
   const float* weight_scales;         // [groups * out_channels]
   const float* biases;                // [groups * out_channels] or null
+  const float* added;                 // added to each result, or null; channels side by side
+  int64_t added_image, added_position;  // its strides, in elements; 0 where all have the same
   float* real;                        // where (sum - zero point * sum of weights) * scales + bias goes, or null
-  int32_t* integer;                   // where the sum alone goes, if not
+  int32_t* integer;                   // where the sum alone goes, if not; both [batch, positions, groups * out_channels]
 };
 
 enum DmqfxNorm { kNoNorm = 0, kGroupNorm = 1, kLayerNorm = 2 };
@@ -42,18 +47,21 @@ struct DmqfxCoding {
   int64_t batch, channels, positions;  // positions of one sample
   int64_t planes;                      // whether x is [batch, channels, positions], else [batch, positions, channels],
                                        // and for GEGLU, which is of rows alone, [batch, positions, 2, channels]
-  int64_t norm, norm_groups;           // kGroupNorm of planes, kLayerNorm of rows
+  int64_t split;                       // channels of x, where the others are in `beside`; rows alone
+  int64_t norm, norm_groups;           // kLayerNorm of rows that are not split
   int64_t activation;
   int64_t scale_channels, zero_point_channels;  // 1 or channels
   int64_t least, greatest;             // codes
   double eps;
   const float* x;
+  const float* beside;                 // or null
   const float* gammas;                 // [channels], of a norm
   const float* betas;                  // [channels], of a norm
   const float* scales;                 // [timestep groups, scale_channels]
   const int32_t* zero_points;          // [timestep groups, zero_point_channels]
-  const int64_t* group;                // [batch], which timestep group, or null: the first
-  float* moments;                      // room for [batch, norm_groups, 2] of a group norm
+  int64_t timestep_groups;             // rows of scales and zero points
+  const int64_t* group;                // [batch], which of them, or null: the first
+  float* moments;                      // room for [batch, 2, channels] of a group norm: times, then plus
   uint8_t* codes;                      // [batch, positions, channels]; signed ones in two's complement
 };
 
@@ -68,7 +76,7 @@ struct DmqfxPacking {
 
 #define DMQFX_EXPORT __attribute__((visibility("default")))
 
-enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3, kBadShift = 4 };
+enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3, kBadShift = 4, kBadGroup = 5 };
 
 // Which of the instruction sets 0 (scalar), 1 (AVX2) and 2 (AVX-512 VNNI) this machine and this build have, as bits.
 DMQFX_EXPORT int dmqfx_instruction_sets(void);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,13 +33,16 @@ class Layer(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "height", "width", "groups", "channels", "given")),
         ("out_channels", c_int64),
         *((name, c_int64 * 2) for name in ("taps", "stride", "padding", "dilation")),
-        *(
-            (name, c_int64)
-            for name in ("out_height", "out_width", "out_image", "out_channel", "out_position")
-        ),
+        ("upsampled", c_int64 * 2),
+        ("steps", c_float * 2),
+        *((name, c_int64) for name in ("out_height", "out_width")),
         *((name, c_int64) for name in ("nibbles", "pair", "headroom", "planes", "flip")),
-        *((name, c_void_p) for name in ("raw", "codes", "zero_points", "shifts", "weights", "sums")),
-        *((name, c_void_p) for name in ("input_scales", "weight_scales", "biases", "real", "integer")),
+        *((name, c_void_p) for name in ("raw", "codes")),
+        ("timestep_groups", c_int64),
+        *((name, c_void_p) for name in ("group", "zero_points", "input_scales", "shifts")),
+        *((name, c_void_p) for name in ("weights", "sums", "weight_scales", "biases", "added")),
+        *((name, c_int64) for name in ("added_image", "added_position")),
+        *((name, c_void_p) for name in ("real", "integer")),
     )
 
 
@@ -47,14 +50,16 @@ class Coding(ctypes.Structure):
     """DmqfxCoding of layer.h."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("batch", "channels", "positions", "planes", "norm", "norm_groups")),
+        *((name, c_int64) for name in ("batch", "channels", "positions", "planes", "split")),
+        *((name, c_int64) for name in ("norm", "norm_groups")),
         *(
             (name, c_int64)
             for name in ("activation", "scale_channels", "zero_point_channels", "least", "greatest")
         ),
         ("eps", c_double),
-        *((name, c_void_p) for name in ("x", "gammas", "betas", "scales", "zero_points", "group")),
-        *((name, c_void_p) for name in ("moments", "codes")),
+        *((name, c_void_p) for name in ("x", "beside", "gammas", "betas", "scales", "zero_points")),
+        ("timestep_groups", c_int64),
+        *((name, c_void_p) for name in ("group", "moments", "codes")),
     )
 
 
@@ -88,7 +93,7 @@ class Library:
         """Compute a layer.
 
         Raises: DmqfxError for an instruction set that is not there or no memory; ValueError for a zero point
-        outside the codes or a shift beyond 30.
+        outside the codes, a shift beyond 30 or a timestep group that is not there.
         """
         number = INSTRUCTION_SETS.index(instruction_set or self.chosen)
         status = self.handle.dmqfx_run(ctypes.byref(layer), number, torch.get_num_threads())
@@ -100,6 +105,8 @@ class Library:
             raise ValueError(
                 "an input channel is shifted by more than 30 bits, or weights have no such headroom"
             )
+        if status == 5:
+            raise _no_group(layer.timestep_groups)
         if status != 0:
             raise DmqfxError(
                 {1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status))
@@ -108,10 +115,13 @@ class Library:
     def code(self, coding: Coding, instruction_set: str | None = None) -> None:
         """Turn real numbers into codes.
 
-        Raises: DmqfxError for an instruction set that is not there.
+        Raises: DmqfxError for an instruction set that is not there; ValueError for a timestep group that is not.
         """
         number = INSTRUCTION_SETS.index(instruction_set or self.chosen)
-        if self.handle.dmqfx_code(ctypes.byref(coding), number, torch.get_num_threads()) != 0:
+        status = self.handle.dmqfx_code(ctypes.byref(coding), number, torch.get_num_threads())
+        if status == 5:
+            raise _no_group(coding.timestep_groups)
+        if status != 0:
             raise DmqfxError(f"no kernel for {instruction_set}")
 
     def pack(self, packing: Packing) -> int:
@@ -149,6 +159,10 @@ def library() -> Library | None:
         return None
     there = tuple(name for k, name in enumerate(INSTRUCTION_SETS) if found >> k & 1)
     return Library(file, handle, there, _chosen(there))
+
+
+def _no_group(there: int) -> ValueError:
+    return ValueError(f"a timestep group beyond the {there} that there are")
 
 
 def absent() -> str:

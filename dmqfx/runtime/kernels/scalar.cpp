@@ -22,8 +22,8 @@ struct Scalar {
       sums.of[n] += codes.of[0] * weights[n * kQuad] + codes.of[1] * weights[n * kQuad + 1] +
                     codes.of[2] * weights[n * kQuad + 2] + codes.of[3] * weights[n * kQuad + 3];
   }
-  static void flush(Sums& sums, int32_t* to) {
-    for (int n = 0; n < kLane; ++n) to[n] += sums.of[n];
+  static void flush(Sums& sums, int32_t* to, bool fresh) {
+    for (int n = 0; n < kLane; ++n) to[n] = sums.of[n] + (fresh ? 0 : to[n]);
     clear(sums);
   }
 };

@@ -5,7 +5,7 @@
 //   Sums                 running sums of one position and block
 //   Weights              4 weights of each of 16 channels, one quad
 //   Codes                4 codes of one position, in every lane
-//   clear, load, spread, add(sums, codes, weights), flush(sums, int32[16]), which adds
+//   clear, load, spread, add(sums, codes, weights), flush(sums, int32[16], fresh), which adds unless these are fresh
 // Everything here has internal linkage: each file that includes it is compiled for its own instruction set, and
 // nothing of it may be taken for the code of another.
 #pragma once
@@ -16,17 +16,15 @@
 
 #include "desk.h"
 #include "layer.h"
-#ifdef __SSE2__
-#include <xmmintrin.h>
-#endif
 
 namespace {
 
-// sums[row][channel] += the steps from..to; rows[row * taps + tap] points to the codes under a tap.
+// sums[row][channel] += the steps from..to, or = where they are fresh; rows[row * taps + tap] points to the codes
+// under a tap.
 // `room` is how many steps the running sums of the instruction set surely hold.
 template <class Isa, int kUsed>
 void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from, int64_t to, int64_t room,
-          const int8_t* weights, int64_t block_stride, int32_t* sums, int64_t sums_stride) {
+          const int8_t* weights, int64_t block_stride, bool fresh, int32_t* sums, int64_t sums_stride) {
   typename Isa::Sums running[Isa::kRows][kUsed];
 #pragma GCC unroll 8
   for (int row = 0; row < Isa::kRows; ++row)
@@ -58,13 +56,14 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
       for (int row = 0; row < Isa::kRows; ++row)
 #pragma GCC unroll 4
         for (int block = 0; block < kUsed; ++block)
-          Isa::flush(running[row][block], sums + row * sums_stride + block * kLane);
+          Isa::flush(running[row][block], sums + row * sums_stride + block * kLane, fresh);
+      fresh = false;
     }
   }
 }
 
 template <class Isa>
-using Tile = void (*)(const uint8_t* const*, int64_t, int64_t, int64_t, int64_t, int64_t, const int8_t*, int64_t,
+using Tile = void (*)(const uint8_t* const*, int64_t, int64_t, int64_t, int64_t, int64_t, const int8_t*, int64_t, bool,
                       int32_t*, int64_t);
 
 template <class Isa>
@@ -77,52 +76,54 @@ Tile<Isa> tile_of(int64_t blocks) {
   return tile<Isa, 1>;
 }
 
-// One strip of positions of one image and group.
+// One strip of positions of one image and group; `rows` and `padding` are its own.
 struct Strip {
-  int64_t number, image, group, first, count;
+  int64_t image, group, first, count;
+  const uint8_t** rows;
+  uint8_t* padding;
 };
 
+// The row of each table that belongs to a sample.
+inline int64_t row_of(const DmqfxLayer& layer, int64_t image) {
+  return layer.group == nullptr ? 0 : layer.group[image];
+}
+
+// Where an upsampled position is in the input; rounded as torch does it.
+inline int64_t nearest(int64_t position, int64_t size, int64_t upsampled, float step) {
+  if (size == upsampled) return position;
+  const auto at = static_cast<int64_t>(static_cast<float>(position) * step);
+  return at < size ? at : size - 1;
+}
+
 // Where the codes under each tap of each position are; beyond the image lie the padding's.
-inline void point(const DmqfxLayer& layer, const Strip& strip, Desk& desk) {
-  const int64_t taps = layer.taps[0] * layer.taps[1], pixel = layer.groups * layer.channels;
-  std::memset(desk.padding, layer.zero_points[strip.image], static_cast<size_t>(layer.channels));
+inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
+  const int64_t pixel = layer.groups * layer.channels, tall = layer.upsampled[0], wide = layer.upsampled[1];
+  std::memset(strip.padding, layer.zero_points[row_of(layer, strip.image)], static_cast<size_t>(layer.channels));
   const uint8_t* image =
       layer.codes + strip.image * layer.height * layer.width * pixel + strip.group * layer.channels;
-  const uint8_t** row = desk.rows;
-  for (int64_t k = 0; k < kStrip; ++k) {
-    const int64_t position = strip.first + k;
-    const int64_t top = position / layer.out_width * layer.stride[0] - layer.padding[0];
-    const int64_t left = position % layer.out_width * layer.stride[1] - layer.padding[1];
-    for (int64_t tap = 0; tap < taps; ++tap, ++row) {
-      const int64_t y = top + tap / layer.taps[1] * layer.dilation[0];
-      const int64_t x = left + tap % layer.taps[1] * layer.dilation[1];
-      const bool inside = k < strip.count && y >= 0 && y < layer.height && x >= 0 && x < layer.width;
-      *row = inside ? image + (y * layer.width + x) * pixel : desk.padding;
+  const uint8_t** row = strip.rows;
+  int64_t down = strip.first / layer.out_width, across = strip.first % layer.out_width;
+  for (int64_t k = 0; k < reach; ++k) {
+    for (int64_t high = 0; high < layer.taps[0]; ++high) {
+      const int64_t y = down * layer.stride[0] - layer.padding[0] + high * layer.dilation[0];
+      const bool within = k < strip.count && y >= 0 && y < tall;
+      const uint8_t* line = within ? image + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * pixel : nullptr;
+      int64_t x = across * layer.stride[1] - layer.padding[1];
+      for (int64_t tap = 0; tap < layer.taps[1]; ++tap, ++row, x += layer.dilation[1])
+        *row = within && x >= 0 && x < wide ? line + nearest(x, layer.width, wide, layer.steps[1]) * pixel : strip.padding;
     }
+    if (++across == layer.out_width) across = 0, ++down;
   }
 }
 
-// 4 by 4 floats, of 4 positions side by side to 4 channels.
-inline void turn(const int32_t* from, int64_t from_row, float* to, int64_t to_row) {
-#ifdef __SSE2__
-  __m128 rows[kQuad];
-  for (int k = 0; k < kQuad; ++k) rows[k] = _mm_loadu_ps(reinterpret_cast<const float*>(from + k * from_row));
-  _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
-  for (int k = 0; k < kQuad; ++k) _mm_storeu_ps(to + k * to_row, rows[k]);
-#else
-  for (int n = 0; n < kQuad; ++n)
-    for (int k = 0; k < kQuad; ++k) std::memcpy(to + n * to_row + k, from + k * from_row + n, sizeof(float));
-#endif
-}
-
-// Sums to results: minus zero point times sum of weights; times both scales, plus bias, rounded one by one.
-// Of shifted weights that product is the sum behind the strip's last.
-inline void finish(const DmqfxLayer& layer, const Strip& strip, int64_t block, int64_t blocks, int32_t* sums) {
-  const int64_t width = blocks * kLane;
+// Sums to results: minus zero point times sum of weights; times both scales, plus bias, plus what is added, rounded
+// one by one. Of shifted weights that product is the sum behind the strip's last.
+inline void finish(const DmqfxLayer& layer, const Strip& strip, int64_t block, int64_t blocks, const int32_t* sums) {
+  const int64_t width = blocks * kLane, all = layer.groups * layer.out_channels;
   const int64_t within = block * kLane, used = least(width, layer.out_channels - within);
-  const int64_t channel = strip.group * layer.out_channels + within;
-  const auto zero_point = static_cast<uint32_t>(layer.zero_points[strip.image]);
-  const int64_t place = strip.image * layer.out_image + channel * layer.out_channel + strip.first * layer.out_position;
+  const int64_t channel = strip.group * layer.out_channels + within, row = row_of(layer, strip.image);
+  const auto zero_point = static_cast<uint32_t>(layer.zero_points[row]);
+  const int64_t place = (strip.image * layer.out_height * layer.out_width + strip.first) * all + channel;
   const int32_t* of_weights = layer.sums + channel;
   uint32_t less[64];
   for (int64_t n = 0; n < used; ++n)
@@ -132,38 +133,29 @@ inline void finish(const DmqfxLayer& layer, const Strip& strip, int64_t block, i
     return static_cast<int32_t>(static_cast<uint32_t>(sums[k * width + n]) - less[n]);
   };
   if (layer.real == nullptr) {
-    for (int64_t n = 0; n < used; ++n)
-      for (int64_t k = 0; k < strip.count; ++k)
-        layer.integer[place + n * layer.out_channel + k * layer.out_position] = total(k, n);
+    for (int64_t k = 0; k < strip.count; ++k)
+      for (int64_t n = 0; n < used; ++n) layer.integer[place + k * all + n] = total(k, n);
     return;
   }
-  const float input_scale = layer.input_scales[strip.image];
+  const float input_scale = layer.input_scales[row];
   const bool biased = layer.biases != nullptr;
   float scales[64], biases[64];
   for (int64_t n = 0; n < used; ++n) {
     scales[n] = input_scale * layer.weight_scales[channel + n];
-    biases[n] = biased ? layer.biases[channel + n] : 0.0f;
+    biases[n] = biased ? layer.biases[channel + n] : -0.0f;  // x + -0 is x, of both zeros
   }
-  for (int64_t k = 0; k < strip.count; ++k)
-    for (int64_t n = 0; n < used; ++n) {
-      const float product = static_cast<float>(total(k, n)) * scales[n];
-      const float real = biased ? product + biases[n] : product;  // -0 + 0 would be another zero
-      std::memcpy(sums + k * width + n, &real, sizeof real);
+  const float* added = layer.added;
+  if (added != nullptr) added += strip.image * layer.added_image + strip.first * layer.added_position + channel;
+  for (int64_t k = 0; k < strip.count; ++k) {
+    float* to = layer.real + place + k * all;
+    if (added == nullptr) {
+      for (int64_t n = 0; n < used; ++n) to[n] = static_cast<float>(total(k, n)) * scales[n] + biases[n];
+    } else {
+      const float* more = added + k * layer.added_position;
+      for (int64_t n = 0; n < used; ++n)
+        to[n] = (static_cast<float>(total(k, n)) * scales[n] + biases[n]) + more[n];
     }
-  if (layer.out_position != 1) {  // rows: a position's channels lie side by side
-    for (int64_t k = 0; k < strip.count; ++k)
-      std::memcpy(layer.real + place + k * layer.out_position, sums + k * width,
-                  static_cast<size_t>(used) * sizeof(float));
-    return;
   }
-  const int64_t squares_wide = used / kQuad * kQuad, squares_high = strip.count / kQuad * kQuad;
-  float* to = layer.real + place;
-  for (int64_t n = 0; n < squares_wide; n += kQuad)
-    for (int64_t k = 0; k < squares_high; k += kQuad)
-      turn(sums + k * width + n, width, to + n * layer.out_channel + k, layer.out_channel);
-  for (int64_t n = 0; n < used; ++n)
-    for (int64_t k = n < squares_wide ? squares_high : 0; k < strip.count; ++k)
-      std::memcpy(to + n * layer.out_channel + k, sums + k * width + n, sizeof(float));
 }
 
 // Part of a layer: up to kBlocks blocks of 16 output channels, and what their sums hold.
@@ -171,31 +163,46 @@ struct Part {
   int64_t block, blocks, room;
 };
 
-// Adds the products of `rows` positions to the sums; of weights times factors, if there are any.
-template <class Isa>
-void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t rows, const uint8_t* factors, Desk& desk) {
-  const int64_t taps = layer.taps[0] * layer.taps[1], quads = layer.channels / kQuad, steps = taps * quads;
-  const int64_t bytes = layer.nibbles ? kStep / 2 : kStep, width = part.blocks * kLane;
+// The weights of steps from..to of a part as tiles read them: where they lie, or unpacked and times factors, which are
+// kept on the desk while strip after strip wants the same.
+struct Panel {
+  const int8_t* weights;
+  int64_t block_stride;
+};
+
+inline Panel panel(const DmqfxLayer& layer, Part part, const Held& wanted, int64_t to, const uint8_t* factors, Desk& desk) {
+  const int64_t quads = layer.channels / kQuad, steps = layer.taps[0] * layer.taps[1] * quads, from = wanted.from;
+  const int64_t bytes = layer.nibbles ? kStep / 2 : kStep;
   const uint8_t* packed =
-      layer.weights + (strip.group * pieces(layer.out_channels, kLane) + part.block) * steps * bytes;
-  for (int64_t from = 0; from < steps; from += kChunk) {
+      layer.weights + (wanted.group * pieces(layer.out_channels, kLane) + part.block) * steps * bytes;
+  if (!layer.nibbles && factors == nullptr) return {reinterpret_cast<const int8_t*>(packed + from * bytes), steps * kStep};
+  const int64_t stride = (to - from) * kStep;
+  if (desk.held == wanted) return {desk.weights, stride};
+  for (int64_t k = 0; k < part.blocks; ++k) {
+    const uint8_t* of_block = packed + (k * steps + from) * bytes;
+    int8_t* place = desk.weights + k * stride;
+    if (layer.nibbles) widen(of_block, to - from, place);
+    if (factors != nullptr)
+      multiply(layer.nibbles ? place : reinterpret_cast<const int8_t*>(of_block), from, to - from, quads, factors, place);
+  }
+  desk.held = wanted;
+  return {desk.weights, stride};
+}
+
+// Adds the products of `rows` positions to the sums, or makes them anew; of weights times factors, if there are any.
+template <class Isa>
+void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t rows, Held wanted, const uint8_t* factors,
+                bool fresh, Desk& desk) {
+  const int64_t taps = layer.taps[0] * layer.taps[1], quads = layer.channels / kQuad, steps = taps * quads;
+  const int64_t width = part.blocks * kLane;
+  const Tile<Isa> chosen = tile_of<Isa>(part.blocks);
+  for (int64_t from = 0; from < steps; from += kChunk, fresh = false) {
     const int64_t to = least(from + kChunk, steps);
-    const auto* weights = reinterpret_cast<const int8_t*>(packed + from * bytes);
-    int64_t stride = steps * kStep;
-    if (layer.nibbles || factors != nullptr) {
-      stride = (to - from) * kStep;
-      for (int64_t k = 0; k < part.blocks; ++k) {
-        const uint8_t* of_block = packed + (k * steps + from) * bytes;
-        int8_t* panel = desk.weights + k * stride;
-        if (layer.nibbles) widen(of_block, to - from, panel);
-        if (factors != nullptr)
-          multiply(layer.nibbles ? panel : reinterpret_cast<const int8_t*>(of_block), from, to - from, quads, factors, panel);
-      }
-      weights = desk.weights;
-    }
+    wanted.from = from;
+    const Panel read = panel(layer, part, wanted, to, factors, desk);
     for (int64_t k = 0; k < rows; k += Isa::kRows)
-      tile_of<Isa>(part.blocks)(desk.rows + k * taps, taps, quads, from, to, part.room, weights, stride,
-                                desk.sums + k * width, width);
+      chosen(strip.rows + k * taps, taps, quads, from, to, part.room, read.weights, read.block_stride, fresh,
+             desk.sums + k * width, width);
   }
 }
 
@@ -203,10 +210,12 @@ void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t 
 // 8 bits of a weight is left to the sums: channels of large shifts go first, and their sums are shifted by the rest.
 template <class Isa>
 void accumulate_shifted(const DmqfxLayer& layer, const Strip& strip, Part part, Desk& desk) {
-  const uint8_t* shifts = layer.shifts + (strip.image * layer.groups + strip.group) * layer.given;
+  const int64_t of_sample = row_of(layer, strip.image);
+  const uint8_t* shifts = layer.shifts + (of_sample * layer.groups + strip.group) * layer.given;
   const int64_t rows = strip.count + 1, span = layer.headroom + 1;  // the last row is the zero point's
   int64_t most = 0;
   for (int64_t c = 0; c < layer.given; ++c) most = shifts[c] > most ? shifts[c] : most;
+  bool fresh = true;
   for (int64_t left = most / span * span; left >= 0; left -= span) {
     uint8_t any = 0;
     for (int64_t c = 0; c < layer.channels; ++c) {
@@ -214,37 +223,60 @@ void accumulate_shifted(const DmqfxLayer& layer, const Strip& strip, Part part, 
       desk.factors[c] = shift >= 0 && shift < span ? static_cast<uint8_t>(1 << shift) : 0;
       any |= desk.factors[c];
     }
-    if (any != 0) accumulate<Isa>(layer, strip, part, rows, desk.factors, desk);
-    for (int64_t k = 0; left > 0 && k < rows * part.blocks * kLane; ++k)
+    const Held wanted{part.block, strip.group, 0, of_sample, left};
+    if (any != 0) accumulate<Isa>(layer, strip, part, rows, wanted, desk.factors, fresh, desk);
+    fresh = fresh && any == 0;
+    for (int64_t k = 0; left > 0 && !fresh && k < rows * part.blocks * kLane; ++k)
       desk.sums[k] = static_cast<int32_t>(static_cast<uint32_t>(desk.sums[k]) << span);
   }
+  if (fresh) desk.clear();
 }
 
 // One strip by up to kBlocks blocks of output channels.
 template <class Isa>
 void work(const DmqfxLayer& layer, const Strip& strip, Part part, Desk& desk) {
-  std::memset(desk.sums, 0, static_cast<size_t>(kStrip * part.blocks * kLane) * sizeof(int32_t));
-  if (layer.shifts == nullptr)
-    accumulate<Isa>(layer, strip, part, strip.count, nullptr, desk);
-  else
+  if (layer.shifts != nullptr)
     accumulate_shifted<Isa>(layer, strip, part, desk);
+  else if (layer.channels > 0)
+    accumulate<Isa>(layer, strip, part, strip.count, Held{part.block, strip.group, 0, 0, 0}, nullptr, true, desk);
+  else
+    desk.clear();
   finish(layer, strip, part.block, part.blocks, desk.sums);
 }
+
+// How the positions of a layer fall into strips, and strips into bundles, for which weights are unpacked once.
+struct Cut {
+  int64_t positions, length, strips;  // of an image; a strip's length
+  int64_t bundle, bundles;            // strips of a bundle; bundles of a group
+  int64_t reach;                      // rows of a strip's table, whole tiles
+
+  Cut(const DmqfxLayer& layer, int64_t panels, int threads) {
+    const int64_t more = layer.shifts == nullptr ? 0 : 1;  // the zero point has a row too
+    positions = layer.out_height * layer.out_width;
+    length = least(positions, kStrip - more);
+    strips = pieces(positions, length);
+    reach = least(kStrip, pieces(length + more, kWhole) * kWhole);
+    const int64_t all = layer.batch * strips, enough = 4 * threads;
+    bundle = least(pieces(kBundle, reach), all);
+    while (bundle > 1 && layer.groups * pieces(all, bundle) * panels < enough) bundle /= 2;
+    bundles = pieces(all, bundle);
+  }
+};
 
 // All of a layer; false if there is no memory.
 template <class Isa>
 bool run(const DmqfxLayer& layer, int64_t room, int threads) {
-  static_assert(kStrip % Isa::kRows == 0 && Isa::kBlocks * kLane <= 64);
-  const int64_t long_one = layer.shifts == nullptr ? kStrip : kStrip - 1;  // the zero point has a row too
-  const int64_t positions = layer.out_height * layer.out_width, strips = pieces(positions, long_one);
+  static_assert(kWhole % Isa::kRows == 0 && kStrip % kWhole == 0 && Isa::kBlocks * kLane <= 64);
   const int64_t blocks = pieces(layer.out_channels, kLane), panels = pieces(blocks, Isa::kBlocks);
-  const int64_t pieces_of_work = layer.batch * layer.groups * strips * panels;
+  const int64_t taps = layer.taps[0] * layer.taps[1];
+  const Cut cut(layer, panels, threads);
+  const int64_t pieces_of_work = layer.groups * cut.bundles * panels;
   bool failed = false;
   threads = static_cast<int>(least(threads, pieces_of_work));
 #pragma omp parallel num_threads(threads > 1 ? threads : 1) if (threads > 1)
   {
     Desk desk;
-    const bool ready = desk.furnish(layer, Isa::kBlocks);
+    const bool ready = desk.furnish(layer, Isa::kBlocks, cut.bundle * cut.reach * taps, cut.bundle);
     if (!ready) {
 #pragma omp atomic write
       failed = true;
@@ -252,12 +284,17 @@ bool run(const DmqfxLayer& layer, int64_t room, int threads) {
 #pragma omp for schedule(dynamic)
     for (int64_t k = 0; k < pieces_of_work; ++k) {
       if (!ready) continue;
-      const int64_t number = k / panels, outer = number / strips, first = number % strips * long_one;
-      const Strip strip{number, outer / layer.groups, outer % layer.groups, first, least(long_one, positions - first)};
-      const int64_t block = k % panels * Isa::kBlocks;
-      if (desk.table != number) point(layer, strip, desk);
+      const int64_t number = k / panels, group = number / cut.bundles, start = number % cut.bundles * cut.bundle;
+      const int64_t block = k % panels * Isa::kBlocks, end = least(start + cut.bundle, layer.batch * cut.strips);
+      const Part part{block, least(Isa::kBlocks, blocks - block), room};
+      for (int64_t at = start; at < end; ++at) {
+        const int64_t first = at % cut.strips * cut.length, place = at - start;
+        const Strip strip{at / cut.strips, group, first, least(cut.length, cut.positions - first),
+                          desk.rows + place * cut.reach * taps, desk.padding + place * layer.channels};
+        if (desk.table != number) point(layer, strip, cut.reach);
+        work<Isa>(layer, strip, part, desk);
+      }
       desk.table = number;
-      work<Isa>(layer, strip, Part{block, least(Isa::kBlocks, blocks - block), room}, desk);
     }
   }
   return !failed;
@@ -280,7 +317,7 @@ double peak(int64_t room, double (*seconds)()) {
     constexpr int kTimes = 2000;
     const double started = seconds();
     for (int k = 0; k < kTimes; ++k)
-      measured(rows, 1, kSteps, 0, kSteps, room, weights, kSteps * kStep, sums, Isa::kBlocks * kLane);
+      measured(rows, 1, kSteps, 0, kSteps, room, weights, kSteps * kStep, false, sums, Isa::kBlocks * kLane);
     const double rate = 1e-9 * kTimes * kSteps * kStep * Isa::kRows * Isa::kBlocks / (seconds() - started);
     if (rate > best) best = rate;
   }
