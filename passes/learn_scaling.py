@@ -26,7 +26,7 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, ChannelScale, Codes, Entry, LayerPair, Range, Sensitivity, Shift, Table
 from dmqfx.numbers import effort
-from dmqfx.numbers.equivalent import Layer, Learning, Scaling, learn, nbytes, surrogate
+from dmqfx.numbers.equivalent import SURROGATE_STEPS, Layer, Learning, Scaling, learn, nbytes, surrogate
 from dmqfx.numbers.quant import QParams
 from dmqfx.numbers.scaledinput import Input
 from dmqfx.numbers.speeds import Speeds
@@ -102,6 +102,9 @@ class LearnScaling(SweepPass):
         if not self.problem_rows(reader) or reader.spec is None or not reader.shape:
             return 0.0
         columns, out = math.prod(reader.shape[1:]), reader.shape[0]
+        if self.method == "surrogate":
+            looks, taps = SURROGATE_STEPS + len(STARTS) + 1, reader.geometry.taps
+            return effort.surrogate_scale(speeds, looks, self.rows, columns, out, taps=taps)
         looks = 2 * (len(STARTS) + 2)  # a start's ranges are searched, which takes as long as its loss
         tried = effort.learned_scale(speeds, looks, self.rows, columns, out)
         steps = self.iterations if self.method == "les" else 0

@@ -54,7 +54,9 @@ def reshape_images(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
     """view(x)  ->  reshape(x) for x of four dimensions, which may be laid out channels last now."""
     if x.meta["val"].dim() != 4:
         return None
-    return rw.call_at(torch.ops.aten.reshape.default, root.meta["address"], self=x, shape=ops.args(root)["size"])
+    return rw.call_at(
+        torch.ops.aten.reshape.default, root.meta["address"], self=x, shape=ops.args(root)["size"]
+    )
 
 
 @rule(p.conv2d())

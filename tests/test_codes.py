@@ -101,15 +101,28 @@ def test_fused_codes_are_those_of_torch_but_for_ties_and_the_same_from_every_set
     real = activated(normed(x.double()), activation)
     expected = quant.quantize(real, scale.double(), zero_point, group, axis, 0, 255)
     given = (norm, 12 if norm == "group" else 1, weight, bias, 1e-5, activation)
-    found = [codes.quantize(x, scale, zero_point, group, axis, 0, 255, *given, instruction_set=isa) for isa in SETS]
-    assert all(torch.equal(each, found[0]) for each in found)
-    off = (found[0].int() - expected.int()).abs()
-    exact = real / quant.spread(scale.double(), group, axis, len(shape))
+    inputs: list[tuple[Tensor, Tensor | None]] = [(x, None)]
+    if not rows:
+        last, arms = x.contiguous(memory_format=torch.channels_last), x.split([channels - 16, 16], 1)
+        inputs += [(last, None), (arms[0], arms[1])]
+        inputs += [tuple(arm.contiguous(memory_format=torch.channels_last) for arm in arms)]
+    grid = (scale, zero_point, group, axis, 0, 255)
+    for one, beside in inputs:
+        found = [codes.quantize(one, *grid, *given, beside, isa) for isa in SETS]
+        assert all(torch.equal(each, found[0]) for each in found)
+        assert_equal_but_for_ties(
+            found[0], expected, real / quant.spread(scale.double(), group, axis, len(shape))
+        )
+        assert int((found[0] != expected).sum()) <= 4 * channels // 60
+    assert len(expected.unique()) > 100
+
+
+def assert_equal_but_for_ties(found: Tensor, expected: Tensor, exact: Tensor) -> None:
+    """`exact` is what was rounded: numbers in the middle of two codes may have either."""
+    off = (found.int() - expected.int()).abs()
     tie = ((exact - exact.floor()) - 0.5).abs() < 1e-4 * exact.abs().clamp(min=1)
     assert int(off.max()) <= 1
     assert bool(tie[off > 0].all())
-    assert int((off > 0).sum()) <= 4 * channels // 60
-    assert len(expected.unique()) > 100
 
 
 def test_gelu_holds_over_all_magnitudes() -> None:
@@ -138,6 +151,40 @@ def test_a_mean_far_from_zero_does_not_drown_the_deviation() -> None:
     assert float((found != expected).float().mean()) < 0.01
 
 
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize(("first", "second"), [(64, 64), (3, 70), (130, 1), (160, 96)])
+def test_two_arms_have_the_codes_of_their_concatenation(isa: str, first: int, second: int) -> None:
+    arms = [
+        torch.randn(3, width, 5, 7).contiguous(memory_format=torch.channels_last) for width in (first, second)
+    ]
+    whole = torch.cat(arms, 1)
+    for wide, low in product((False, True), (0, -128)):
+        grid = (*parameters(3, first + second, wide, low), 1, low, low + 255)
+        found = codes.quantize(arms[0], *grid, beside=arms[1], instruction_set=isa)
+        assert torch.equal(found, quant.quantize(whole, *grid))
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        mixed = codes.quantize(arms[0].contiguous(), *grid, beside=arms[1], instruction_set=isa)
+        assert torch.equal(mixed, found)
+        plain = codes.quantize(arms[0].double(), *grid, beside=arms[1].double(), instruction_set=isa)
+        assert torch.equal(plain, quant.quantize(whole.double(), *grid))
+
+
+@pytest.mark.parametrize("channels", [8, 96, 2 * 70])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_group_norm_of_rows_holds_for_groups_of_any_size_and_means_far_from_zero(
+    channels: int, groups: int
+) -> None:
+    x = torch.randn(2, channels, 16, 17) + 1000 * torch.randn(1, channels, 1, 1).sign()
+    scale, zero_point = torch.full((1, 1), 0.002), torch.full((1, 1), 128, dtype=torch.int32)
+    last = x.contiguous(memory_format=torch.channels_last)
+    found = codes.quantize(last, scale, zero_point, None, 1, 0, 255, "group", groups, None, None, 1e-5)
+    planes = codes.quantize(x, scale, zero_point, None, 1, 0, 255, "group", groups, None, None, 1e-5)
+    expected = quant.quantize(F.group_norm(x.double(), groups), scale.double(), zero_point, None, 1, 0, 255)
+    for each in (found, planes):
+        assert int((each.int() - expected.int()).abs().max()) <= 1
+        assert float((each != expected).float().mean()) < 0.02
+
+
 def test_mistakes_are_told() -> None:
     x, one, zero = torch.randn(2, 6, 4, 4), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="do not fall into 4 groups"):
@@ -154,3 +201,11 @@ def test_mistakes_are_told() -> None:
         codes.quantize(x, one.expand(2, 1), zero, None, 1, 0, 255)
     with pytest.raises(ValueError, match="beyond the 1"):
         codes.quantize(x, one, zero, torch.tensor([0, 1]), 1, 0, 255)
+    with pytest.raises(ValueError, match="beyond the 1"):
+        codes.quantize(x, one, zero, torch.tensor([0, -1]), 1, 0, 255)
+    with pytest.raises(ValueError, match="3 timestep groups for 2 samples"):
+        codes.quantize(x, one, zero, torch.tensor([0, 0, 0]), 1, 0, 255)
+    with pytest.raises(ValueError, match=r"do not lie beside each other on axis 1"):
+        codes.quantize(x, one, zero, None, 1, 0, 255, beside=x[:1])
+    with pytest.raises(ValueError, match=r"do not lie beside each other on axis 1"):
+        codes.quantize(x, one, zero, None, 3, 0, 255, beside=x)

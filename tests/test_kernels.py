@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmqfx.errors import DmqfxError
 from dmqfx.runtime import integer
-from dmqfx.runtime.kernels import layers, native, weights
+from dmqfx.runtime.kernels import layers, native, prepared, weights
 from dmqfx.runtime.kernels.native import INSTRUCTION_SETS, library
 from dmqfx.runtime.operators import OPS
 
@@ -273,6 +273,112 @@ def test_the_operators_have_the_bits_of_the_reference_operators(dtype: torch.dty
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+def draw_added(data: st.DataObject, shape: tuple[int, ...]) -> Tensor:
+    """What may be added to a result: all of it, a number of each channel and sample, or what broadcasts otherwise."""
+    sizes = {
+        "all": shape,
+        "channels last": shape,
+        "of samples": (shape[0], shape[1], *[1] * (len(shape) - 2)),
+        "of channels": (1, shape[1], *[1] * (len(shape) - 2)),
+        "of positions": (1, 1, *shape[2:]),
+        "one number": (),
+    }
+    kind = data.draw(st.sampled_from(list(sizes)))
+    added = torch.randn(sizes[kind])
+    return added.contiguous(memory_format=torch.channels_last) if kind == "channels last" else added
+
+
+@given(data=st.data())
+def test_what_is_added_is_added_to_the_bits_of_the_layer(data: st.DataObject) -> None:
+    batch, high, wide = data.draw(
+        st.tuples(*[st.sampled_from(each) for each in ((0, 1, 3), (1, 9), (1, 12))])
+    )
+    x, zero_point, group = draw_input(data, (batch, 8, high, wide))
+    w, w_scale, x_scale = draw_weight(data, (70, 8, 1, 1)), torch.rand(1, 70), torch.rand(len(zero_point), 1)
+    bias = data.draw(st.sampled_from((torch.randn(70), None)))
+    added = draw_added(data, (batch, 70, high, wide))
+    head = (zero_point, group, weights.pack(w, 1), w.shape, w_scale, bias)
+    for each in here():
+        alone = layers.conv2d(x, x_scale, *head, instruction_set=each)
+        found = layers.conv2d(x, x_scale, *head, instruction_set=each, added=added)
+        assert torch.equal(found, alone + added), each
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        rows = (
+            x.permute(0, 2, 3, 1),
+            x_scale,
+            *head[:2],
+            weights.pack(w[:, :, 0, 0], 1),
+            [70, 8],
+            w_scale,
+            bias,
+        )
+        more = added.permute(0, 2, 3, 1) if added.dim() else added
+        assert torch.equal(layers.linear(*rows, each, added=more), found.permute(0, 2, 3, 1)), each
+
+
+@given(data=st.data())
+def test_upsampled_codes_are_read_where_torch_reads_them(data: st.DataObject) -> None:
+    high, wide = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    x, zero_point, group = draw_input(data, (2, 5, high, wide))
+    w, where = draw_weight(data, (4, 5, 3, 3)), ([data.draw(st.integers(1, 2))] * 2, [1, 1], [1, 1], 1)
+    size = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
+    factors = data.draw(st.tuples(*[st.sampled_from((1.0, 2.0, 3.0))] * 2))
+    blob, scales = weights.pack(w, 1), (torch.rand(len(zero_point), 1), torch.rand(1, 4))
+    for given_ in ((size, None), (None, factors)):
+        larger = torch.ops.aten.upsample_nearest2d.vec(x.float(), *given_).to(x.dtype)
+        head = (zero_point, group, blob, w.shape, scales[1], None, *where)
+        expected = layers.conv2d(larger, scales[0], *head)
+        for each in here():
+            assert torch.equal(layers.conv2d(x, scales[0], *head, each, None, None, *given_), expected), each
+
+
+def test_what_is_found_once_follows_every_change() -> None:
+    x = torch.randint(256, (2, 8, 5, 5), dtype=torch.uint8)  # signed further down
+    w, group = torch.randint(-8, 8, (6, 8, 3, 3), dtype=torch.int8), torch.tensor([1, 0])
+    tensors = {
+        "x_scale": torch.rand(2, 1), "x_zero_point": torch.tensor([[3], [200]]), "group": group,
+        "blob": weights.pack(w, 1), "w_scale": torch.rand(1, 6), "bias": torch.randn(6),
+        "shift": torch.randint(4, (2, 8), dtype=torch.uint8),
+    }  # fmt: skip
+
+    def agree() -> Tensor:
+        found = layers.conv2d(x, weight_shape=w.shape, **tensors)
+        fresh = {name: each.clone() for name, each in tensors.items()}
+        assert torch.equal(found, layers.conv2d(x, weight_shape=w.shape, **fresh))
+        return found
+
+    before = agree()
+    for name in ("x_scale", "x_zero_point", "w_scale", "bias", "shift"):
+        tensors[name].add_(1)
+        changed = agree()
+        assert not torch.equal(before, changed), name
+        tensors[name] = tensors[name].clone()
+        tensors[name].add_(1)
+        before = agree()
+        assert not torch.equal(before, changed), name
+    tensors["blob"].copy_(weights.pack(-w.clamp(min=-7), 1))
+    assert not torch.equal(before, agree())
+    before, x = agree(), (x.int() - 128).to(torch.int8)
+    tensors["x_zero_point"] = tensors["x_zero_point"] - 128
+    assert torch.equal(before, agree())
+    with torch.inference_mode():
+        tensors = {name: each.clone() for name, each in tensors.items()}
+        for name in ("x_scale", "bias"):
+            before = agree()
+            tensors[name].mul_(2)
+            assert not torch.equal(before, agree())
+
+
+def test_what_is_found_once_goes_with_the_weights() -> None:
+    x, blobs = torch.randint(256, (2, 20), dtype=torch.uint8), [blob() for _ in range(3)]
+    known = len(prepared._KNOWN)
+    for each in blobs:
+        layers.linear(x, None, ZERO, None, each, (4, 20), ZERO, None)
+    assert len(prepared._KNOWN) == known + 3
+    del each, blobs
+    assert len(prepared._KNOWN) == known
+
+
 # --- what is refused
 
 
@@ -331,6 +437,17 @@ def test_sizes_that_do_not_fit_are_refused_by_name() -> None:
         layers.conv2d(x, None, ZERO.repeat(1, 8), None, packed, w.shape, ZERO, None, padding=(1, 1))
     with pytest.raises(ValueError, match="2 timestep groups need a group index"):
         layers.conv2d(x, None, ZERO.repeat(2, 1), None, packed, w.shape, ZERO, None, padding=(1, 1))
+    two, one = ZERO.repeat(2, 1), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="a timestep group beyond the 2"):
+        layers.conv2d(x, None, two, one + 2, packed, w.shape, ZERO, None, padding=(1, 1))
+    with pytest.raises(ValueError, match="a timestep group beyond the 2"):
+        layers.conv2d(x, None, two, one - 1, packed, w.shape, ZERO, None, padding=(1, 1))
+    with pytest.raises(ValueError, match="3 timestep groups for 1 samples"):
+        layers.conv2d(x, None, two, one.repeat(3), packed, w.shape, ZERO, None, padding=(1, 1))
+    with pytest.raises(ValueError, match=r"3 timestep groups for codes \[2, 20\]"):
+        layers.linear(
+            torch.zeros(2, 20, dtype=torch.uint8), None, two, one.repeat(3), blob(), (4, 20), ZERO, None
+        )
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,17 @@ def coding_case(batch: int = 2) -> Arguments:
     return (torch.randn(batch, 4, 5, 3), *grid, torch.arange(batch) % 2, 1, 0, 255)
 
 
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def arms_case() -> Arguments:
+    """The first arm of two, with 4 of 10 channels."""
+    x, _, zero_point, *rest = coding_case()
+    assert isinstance(x, Tensor)
+    return (last(x), torch.rand(2, 10) + 0.1, zero_point, *rest)
+
+
 def kernel_case(groups: int = 1, batch: int = 2) -> Arguments:
     x = input_arguments(torch.randn(batch, 4, 7, 5), groups)
     return (*x, *kernel_weight((6, 2, 3, 3), 2), torch.randn(6), [2, 1], [1, 0], [1, 1], 2)
@@ -132,6 +143,37 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
     ),
     "kernel_quantize empty batch": lambda: (OPS.kernel_quantize, coding_case(0)),
     "kernel_conv2d shifted": lambda: (OPS.kernel_conv2d, (*kernel_case(3), torch.randint(4, (3, 4)).byte())),
+    "kernel_conv2d upsampled by a size": lambda: (
+        OPS.kernel_conv2d,
+        (*kernel_case(3), None, None, [7, 16]),
+    ),
+    "kernel_conv2d upsampled by factors, and something added": lambda: (
+        OPS.kernel_conv2d,
+        (*kernel_case(3), None, torch.randn(2, 6, 1, 1), None, [2.0, 2.0]),
+    ),
+    "kernel_quantize of two arms": lambda: (
+        OPS.kernel_quantize,
+        (
+            *arms_case(),
+            "group",
+            2,
+            torch.randn(10),
+            torch.randn(10),
+            1e-5,
+            "silu",
+            last(torch.randn(2, 6, 5, 3)),
+        ),
+    ),
+    "kernel_linear, and something added": lambda: (
+        OPS.kernel_linear,
+        (
+            *input_arguments(torch.randn(2, 3, 5), 3),
+            *kernel_weight((4, 5), 1),
+            torch.randn(4),
+            None,
+            torch.randn(2, 3, 4),
+        ),
+    ),
     "kernel_linear": lambda: (
         OPS.kernel_linear,
         (*input_arguments(torch.randn(2, 3, 5), 3), *kernel_weight((4, 5), 1), torch.randn(4)),

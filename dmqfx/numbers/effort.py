@@ -15,6 +15,7 @@ from dmqfx.numbers.parts import part_sizes
 from dmqfx.numbers.quant import QuantSpec, dequantize, params_from_range, quantize
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Grid, damped
+from dmqfx.numbers.scaledinput import grid_between
 from dmqfx.numbers.speeds import Prepare, Speeds
 from dmqfx.numbers.voting import step_errors
 
@@ -27,6 +28,7 @@ __all__ = [
     "product",
     "reconstruction",
     "rounding",
+    "surrogate_scale",
     "votes",
     "weight_range",
 ]
@@ -39,6 +41,7 @@ _OUTPUTS, _GRAMS, _WEIGHTS = (
     8,
 )  # copies of what has the shape of the outputs, of the Gram, of the weight
 _LEARNING_LOOKS = 2.0  # of the kind of `_centred`, in a step of `equivalent.learn`
+_EXPECTING_LOOKS = 1.4  # of the kind of `_expected`, in `Scaling.expected` and its way back
 _SPEC = QuantSpec(4, "symmetric", "channel", range="mse")
 
 
@@ -99,6 +102,13 @@ def learned_scale(speeds: Speeds, steps: int, batch: int, columns: int, out: int
     """Seconds of so many steps of `equivalent.learn`: a batch and the weight are rounded, forward and back."""
     looked = speeds.seconds(_centred, (batch + out) * columns, at=(2**12, 2**17, 2**22), exponent=1)
     return steps * (_LEARNING_LOOKS * looked + 3 * product(speeds, batch, columns, out))
+
+
+def surrogate_scale(speeds: Speeds, looks: int, rows: int, columns: int, out: int, *, taps: int = 1) -> float:
+    """Seconds of so many looks at the expected error of a scale, with gradients, and of the outputs that it is seen in."""
+    seen = product(speeds, rows, columns + out, out) / 2  # in single precision
+    looked = speeds.seconds(_expected, out * columns / taps, at=(2**12, 2**17, 2**22), exponent=1)
+    return seen + _EXPECTING_LOOKS * looks * looked
 
 
 def weight_range(speeds: Speeds, size: int) -> float:
@@ -179,6 +189,26 @@ def _settling(size: int, device: torch.device) -> Callable[[], object]:
         sigmoid = torch.sigmoid(alpha)
         side = 2 * sigmoid - 1
         alpha.grad = side.sign() * side.abs().pow(7.5) * sigmoid * (1 - sigmoid)
+        adam.step()
+
+    return step
+
+
+def _expected(size: int, device: torch.device) -> Callable[[], object]:
+    """As `Scaling.expected`: steps of a weight from its extremes times a scale, and the way back."""
+    high = _noise(64, size // 64, device=device, dtype=torch.float32).abs()
+    low, logarithm = -high, torch.zeros(size // 64, device=device, requires_grad=True)
+    adam = torch.optim.Adam([logarithm])
+
+    def step() -> None:
+        with torch.enable_grad():
+            gamma = logarithm.exp()
+            ends = (
+                (low * gamma).clamp(max=0).amin(1, keepdim=True),
+                (high * gamma).clamp(min=0).amax(1, keepdim=True),
+            )
+            steps, _ = grid_between(*ends, _SPEC)
+            (logarithm.grad,) = torch.autograd.grad(steps.square().sum() / gamma.square().sum(), [logarithm])
         adam.step()
 
     return step

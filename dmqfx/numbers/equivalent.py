@@ -15,7 +15,10 @@ from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.scaledinput import Input, grid_between, ratio, round_through
 from dmqfx.numbers.weighting import TimestepWeights
 
-__all__ = ["Layer", "Learning", "Scaling", "learn", "nbytes", "surrogate"]
+__all__ = ["SURROGATE_STEPS", "Layer", "Learning", "Scaling", "learn", "nbytes", "surrogate"]
+
+SURROGATE_STEPS = 100
+"""Steps to the scale of least expected error; each looks at no row."""
 
 _PORTION = 1024  # rows that are looked at together
 _COPIES = 6  # of what has the shape of a portion of the input, or of the weight
@@ -166,7 +169,9 @@ def learn(
     )
 
 
-def surrogate(problem: Scaling, start: Tensor, iterations: int = 100, rate: float = 0.1) -> Tensor:
+def surrogate(
+    problem: Scaling, start: Tensor, iterations: int = SURROGATE_STEPS, rate: float = 0.1
+) -> Tensor:
     """The scale of least expected error, which no rounding is tried for; see Scaling.expected.
 
     Shapes: start, result [C].

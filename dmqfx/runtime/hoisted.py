@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.hoisting import between, hoisted_in, is_size, roots
-from dmqfx.runtime.memory import Memory, Weights, content
+from dmqfx.runtime.memory import Memory, Weights, content, slot
 
 __all__ = ["HoistedModule"]
 
@@ -38,7 +38,7 @@ class HoistedModule(fx.GraphModule):
         self._inputs = {str(n.target): n.name for n in self.graph.nodes if n.op == "placeholder"}
         self._sizes, self._parts, self._rest = _cut(self.graph)
         self._weights = Weights(self, tuple(dict.fromkeys(w for part in self._parts for w in part.weights)))
-        self.memory = Memory()
+        self.memory, self._slots = Memory(), dict[int, list[tuple[dict[str, Tensor], str]]]()
         return code
 
     def _remembering(self, *args: object, **kwargs: object) -> object:
@@ -58,6 +58,13 @@ class HoistedModule(fx.GraphModule):
                 self.memory.keep(key, values)
             known.update(zip(part.gives, values, strict=True))
         return self._rest.run(self, *(known[name] for name in self._rest.reads))
+
+    def constants(self, names: tuple[str, ...]) -> list[Tensor]:
+        """The constants of these names as they are now."""
+        slots = self._slots.get(id(names))
+        if slots is None:
+            slots = self._slots[id(names)] = [slot(self, name) for name in names]
+        return [holder[name] for holder, name in slots]
 
     def _key(self, read: Sequence[object]) -> tuple[object, ...]:
         return tuple(map(content, read))
@@ -125,18 +132,26 @@ def _compiled(gives: Sequence[fx.Node], ends: Sequence[fx.Node], stops: Iterable
 
 
 def _function(inner: Iterable[fx.Node], reads: Iterable[fx.Node], result: fx.node.Argument) -> Function:
-    """Nodes of a graph as a function of a module and of what they read."""
+    """Nodes of a graph as a function of a module and of what they read; constants are looked up once for all calls."""
     part = fx.Graph()
     copies = {node: part.placeholder(node.name) for node in reads}
-    for node in inner:
-        if node.op != "output":
+    held: dict[str, fx.Node] = {}
+    rest = [node for node in inner if node.op != "output"]
+    for node in rest:
+        if node.op == "get_attr":
+            if str(node.target) not in held:
+                held[str(node.target)] = part.placeholder(node.name)
+            copies[node] = held[str(node.target)]
+    for node in rest:
+        if node.op != "get_attr":
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(fx.node.map_arg(result, copies.__getitem__))
     code = part.python_code("self")
     scope = dict(code.globals)
     exec(code.src, scope)  # as fx does with the whole graph
     made: Function = scope["forward"]
-    return made
+    names = tuple(held)
+    return lambda module, *read: made(module, *read, *module.constants(names))
 
 
 def _is_plain(values: Iterable[object]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmqfx.numbers.packing import raw
 
-__all__ = ["LIMIT", "Memory", "Weights", "content"]
+__all__ = ["LIMIT", "Memory", "Weights", "content", "slot"]
 
 LIMIT = 128 * 2**20
 """Bytes that one program may keep: the keys and values of SDXL for one guided picture, or those of SD1.5 for eight."""
@@ -88,7 +88,7 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        self._slots = [_slot(module, name) for name in names]
+        self._slots = [slot(module, name) for name in names]
         self._tensors: list[Tensor] = []
         self._stamp: list[tuple[int, int]] = []
         self._generation = 0
@@ -115,7 +115,7 @@ def _is(a: Tensor, b: Tensor) -> bool:
     return a is b
 
 
-def _slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+def slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
     """Where a module holds a constant: it may be replaced there."""
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)

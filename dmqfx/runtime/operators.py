@@ -235,7 +235,9 @@ def _fake_kernel_conv2d(
     upsample_factors: Sequence[float] | None = None,
 ) -> Tensor:
     sizes = layers.upsampled_sizes(x_codes.shape[2:], upsample_size, upsample_factors)
-    made = _convolved(x_codes.new_empty([x_codes.shape[0], 1, *sizes]), x_scale, weight_shape, stride, padding, dilation)
+    made = _convolved(
+        x_codes.new_empty([x_codes.shape[0], 1, *sizes]), x_scale, weight_shape, stride, padding, dilation
+    )
     return made.contiguous(memory_format=torch.channels_last)
 
 

@@ -54,7 +54,9 @@ def quantize(
     more = 0 if beside is None else beside.shape[1]
     planes, channels = _layout(x, axis, norm, activation, norm_groups, more)
     if group is None and (scale.shape[0] != 1 or zero_point.shape[0] != 1):
-        raise ValueError(f"parameters of {max(scale.shape[0], zero_point.shape[0])} timestep groups need a group index")
+        raise ValueError(
+            f"parameters of {max(scale.shape[0], zero_point.shape[0])} timestep groups need a group index"
+        )
     native, real = library(), (x, scale, norm_weight, norm_bias)
     if native is None or not all(each is None or _readable(each) for each in real):
         whole = x if beside is None else torch.cat([x, beside], 1)
@@ -117,7 +119,9 @@ def _coded(
     return out
 
 
-def laid_out(x: Tensor, axis: int, qmin: int, activation: str = "none", more: int | torch.SymInt = 0) -> Tensor:
+def laid_out(
+    x: Tensor, axis: int, qmin: int, activation: str = "none", more: int | torch.SymInt = 0
+) -> Tensor:
     """Room for the codes of x, with `more` channels on axis 1."""
     dtype = torch.int8 if qmin < 0 else torch.uint8
     planes = x.dim() == 4 and axis == 1

@@ -59,7 +59,7 @@ def conv2d(
         return _last(_finished(total, operands, group, added, 1))
     known = prepare(operands, weight_shape, window, signed=x_codes.dtype == torch.int8)
     batch, channels, height, width = x_codes.shape
-    if channels != groups * known.weights.channels:
+    if channels != groups * known.channels:
         raise ValueError(f"{channels} input channels for weights {list(weight_shape)} in {groups} groups")
     layer = Layer.from_buffer_copy(known.layer)
     layer.batch, layer.height, layer.width = batch, height, width
@@ -67,7 +67,7 @@ def conv2d(
     layer.upsampled[:] = virtual
     for axis, size in enumerate((height, width) if virtual != (height, width) else ()):
         layer.steps[axis] = size / virtual[axis] if upsample_factors is None else 1 / upsample_factors[axis]
-    sizes = _out_sizes(virtual, known.weights.taps, window)
+    sizes = _out_sizes(virtual, known.taps, window)
     layer.out_height, layer.out_width = sizes
     layer.planes = not x_codes.is_contiguous(memory_format=torch.channels_last)
     x = x_codes.contiguous() if layer.planes else x_codes
@@ -106,7 +106,7 @@ def linear(
         total = integer.linear_accumulators(x_codes, x_zero_point, group, codes, zero, shift)
         return _finished(total, operands, group, added, -1)
     known = prepare(operands, weight_shape, Window(), signed=x_codes.dtype == torch.int8)
-    depth = known.weights.channels
+    depth = known.channels
     if x_codes.shape[-1] != depth:
         raise ValueError(f"{x_codes.shape[-1]} input channels for weights {list(weight_shape)}")
     layer = Layer.from_buffer_copy(known.layer)
@@ -122,7 +122,11 @@ def linear(
     )
     if added is not None and operands.real:
         added = added.expand(out.shape).contiguous()
-        layer.added, layer.added_image, layer.added_position = added.data_ptr(), rows * out.shape[-1], out.shape[-1]
+        layer.added, layer.added_image, layer.added_position = (
+            added.data_ptr(),
+            rows * out.shape[-1],
+            out.shape[-1],
+        )
     _run(layer, known, x_codes.contiguous(), group, out, instruction_set)
     return out if operands.real else _finished(out, operands, group, added, -1)
 

@@ -54,12 +54,13 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A layer but for its codes, and the tensors that it points to."""
+    """A layer but for its codes, and what it points to; `channels` of one group, before they are filled up."""
 
     layer: Layer
-    weights: Weights
+    channels: int
+    taps: tuple[int, int]
     operands: Operands
-    kept: tuple[Tensor, ...]
+    kept: tuple[object, ...]
     sizes: tuple[object, ...]
     versions: tuple[int, ...]
 
@@ -85,15 +86,17 @@ def prepare(operands: Operands, weight_shape: Sequence[int], window: Window, *, 
     if known is not None and known.serves(operands, sizes):
         return known
     weights = Weights.open(operands.blob, weight_shape, window.groups)
-    layer, kept = _layer(weights, window), _tables(operands, weights, signed)
+    layer, tables = _layer(weights, window), _tables(operands, weights, signed)
     layer.flip, layer.timestep_groups = 128 * signed, len(operands.x_zero_point)
-    for name, tensor in {**kept, "weights": weights.codes, "sums": weights.sums}.items():
+    for name, tensor in {**tables, "weights": weights.codes, "sums": weights.sums}.items():
         setattr(layer, name, tensor.data_ptr())
-    if any(each is not None and each.is_inference() for each in operands):
-        return Prepared(layer, weights, operands, tuple(kept.values()), sizes, ())  # nobody counts their writes
-    without_blob = operands._replace(blob=operands.x_zero_point)  # which would keep it alive
-    found = Prepared(layer, weights, without_blob, tuple(kept.values()), sizes, operands.versions())
-    _KNOWN[operands.blob] = found
+    kept = (*tables.values(), operands.blob.untyped_storage())  # a view of the blob would keep that itself
+    without_blob = operands._replace(blob=operands.x_zero_point)
+    counted = not any(each is not None and each.is_inference() for each in operands)
+    versions = operands.versions() if counted else ()
+    found = Prepared(layer, weights.channels, weights.taps, without_blob, kept, sizes, versions)
+    if counted:  # nobody counts what is written into the others
+        _KNOWN[operands.blob] = found
     return found
 
 
