@@ -19,6 +19,7 @@ from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 
 CHANNELS = {"kernel_conv2d": 1, "kernel_linear": -1}
+CONTIGUOUS = torch.ops.aten.contiguous.default
 NORM_ARGUMENTS = {"norm_weight": "weight", "norm_bias": "bias", "eps": "eps"}
 GROUP_NORM = p.group_norm(input=p.any("x")).as_("norm")
 LAYER_NORM = p.layer_norm(input=p.any("x")).as_("norm")
@@ -84,10 +85,10 @@ LAYERS = p.one_of("kernel_conv2d", "kernel_linear", added=p.value(None)).as_("la
 UPSAMPLED = p.upsample_nearest2d(input=p.any("small")).as_("upsampled")
 
 
-@rule(p.kernel_quantize(x=p.contiguous(self=p.any("x")).as_("copy")))
-def any_layout(rw: Rewriter, root: fx.Node, x: fx.Node, copy: fx.Node) -> Outcome:
+@rule(p.kernel_quantize(x=p.contiguous(self=p.any("x"), memory_format=p.value(torch.contiguous_format))))
+def any_layout(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
     """kernel_quantize(contiguous(x))  ->  kernel_quantize(x), which takes what layout there is."""
-    return rw.like(root, x=x) if ops.args(copy)["memory_format"] != torch.channels_last else None
+    return rw.like(root, x=x)
 
 
 @rule(p.kernel_quantize(x=p.any("x"), beside=p.value(None)))
@@ -99,9 +100,12 @@ def two_arms(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
     arms, dim = named["tensors"], named["dim"]
     if dim not in (1, -3) or not isinstance(arms, (list, tuple)) or len(arms) != 2:
         return Refuse("it is no concatenation of two arms along channels", x)
-    if any(not isinstance(arm, fx.Node) or arm.meta["val"].dtype != torch.float32 for arm in arms):
-        return Refuse("its arms are not both float32", x)
-    return rw.like(root, x=arms[0], beside=arms[1])
+    first, second = arms
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+        return Refuse("its arms are not both tensors", x)
+    if first.meta["val"].dtype != second.meta["val"].dtype:
+        return Refuse(f"its arms are {first.meta['val'].dtype} and {second.meta['val'].dtype}", x)
+    return rw.like(root, x=first, beside=second)
 
 
 @rule(
@@ -119,7 +123,7 @@ def upsampled_conv2d(
     size, factors = named["output_size"], named["scale_factors"]
     if isinstance(factors, (list, tuple)) and any(str(each).partition(".")[2] != "0" for each in factors):
         return Refuse(f"it upsamples by {list(factors)}, not by whole numbers", upsampled)
-    fewer = rw.call_at(OPS.kernel_quantize.default, codes.meta["address"], **{**ops.args(codes), "x": small})
+    fewer = rw.call(OPS.kernel_quantize.default, near=codes, **{**ops.args(codes), "x": small})
     return rw.like(root, x_codes=fewer, upsample_size=size, upsample_factors=factors)
 
 
@@ -135,12 +139,36 @@ def add_layer(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argume
     return _added(rw, root, layer, other)
 
 
+@rule(p.kernel_conv2d(channels_last=p.value(False)))
+def conv2d_channels_last(rw: Rewriter, root: fx.Node) -> Outcome:
+    """kernel_conv2d(x)  ->  the same, laid out as the kernel makes it and as the next layer reads it."""
+    return rw.like(root, channels_last=True)
+
+
+@rule(p.view(self=p.any("x")))
+def reshape_images(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
+    """view(x)  ->  reshape(x) for x of four dimensions, which may be laid out channels last now."""
+    if x.meta["val"].dim() != 4:
+        return None
+    return rw.call_at(
+        torch.ops.aten.reshape.default, root.meta["address"], self=x, shape=ops.args(root)["size"]
+    )
+
+
+@rule(p.conv2d())
+def lay_out_conv2d(rw: Rewriter, root: fx.Node) -> Outcome:
+    """float conv2d(x)  ->  the same, laid out channels last once for all native operators that read it."""
+    if not any(ops.is_call(reader, "kernel_quantize", *CHANNELS) for reader in root.users):
+        return None
+    return rw.call(CONTIGUOUS, near=root, self=rw.like(root), memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Fuse(RewritePass):
     """norm -> activation -> quantize  ->  one native operator, whose codes lie as integer layers read them.
 
     It reads the arms of a concatenation where they are. Integer layers take what is added to their results, and
-    convolutions the upsampling in front of them.
+    convolutions the upsampling in front of them. What convolutions make stays laid out channels last.
 
     Codes are equal but for ties: the norm's sums and the exponential are rounded elsewhere than in torch. Where a
     norm or an activation has other readers only what follows it is fused.
@@ -161,6 +189,9 @@ class Fuse(RewritePass):
         upsampled_conv2d,
         layer_add,
         add_layer,
+        conv2d_channels_last,
+        reshape_images,
+        lay_out_conv2d,
     )
 
     def run(self, program: Program, ctx: PassContext) -> Program:

@@ -19,7 +19,6 @@ from dmqfx.runtime.kernels import weights
 from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 
-CONTIGUOUS = torch.ops.aten.contiguous.default
 CONV_ARGUMENTS = ("stride", "padding", "dilation", "groups")
 HANDED_ON = (
     "x_codes", "x_scale", "x_zero_point", "group", "bits", "weight_shape", "w_scale", "bias", "shift",
@@ -49,30 +48,11 @@ def native_linear(rw: Rewriter, root: fx.Node, packed: fx.Node) -> Outcome:
     )
 
 
-@rule(p.view(self=p.any("x")))
-def reshape_images(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
-    """view(x)  ->  reshape(x) for x of four dimensions, which may be laid out channels last now."""
-    if x.meta["val"].dim() != 4:
-        return None
-    return rw.call_at(
-        torch.ops.aten.reshape.default, root.meta["address"], self=x, shape=ops.args(root)["size"]
-    )
-
-
-@rule(p.conv2d())
-def lay_out_conv2d(rw: Rewriter, root: fx.Node) -> Outcome:
-    """float conv2d(x)  ->  the same, laid out channels last as what native convolutions make."""
-    readers = [reader for reader in root.users if reader.op != "output"]
-    if not readers or root.meta["val"].dtype != torch.float32 or any(map(_lays_out, readers)):
-        return None
-    return rw.call(CONTIGUOUS, near=root, self=rw.like(root), memory_format=torch.channels_last)
-
-
 @dataclass(frozen=True)
 class LowerCpu(RewritePass):
     """integer layer in plain torch  ->  native kernel, the same bits; what it cannot take stays as it is.
 
-    Native convolutions lay their results out channels last, and whatever reads those goes on so. Weights that are still dequantized belong to layers that compute in float: that is done once, not at every call.
+    Weights that are still dequantized belong to layers that compute in float: that is done once, not at every call.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
@@ -80,14 +60,8 @@ class LowerCpu(RewritePass):
     rules: ClassVar[tuple[Rule, ...]] = (
         native_conv2d,
         native_linear,
-        reshape_images,
-        lay_out_conv2d,
         fold_weight,
     )
-
-
-def _lays_out(node: fx.Node) -> bool:
-    return ops.is_call(node, "contiguous") and ops.args(node)["memory_format"] == torch.channels_last
 
 
 def _operands(

@@ -110,10 +110,49 @@ def weight_and_bias_changed(honest: dict[str, str]) -> dict[str, str]:
     return honest | {"norm_weight": "bias", "norm_bias": "weight"}
 
 
+def at(where: str, **changed: fx.node.Argument) -> Callable[[Rewriter, fx.Node], fx.Node | None]:
+    """Other arguments at one address."""
+    return lambda rw, node: rw.like(node, **changed) if str(node.meta["address"]) == where else None
+
+
+def arms_swapped(rw: Rewriter, node: fx.Node) -> fx.Node | None:
+    named = ops.args(node)
+    return rw.like(node, x=named["beside"], beside=named["x"]) if named["beside"] is not None else None
+
+
+def one_pixel_aside(rw: Rewriter, node: fx.Node) -> fx.Node | None:
+    if ops.args(node)["upsample_factors"] is None:
+        return None
+    rolled = rw.call(
+        torch.ops.aten.roll.default, near=node, self=ops.args(node)["x_codes"], shifts=[1], dims=[-1]
+    )
+    return rw.like(node, x_codes=rolled)
+
+
 MUTANTS += tuple(
     planted(
         "fuse",
         {
+            "what is added to a convolution is lost": (
+                edited("kernel_conv2d", at("down/add#1", added=None)),
+                "down/add#1",
+            ),
+            "what is added to a linear layer is lost": (
+                edited("kernel_linear", at("mid/add", added=None)),
+                "mid/add",
+            ),
+            "the bias is lost where something is added": (
+                edited("kernel_conv2d", at("up.0/add", bias=None)),
+                "up.0/add",
+            ),
+            "the arms change places": (
+                edited("kernel_quantize", arms_swapped),
+                "up.0.conv1/quantize~insert-qdq.1",
+            ),
+            "upsampled codes are one pixel aside": (
+                edited("kernel_conv2d", one_pixel_aside),
+                "upsample/conv2d",
+            ),
             "silu is dropped": (edited("kernel_quantize", without_silu), "down.conv1/quantize~insert-qdq.1"),
             "all channels are one group": (
                 edited("kernel_quantize", wider_groups),

@@ -149,7 +149,7 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
     ),
     "kernel_conv2d upsampled by factors, and something added": lambda: (
         OPS.kernel_conv2d,
-        (*kernel_case(3), None, torch.randn(2, 6, 1, 1), None, [2.0, 2.0]),
+        (*kernel_case(3), None, torch.randn(2, 6, 1, 1), None, [2.0, 2.0], True),
     ),
     "kernel_quantize of two arms": lambda: (
         OPS.kernel_quantize,

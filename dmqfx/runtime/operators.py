@@ -27,7 +27,7 @@ _WEIGHT = (
 _CONV = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _SHIFT = "Tensor? shift=None"
 _ADDED = "Tensor? added=None"
-_UPSAMPLE = "SymInt[]? upsample_size=None, float[]? upsample_factors=None"
+_UPSAMPLE = "SymInt[]? upsample_size=None, float[]? upsample_factors=None, bool channels_last=False"
 _KERNEL_WEIGHT = "Tensor packed_weight, int bits, SymInt[] weight_shape, Tensor w_scale, Tensor? bias=None"
 
 _NORM = "str norm='none', int norm_groups=1, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0"
@@ -118,15 +118,17 @@ def kernel_conv2d(
     added: Tensor | None = None,
     upsample_size: Sequence[int] | None = None,
     upsample_factors: Sequence[float] | None = None,
+    channels_last: bool = False,
 ) -> Tensor:
     """qconv2d by a native kernel, + added; it reads centered codes in a form of its own, `bits` is what they came from.
 
-    A size or factors upsample the codes first, as aten.upsample_nearest2d; the result is laid out channels last.
+    A size or factors upsample the codes first, as aten.upsample_nearest2d.
     """
     head = (x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
     tail = (stride, padding, dilation, groups)
     more = (added, upsample_size, upsample_factors)
-    return layers.conv2d(*head, *tail, None, shift, *more)
+    made = layers.conv2d(*head, *tail, None, shift, *more)
+    return made if channels_last else made.contiguous()
 
 
 def kernel_linear(
@@ -233,12 +235,13 @@ def _fake_kernel_conv2d(
     added: Tensor | None = None,
     upsample_size: Sequence[int] | None = None,
     upsample_factors: Sequence[float] | None = None,
+    channels_last: bool = False,
 ) -> Tensor:
     sizes = layers.upsampled_sizes(x_codes.shape[2:], upsample_size, upsample_factors)
     made = _convolved(
         x_codes.new_empty([x_codes.shape[0], 1, *sizes]), x_scale, weight_shape, stride, padding, dilation
     )
-    return made.contiguous(memory_format=torch.channels_last)
+    return made.contiguous(memory_format=torch.channels_last) if channels_last else made
 
 
 def _fake_kernel_linear(
