@@ -85,10 +85,12 @@ LAYERS = p.one_of("kernel_conv2d", "kernel_linear", added=p.value(None)).as_("la
 UPSAMPLED = p.upsample_nearest2d(input=p.any("small")).as_("upsampled")
 
 
-@rule(p.kernel_quantize(x=p.contiguous(self=p.any("x"), memory_format=p.value(torch.contiguous_format))))
-def any_layout(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
+@rule(p.kernel_quantize(x=p.any("copy")))
+def any_layout(rw: Rewriter, root: fx.Node, copy: fx.Node) -> Outcome:
     """kernel_quantize(contiguous(x))  ->  kernel_quantize(x), which takes what layout there is."""
-    return rw.like(root, x=x)
+    if not ops.is_call(copy, "contiguous") or ops.args(copy)["memory_format"] == torch.channels_last:
+        return None
+    return rw.like(root, x=ops.args(copy)["self"])
 
 
 @rule(p.kernel_quantize(x=p.any("x"), beside=p.value(None)))
