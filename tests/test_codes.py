@@ -198,6 +198,8 @@ def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="halves of an even last axis"):
         codes.quantize(x[..., :3], one, zero, None, 3, 0, 255, activation="geglu")
     with pytest.raises(ValueError, match="need a group index"):
+        codes.quantize(x, one.expand(2, 1), zero.expand(2, 1), None, 1, 0, 255)
+    with pytest.raises(ValueError, match="2 rows of scales, 1 of zero points"):
         codes.quantize(x, one.expand(2, 1), zero, None, 1, 0, 255)
     with pytest.raises(ValueError, match="beyond the 1"):
         codes.quantize(x, one, zero, torch.tensor([0, 1]), 1, 0, 255)

@@ -8,15 +8,14 @@ operators, and so have shapes and derivatives by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmqfx.numbers import packing, quant
-from dmqfx.runtime import integer
+from dmqfx.runtime import fakes, integer
 from dmqfx.runtime.attention import attention_average, attention_softmax
-from dmqfx.runtime.kernels import codes, layers
+from dmqfx.runtime.kernels import layers
 from dmqfx.runtime.kernels.codes import quantize as kernel_quantize
 
 _GRID = "Tensor scale, Tensor zero_point"
@@ -154,168 +153,38 @@ def hoisted(x: Tensor, by: Sequence[Tensor]) -> Tensor:
     return x.view_as(x)
 
 
-def _fake_timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
-    return torch.empty_like(timestep, dtype=torch.int64)
-
-
-def _fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None, axis: int, qmin: int, qmax: int
-) -> Tensor:
-    return torch.empty_like(x, dtype=torch.uint8 if qmin >= 0 else torch.int8)
-
-
-def _fake_dequantize(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    group: Tensor | None = None,
-    axis: int = 0,
-    shift: Tensor | None = None,
-) -> Tensor:
-    return torch.empty_like(codes, dtype=scale.dtype)
-
-
-def _fake_unpack(packed: Tensor, bits: int, signed: bool, shape: Sequence[int]) -> Tensor:
-    return packed.new_empty(tuple(shape), dtype=torch.int8 if signed else torch.uint8)
-
-
-def _fake_qconv2d(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    group: Tensor | None,
-    packed_weight: Tensor,
-    bits: int,
-    signed: bool,
-    weight_shape: Sequence[int],
-    w_scale: Tensor,
-    w_zero_point: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    shift: Tensor | None = None,
-) -> Tensor:
-    return _convolved(x_codes, x_scale, weight_shape, stride, padding, dilation)
-
-
-def _fake_qlinear(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    group: Tensor | None,
-    packed_weight: Tensor,
-    bits: int,
-    signed: bool,
-    weight_shape: Sequence[int],
-    w_scale: Tensor,
-    w_zero_point: Tensor,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
-
-
-def _fake_kernel_conv2d(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    group: Tensor | None,
-    packed_weight: Tensor,
-    bits: int,
-    weight_shape: Sequence[int],
-    w_scale: Tensor,
-    bias: Tensor | None = None,
-    stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    shift: Tensor | None = None,
-    added: Tensor | None = None,
-    upsample_size: Sequence[int] | None = None,
-    upsample_factors: Sequence[float] | None = None,
-    channels_last: bool = False,
-) -> Tensor:
-    sizes = layers.upsampled_sizes(x_codes.shape[2:], upsample_size, upsample_factors)
-    made = _convolved(
-        x_codes.new_empty([x_codes.shape[0], 1, *sizes]), x_scale, weight_shape, stride, padding, dilation
-    )
-    return made.contiguous(memory_format=torch.channels_last) if channels_last else made
-
-
-def _fake_kernel_linear(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    group: Tensor | None,
-    packed_weight: Tensor,
-    bits: int,
-    weight_shape: Sequence[int],
-    w_scale: Tensor,
-    bias: Tensor | None = None,
-    shift: Tensor | None = None,
-    added: Tensor | None = None,
-) -> Tensor:
-    return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
-
-
-def _fake_kernel_quantize(x: Tensor, *given: Any) -> Tensor:
-    axis, qmin, activation = given[3], given[4], given[11] if len(given) > 11 else "none"
-    beside = given[12] if len(given) > 12 else None
-    return codes.laid_out(x, axis, qmin, activation, 0 if beside is None else beside.shape[1])
-
-
-def _convolved(
-    x_codes: Tensor,
-    x_scale: Tensor,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """Room for the result of a convolution."""
-    spatial = [
-        (size + 2 * pad - spacing * (tap - 1) - 1) // step + 1
-        for size, tap, step, pad, spacing in zip(
-            x_codes.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
-        )
-    ]
-    return x_scale.new_empty([x_codes.shape[0], weight_shape[0], *spatial])
-
-
 Kernel = Callable[..., Tensor]
 
 _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
-    "timestep_group": ("Tensor timestep, Tensor boundaries", timestep_group, _fake_timestep_group),
+    "timestep_group": ("Tensor timestep, Tensor boundaries", timestep_group, fakes.timestep_group),
     "quantize": (
         f"Tensor x, {_GRID}, Tensor? group, int axis, int qmin, int qmax",
         quant.quantize,
-        _fake_quantize,
+        fakes.quantize,
     ),
     "dequantize": (
         f"Tensor codes, {_GRID}, Tensor? group=None, int axis=0, {_SHIFT}",
         quant.dequantize,
-        _fake_dequantize,
+        fakes.dequantize,
     ),
-    "unpack": ("Tensor packed, int bits, bool signed, SymInt[] shape", packing.unpack, _fake_unpack),
-    "qconv2d": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_CONV}, {_SHIFT}", qconv2d, _fake_qconv2d),
-    "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_SHIFT}", qlinear, _fake_qlinear),
+    "unpack": ("Tensor packed, int bits, bool signed, SymInt[] shape", packing.unpack, fakes.unpack),
+    "qconv2d": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_CONV}, {_SHIFT}", qconv2d, fakes.qconv2d),
+    "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_SHIFT}", qlinear, fakes.qlinear),
     "kernel_conv2d": (
         f"{_INPUT}, {_KERNEL_WEIGHT}, {_CONV}, {_SHIFT}, {_ADDED}, {_UPSAMPLE}",
         kernel_conv2d,
-        _fake_kernel_conv2d,
+        fakes.kernel_conv2d,
     ),
     "kernel_linear": (
         f"{_INPUT}, {_KERNEL_WEIGHT}, {_SHIFT}, {_ADDED}",
         kernel_linear,
-        _fake_kernel_linear,
+        fakes.kernel_linear,
     ),
     "kernel_quantize": (
         f"Tensor x, {_GRID}, Tensor? group, int axis, int qmin, int qmax, {_NORM}, str activation='none', "
         "Tensor? beside=None",
         kernel_quantize,
-        _fake_kernel_quantize,
+        fakes.kernel_quantize,
     ),
 }
 

@@ -47,16 +47,11 @@ def quantize(
     Raises: ValueError for another axis, norm or activation, groups that do not divide the channels, a timestep group
         that is not there, or arms of other sizes.
     """
-    if beside is not None:
-        _check_arms(x, beside, axis)
-    if beside is not None and not (_is_last(x) and _is_last(beside) and _readable(x) and _readable(beside)):
+    if beside is not None and not _side_by_side(x, beside, axis):
         x, beside = torch.cat([x, beside], 1), None
     more = 0 if beside is None else beside.shape[1]
     planes, channels = _layout(x, axis, norm, activation, norm_groups, more)
-    if group is None and (scale.shape[0] != 1 or zero_point.shape[0] != 1):
-        raise ValueError(
-            f"parameters of {max(scale.shape[0], zero_point.shape[0])} timestep groups need a group index"
-        )
+    _check_groups(x, scale, zero_point, group)
     native, real = library(), (x, scale, norm_weight, norm_bias)
     if native is None or not all(each is None or _readable(each) for each in real):
         whole = x if beside is None else torch.cat([x, beside], 1)
@@ -69,27 +64,41 @@ def quantize(
         channels=channels, planes=planes and not turned, split=channels - more,
         norm=NORMS.index(norm), norm_groups=norm_groups, activation=ACTIVATIONS.index(activation), eps=eps,
         least=qmin, greatest=qmax,
-        scale_channels=scale.shape[1], zero_point_channels=zero_point.shape[1],
-        timestep_groups=min(scale.shape[0], zero_point.shape[0]),
+        scale_channels=scale.shape[1], zero_point_channels=zero_point.shape[1], timestep_groups=scale.shape[0],
     )  # fmt: skip
-    read = {"x": x if turned else x.contiguous(), "beside": beside}
-    read |= {"scales": scale.contiguous(), "zero_points": zero_point.to(torch.int32).contiguous()}
-    if group is not None:
-        if group.shape[0] != x.shape[0]:
-            raise ValueError(f"{group.shape[0]} timestep groups for {x.shape[0]} samples")
-        read["group"] = group.long().contiguous()
+    read = {"x": x if turned else x.contiguous(), "beside": beside, "scales": scale.contiguous()}
+    read["zero_points"] = zero_point.to(torch.int32).contiguous()
+    read["group"] = None if group is None else group.long().contiguous()
     if norm != "none":
-        read["gammas"] = torch.ones(channels) if norm_weight is None else norm_weight.contiguous()
-        read["betas"] = torch.zeros(channels) if norm_bias is None else norm_bias.contiguous()
+        read |= _of_norm(norm_weight, norm_bias, channels)
     if norm == "group":
         read["moments"] = torch.empty(2 * x.shape[0] * channels)
     return _coded(native, coding, read, laid_out(x, axis, qmin, activation, more), instruction_set)
 
 
-def _check_arms(x: Tensor, beside: Tensor, axis: int) -> None:
+def _of_norm(weight: Tensor | None, bias: Tensor | None, channels: int) -> dict[str, Tensor]:
+    """Both, where there are none too."""
+    return {
+        "gammas": torch.ones(channels) if weight is None else weight.contiguous(),
+        "betas": torch.zeros(channels) if bias is None else bias.contiguous(),
+    }
+
+
+def _check_groups(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None) -> None:
+    if scale.shape[0] != zero_point.shape[0]:
+        raise ValueError(f"{scale.shape[0]} rows of scales, {zero_point.shape[0]} of zero points")
+    if group is None and scale.shape[0] != 1:
+        raise ValueError(f"parameters of {scale.shape[0]} timestep groups need a group index")
+    if group is not None and group.shape[0] != x.shape[0]:
+        raise ValueError(f"{group.shape[0]} timestep groups for {x.shape[0]} samples")
+
+
+def _side_by_side(x: Tensor, beside: Tensor, axis: int) -> bool:
+    """Whether the kernel can read two arms as they are."""
     fits = x.dim() == beside.dim() == 4 and axis == 1
     if not fits or x.shape[0] != beside.shape[0] or x.shape[2:] != beside.shape[2:]:
         raise ValueError(f"{list(x.shape)} and {list(beside.shape)} do not lie beside each other on axis 1")
+    return _is_last(x) and _is_last(beside) and _readable(x) and _readable(beside)
 
 
 def _is_last(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmqfx.runtime import integer
 from dmqfx.runtime.kernels.native import Layer, library
-from dmqfx.runtime.kernels.prepared import Operands, Prepared, Window, prepare
+from dmqfx.runtime.kernels.prepared import Operands, Window, prepare
 from dmqfx.runtime.kernels.weights import unpack
 
 __all__ = ["conv2d", "linear", "upsampled_sizes"]
@@ -48,38 +48,62 @@ def conv2d(
     Raises: StoreError for a malformed blob; ValueError for sizes that do not fit or a zero point that is no code.
     """
     operands = Operands(blob, x_scale, x_zero_point, w_scale, bias, shift)
-    window = Window(stride, padding, dilation, groups)
+    window, resized = Window(stride, padding, dilation, groups), (upsample_size, upsample_factors)
     if not _is_native(x_codes):
-        codes, zero = unpack(blob, weight_shape, groups), x_zero_point.new_zeros(1, 1)
-        if upsample_size is not None or upsample_factors is not None:
-            x_codes = _UPSAMPLE(x_codes.float(), upsample_size, upsample_factors).to(x_codes.dtype)
-        total = integer.conv2d_accumulators(
-            x_codes, x_zero_point, group, codes, zero, *window[:3], groups, shift
-        )
+        total = _plain_sums(x_codes, group, weight_shape, operands, window, resized)
         return _last(_finished(total, operands, group, added, 1))
     known = prepare(operands, weight_shape, window, signed=x_codes.dtype == torch.int8)
-    batch, channels, height, width = x_codes.shape
-    if channels != groups * known.channels:
-        raise ValueError(f"{channels} input channels for weights {list(weight_shape)} in {groups} groups")
+    if x_codes.shape[1] != groups * known.channels:
+        raise ValueError(
+            f"{x_codes.shape[1]} input channels for weights {list(weight_shape)} in {groups} groups"
+        )
     layer = Layer.from_buffer_copy(known.layer)
-    layer.batch, layer.height, layer.width = batch, height, width
-    virtual = upsampled_sizes((height, width), upsample_size, upsample_factors)
-    layer.upsampled[:] = virtual
-    for axis, size in enumerate((height, width) if virtual != (height, width) else ()):
-        layer.steps[axis] = size / virtual[axis] if upsample_factors is None else 1 / upsample_factors[axis]
-    sizes = _out_sizes(virtual, known.taps, window)
-    layer.out_height, layer.out_width = sizes
-    layer.planes = not x_codes.is_contiguous(memory_format=torch.channels_last)
+    out = _placed(layer, x_codes, (weight_shape[0], operands.dtype), known.taps, window, resized)
     x = x_codes.contiguous() if layer.planes else x_codes
-    out = torch.empty(
-        (batch, weight_shape[0], *sizes),
-        dtype=torch.float32 if operands.real else torch.int32,
-        memory_format=torch.channels_last,
-    )
     kept = _add(layer, added, out) if added is not None and operands.real else None
-    _run(layer, known, x, group, out, instruction_set)
+    _run(layer, x, group, out, instruction_set)
     del kept
     return out if operands.real else _last(_finished(out, operands, group, added, 1))
+
+
+def _placed(
+    layer: Layer,
+    x: Tensor,
+    made: tuple[int, torch.dtype],
+    taps: Pair,
+    window: Window,
+    resized: tuple[Pair | None, Sequence[float] | None],
+) -> Tensor:
+    """Sizes of a layer over an image, and room for the channels that it makes of it."""
+    batch, _, height, width = x.shape
+    layer.batch, layer.height, layer.width = batch, height, width
+    virtual, factors = upsampled_sizes((height, width), *resized), resized[1]
+    layer.upsampled[:] = virtual
+    for axis, size in enumerate((height, width) if virtual != (height, width) else ()):
+        layer.steps[axis] = size / virtual[axis] if factors is None else 1 / factors[axis]
+    layer.out_height, layer.out_width = sizes = _out_sizes(virtual, taps, window)
+    layer.planes = not x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty((batch, made[0], *sizes), dtype=made[1], memory_format=torch.channels_last)
+
+
+def _plain_sums(
+    x: Tensor,
+    group: Tensor | None,
+    weight_shape: Sequence[int],
+    operands: Operands,
+    window: Window,
+    resized: tuple[Pair | None, Sequence[float] | None],
+) -> Tensor:
+    """Accumulators of a convolution in plain torch."""
+    codes, zero = (
+        unpack(operands.blob, weight_shape, window.groups),
+        operands.x_zero_point.new_zeros(1, 1),
+    )
+    if resized != (None, None):
+        x = _UPSAMPLE(x.float(), *resized).to(x.dtype)
+    return integer.conv2d_accumulators(
+        x, operands.x_zero_point, group, codes, zero, *window, shift=operands.shift
+    )
 
 
 def linear(
@@ -106,28 +130,21 @@ def linear(
         total = integer.linear_accumulators(x_codes, x_zero_point, group, codes, zero, shift)
         return _finished(total, operands, group, added, -1)
     known = prepare(operands, weight_shape, Window(), signed=x_codes.dtype == torch.int8)
-    depth = known.channels
-    if x_codes.shape[-1] != depth:
+    if x_codes.shape[-1] != known.channels:
         raise ValueError(f"{x_codes.shape[-1]} input channels for weights {list(weight_shape)}")
     layer = Layer.from_buffer_copy(known.layer)
     batch = 1 if group is None else group.shape[0]
-    rows = x_codes.numel() // max(1, batch * depth)
-    if rows * batch * depth != x_codes.numel():
+    rows = x_codes.numel() // max(1, batch * known.channels)
+    if rows * batch * known.channels != x_codes.numel():
         raise ValueError(f"{batch} timestep groups for codes {list(x_codes.shape)}")
     layer.batch, layer.height, layer.out_height = batch, 1, 1
     layer.width = layer.out_width = rows
     layer.upsampled[:] = (1, rows)
-    out = torch.empty(
-        (*x_codes.shape[:-1], weight_shape[0]), dtype=torch.float32 if operands.real else torch.int32
-    )
+    out = torch.empty((*x_codes.shape[:-1], weight_shape[0]), dtype=operands.dtype)
     if added is not None and operands.real:
-        added = added.expand(out.shape).contiguous()
-        layer.added, layer.added_image, layer.added_position = (
-            added.data_ptr(),
-            rows * out.shape[-1],
-            out.shape[-1],
-        )
-    _run(layer, known, x_codes.contiguous(), group, out, instruction_set)
+        added, wide = added.expand(out.shape).contiguous(), out.shape[-1]
+        layer.added, layer.added_image, layer.added_position = added.data_ptr(), rows * wide, wide
+    _run(layer, x_codes.contiguous(), group, out, instruction_set)
     return out if operands.real else _finished(out, operands, group, added, -1)
 
 
@@ -177,9 +194,7 @@ def _add(layer: Layer, added: Tensor, out: Tensor) -> Tensor:
     return added
 
 
-def _run(
-    layer: Layer, known: Prepared, x: Tensor, group: Tensor | None, out: Tensor, instruction_set: str | None
-) -> None:
+def _run(layer: Layer, x: Tensor, group: Tensor | None, out: Tensor, instruction_set: str | None) -> None:
     """The numbers of `out`."""
     if group is not None:
         if group.shape[0] != layer.batch:

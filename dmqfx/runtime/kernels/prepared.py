@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from ctypes import c_int64
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,6 +47,11 @@ class Operands(NamedTuple):
         """Whether the kernel makes real numbers: float32, else int32 sums."""
         return self.x_scale is not None and self.x_scale.dtype == torch.float32
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the kernel makes."""
+        return torch.float32 if self.real else torch.int32
+
     def versions(self) -> tuple[int, ...]:
         """What changes when somebody writes into one of them."""
         return tuple(0 if each is None else each._version for each in self)
@@ -73,7 +78,7 @@ class Prepared:
         )
 
 
-_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_KNOWN: MutableMapping[Tensor, Prepared] = WeakIdKeyDictionary()
 
 
 def prepare(operands: Operands, weight_shape: Sequence[int], window: Window, *, signed: bool) -> Prepared:
@@ -82,7 +87,7 @@ def prepare(operands: Operands, weight_shape: Sequence[int], window: Window, *, 
     Raises: StoreError for a malformed blob; ValueError for tables that do not fit it, or each other.
     """
     sizes = (signed, *map(tuple, (weight_shape, *window[:3])), window.groups)
-    known: Prepared | None = _KNOWN.get(operands.blob)
+    known = _KNOWN.get(operands.blob)
     if known is not None and known.serves(operands, sizes):
         return known
     weights = Weights.open(operands.blob, weight_shape, window.groups)

@@ -1,0 +1,153 @@
+"""What the operators make, for tensors without numbers: shapes, dtypes and layouts; for torch.export and passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmqfx.runtime.kernels import codes, layers
+
+__all__ = [
+    "dequantize",
+    "kernel_conv2d",
+    "kernel_linear",
+    "kernel_quantize",
+    "qconv2d",
+    "qlinear",
+    "quantize",
+    "timestep_group",
+    "unpack",
+]
+
+
+def timestep_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
+    return torch.empty_like(timestep, dtype=torch.int64)
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None, axis: int, qmin: int, qmax: int
+) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8 if qmin >= 0 else torch.int8)
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor | None = None,
+    axis: int = 0,
+    shift: Tensor | None = None,
+) -> Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+def unpack(packed: Tensor, bits: int, signed: bool, shape: Sequence[int]) -> Tensor:
+    return packed.new_empty(tuple(shape), dtype=torch.int8 if signed else torch.uint8)
+
+
+def qconv2d(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    signed: bool,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    shift: Tensor | None = None,
+) -> Tensor:
+    return _convolved(x_codes, x_scale, weight_shape, stride, padding, dilation)
+
+
+def qlinear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    signed: bool,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    w_zero_point: Tensor,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
+
+
+def kernel_conv2d(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    shift: Tensor | None = None,
+    added: Tensor | None = None,
+    upsample_size: Sequence[int] | None = None,
+    upsample_factors: Sequence[float] | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    sizes = layers.upsampled_sizes(x_codes.shape[2:], upsample_size, upsample_factors)
+    made = _convolved(
+        x_codes.new_empty([x_codes.shape[0], 1, *sizes]), x_scale, weight_shape, stride, padding, dilation
+    )
+    return made.contiguous(memory_format=torch.channels_last) if channels_last else made
+
+
+def kernel_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    group: Tensor | None,
+    packed_weight: Tensor,
+    bits: int,
+    weight_shape: Sequence[int],
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    added: Tensor | None = None,
+) -> Tensor:
+    return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
+
+
+def kernel_quantize(x: Tensor, *given: Any) -> Tensor:
+    axis, qmin, activation = given[3], given[4], given[11] if len(given) > 11 else "none"
+    beside = given[12] if len(given) > 12 else None
+    return codes.laid_out(x, axis, qmin, activation, 0 if beside is None else beside.shape[1])
+
+
+def _convolved(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Room for the result of a convolution."""
+    spatial = [
+        (size + 2 * pad - spacing * (tap - 1) - 1) // step + 1
+        for size, tap, step, pad, spacing in zip(
+            x_codes.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+        )
+    ]
+    return x_scale.new_empty([x_codes.shape[0], weight_shape[0], *spatial])
