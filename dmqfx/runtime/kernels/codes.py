@@ -52,8 +52,8 @@ def quantize(
     more = 0 if beside is None else beside.shape[1]
     planes, channels = _layout(x, axis, norm, activation, norm_groups, more)
     _check_groups(x, scale, zero_point, group)
-    native, real = library(), (x, scale, norm_weight, norm_bias)
-    if native is None or not all(each is None or _readable(each) for each in real):
+    native, real = library(), [each for each in (x, scale, norm_weight, norm_bias) if each is not None]
+    if native is None or not all(map(_readable, real)):
         whole = x if beside is None else torch.cat([x, beside], 1)
         real_codes = _plain(whole, norm, norm_groups, norm_weight, norm_bias, eps, activation)
         codes = quant.quantize(real_codes, scale, zero_point, group, axis, qmin, qmax)
@@ -69,16 +69,18 @@ def quantize(
     read = {"x": x if turned else x.contiguous(), "beside": beside, "scales": scale.contiguous()}
     read["zero_points"] = zero_point.to(torch.int32).contiguous()
     read["group"] = None if group is None else group.long().contiguous()
-    if norm != "none":
-        read |= _of_norm(norm_weight, norm_bias, channels)
-    if norm == "group":
-        read["moments"] = torch.empty(2 * x.shape[0] * channels)
+    read |= _of_norm(norm, x.shape[0], channels, norm_weight, norm_bias)
     return _coded(native, coding, read, laid_out(x, axis, qmin, activation, more), instruction_set)
 
 
-def _of_norm(weight: Tensor | None, bias: Tensor | None, channels: int) -> dict[str, Tensor]:
-    """Both, where there are none too."""
-    return {
+def _of_norm(
+    norm: str, batch: int, channels: int, weight: Tensor | None, bias: Tensor | None
+) -> dict[str, Tensor]:
+    """Weight and bias of a norm, where it has none too, and room for the moments of groups."""
+    if norm == "none":
+        return {}
+    room = {"moments": torch.empty(2 * batch * channels)} if norm == "group" else {}
+    return room | {
         "gammas": torch.ones(channels) if weight is None else weight.contiguous(),
         "betas": torch.zeros(channels) if bias is None else bias.contiguous(),
     }
