@@ -52,10 +52,9 @@ def quantize(
     more = 0 if beside is None else beside.shape[1]
     planes, channels = _layout(x, axis, norm, activation, norm_groups, more)
     _check_groups(x, scale, zero_point, group)
-    native, real = library(), [each for each in (x, scale, norm_weight, norm_bias) if each is not None]
-    if native is None or not all(map(_readable, real)):
-        whole = x if beside is None else torch.cat([x, beside], 1)
-        real_codes = _plain(whole, norm, norm_groups, norm_weight, norm_bias, eps, activation)
+    native, real = library(), (x, scale, norm_weight, norm_bias)
+    if native is None or not all(each is None or _readable(each) for each in real):
+        real_codes = _plain(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, activation)
         codes = quant.quantize(real_codes, scale, zero_point, group, axis, qmin, qmax)
         return codes.contiguous(memory_format=_format(planes))
     turned = planes and _is_last(x)
@@ -169,6 +168,7 @@ def _layout(x: Tensor, axis: int, norm: str, activation: str, groups: int, more:
 
 def _plain(
     x: Tensor,
+    beside: Tensor | None,
     norm: str,
     groups: int,
     weight: Tensor | None,
@@ -176,6 +176,8 @@ def _plain(
     eps: float,
     activation: str,
 ) -> Tensor:
+    if beside is not None:
+        x = torch.cat([x, beside], 1)
     if norm == "group":
         x = F.group_norm(x, groups, weight, bias, eps)
     elif norm == "layer":
