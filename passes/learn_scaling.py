@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -41,6 +41,9 @@ STARTS = {"identity": (0.0, 0.0), "even": (0.25, 0.25), "smoothquant": (0.5, 0.5
 """Exponents of the activation's and of the weight's absolute maximum in the scales that `les` starts from."""
 
 
+LEARNING = ("iterations", "batch", "rate", "weighting", "strength", "groups")
+
+
 @dataclass(frozen=True)
 class LearnScaling(SweepPass):
     """Write a ChannelScale per pair.
@@ -62,6 +65,11 @@ class LearnScaling(SweepPass):
     requires: ClassVar[frozenset[Fact]] = frozenset({PAIRED})
     provides: ClassVar[frozenset[Fact]] = frozenset({LEARNED})
     clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED, CORRECTED, FITTED, SHIFTED, STEPPED})
+    only_with: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+        **dict.fromkeys(LEARNING, ("method", ("les",))),
+        **dict.fromkeys(("start", "weights", "rows"), ("method", ("surrogate", "les"))),
+        "exponent": ("method", ("smoothquant",)),
+    }
     method: Literal["smoothquant", "surrogate", "les"] = "smoothquant"
     exponent: float = 0.5
     start: Literal["best", "identity"] = "best"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -33,6 +33,9 @@ from dmqfx.sweep.deploy import deployed_weight
 from dmqfx.sweep.sweep import SweepPass, has_metric
 from dmqfx.sweep.turn import Reader, Turn
 
+LEARNING = ("start", "iterations", "warmup", "beta_start", "beta_end", "settling", "loss", "rate")
+SOLVING = ("rows", "damping", "asymmetric", "biases", "weighting", "groups")
+
 
 @dataclass(frozen=True)
 class RoundWeights(SweepPass):
@@ -56,6 +59,11 @@ class RoundWeights(SweepPass):
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED})
     provides: ClassVar[frozenset[Fact]] = frozenset({ROUNDED})
     clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
+    only_with: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+        **dict.fromkeys(LEARNING, ("method", ("adaround",))),
+        **dict.fromkeys(SOLVING, ("method", ("gptq", "adaround"))),
+        "strength": ("weighting", ("linear", "quadratic", "adaptive", "focal", "published")),
+    }
     method: Literal["nearest", "gptq", "adaround"] = "nearest"
     where: Literal["all", "outside-blocks"] = "all"
     rows: int = 8192

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -44,6 +44,7 @@ class VoteShifts(SweepPass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({FLAGGED, FITTED})
     provides: ClassVar[frozenset[Fact]] = frozenset({SHIFTED})
+    only_with: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {"agree": ("method", ("vote",))}
     method: Literal["vote", "mse"] = "vote"
     where: Literal["skips", "all"] = "skips"
     at: str = EVERYWHERE

@@ -14,6 +14,7 @@ from torch import nn
 
 from dmqfx import policies as shipped
 from dmqfx.errors import PolicyError
+from dmqfx.graph import registry
 from dmqfx.graph.address import Address
 from dmqfx.policy.file import parse_policy
 from dmqfx.policy.policy import FLOAT, Default, Expect, Operation, PartialSpec, Policy, explain
@@ -221,3 +222,38 @@ def test_the_mistakes_in_the_reference_are_those_that_dmqfx_reports() -> None:
     with pytest.raises(PolicyError) as caught:
         Policy.load("w4a8-quick", ["default.weight.bits=16"])
     assert "\n".join([*told, str(caught.value)]) in PAGE
+
+
+@pytest.mark.parametrize(
+    ("step", "given", "told"),
+    [
+        (
+            "round-weights",
+            {"iterations": 40},
+            "iterations has no effect with method nearest; it belongs to adaround",
+        ),
+        ("round-weights", {"method": "gptq", "rows": 5, "rate": 0.1}, "rate has no effect with method gptq"),
+        ("learn-scaling", {"method": "surrogate", "batch": 9}, "batch has no effect with method surrogate"),
+        ("learn-scaling", {"rows": 9}, "it belongs to surrogate and les"),
+        ("vote-shifts", {"method": "mse", "agree": 0.5}, "agree has no effect with method mse"),
+    ],
+)
+def test_options_that_change_nothing_are_told(
+    step: str, given: dict[str, object], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.create(step, given)
+    (warned,) = [record.getMessage() for record in caplog.records]
+    assert warned.startswith(f"{step}: ")
+    assert told in warned
+
+
+ABLATION = sorted((Path(__file__).parents[1] / "benchmarks" / "ablation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("policy", [*shipped.names(), *map(str, ABLATION)], ids=lambda each: Path(each).stem)
+def test_no_policy_of_ours_has_options_that_change_nothing(
+    policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = registry.pipeline((step.name, step.keywords()) for step in Policy.load(policy).pipeline)
+    assert made.steps
+    assert not caplog.records

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -75,7 +75,8 @@ class Pass(ABC):
     """A frozen value that maps a program to a program; its fields are its options.
 
     `preserves` must be declared by every concrete pass: the pipeline refuses one without it. `forbids` are facts
-    that must not hold yet, as `qdq` for what decides about the float program.
+    that must not hold yet, as `qdq` for what decides about the float program. `only_with` names, for an option, another
+    one and its values without which it has no effect.
 
     Example:
         >>> class LookAround(Pass):
@@ -92,6 +93,7 @@ class Pass(ABC):
     clears: ClassVar[frozenset[Fact]] = frozenset()
     forbids: ClassVar[frozenset[Fact]] = frozenset()
     preserves: ClassVar[Preserves]
+    only_with: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
 
     @property
     def needs(self) -> frozenset[Fact]:

@@ -35,13 +35,26 @@ def passes() -> Mapping[str, type[Pass]]:
 
 
 def create(name: str, options: Mapping[str, object] | None = None) -> Pass:
-    """A pass from its name and options.
+    """A pass from its name and options; of those that have no effect beside the others a warning tells.
 
     Raises: PassNotFoundError for an unknown name or option, or a value of the wrong type, with the nearest legal word.
     """
     for problem in problems_with(name, options or {}).values():
         raise PassNotFoundError(problem)
-    return passes()[name](**(options or {}))
+    made = passes()[name](**(options or {}))
+    for idle in idle_options(made, options or {}):
+        logger.warning("%s: %s", name, idle)
+    return made
+
+
+def idle_options(step: Pass, given: Mapping[str, object]) -> list[str]:
+    """The options among those given that change nothing, with the reason."""
+    found = []
+    for option in given:
+        other, values = step.only_with.get(option, ("", ()))
+        if other and (value := getattr(step, other)) not in values:
+            found.append(f"{option} has no effect with {other} {value}; it belongs to {' and '.join(values)}")
+    return found
 
 
 def problems_with(name: str, options: Mapping[str, object]) -> Mapping[str, str]:
