@@ -361,6 +361,11 @@ def test_what_is_found_once_follows_every_change() -> None:
     before, x = agree(), (x.int() - 128).to(torch.int8)
     tensors["x_zero_point"] = tensors["x_zero_point"] - 128
     assert torch.equal(before, agree())
+    for name in tensors:
+        tensors[name].share_memory_()
+        assert torch.equal(before, agree()), name
+        tensors[name].data = tensors[name].clone()
+        assert torch.equal(before, agree()), name
     with torch.inference_mode():
         tensors = {name: each.clone() for name, each in tensors.items()}
         for name in ("x_scale", "bias"):

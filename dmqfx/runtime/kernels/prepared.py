@@ -52,9 +52,9 @@ class Operands(NamedTuple):
         """Of what the kernel makes."""
         return torch.float32 if self.real else torch.int32
 
-    def versions(self) -> tuple[int, ...]:
-        """What changes when somebody writes into one of them."""
-        return tuple(0 if each is None else each._version for each in self)
+    def stamp(self) -> list[tuple[int, int] | None]:
+        """What changes when somebody writes into one of them, or moves it, as `share_memory_` does."""
+        return [None if each is None else (each._version, each.data_ptr()) for each in self]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +67,14 @@ class Prepared:
     operands: Operands
     kept: tuple[object, ...]
     sizes: tuple[object, ...]
-    versions: tuple[int, ...]
+    stamp: list[tuple[int, int] | None]
 
     def serves(self, operands: Operands, sizes: tuple[object, ...]) -> bool:
         """Whether it was made of these tensors, as they are now."""
         return (
             all(mine is theirs for mine, theirs in zip(self.operands[1:], operands[1:], strict=True))
             and self.sizes == sizes
-            and self.versions == operands.versions()
+            and self.stamp == operands.stamp()
         )
 
 
@@ -98,8 +98,8 @@ def prepare(operands: Operands, weight_shape: Sequence[int], window: Window, *, 
     kept = (*tables.values(), operands.blob.untyped_storage())  # a view of the blob would keep that itself
     without_blob = operands._replace(blob=operands.x_zero_point)
     counted = not any(each is not None and each.is_inference() for each in operands)
-    versions = operands.versions() if counted else ()
-    found = Prepared(layer, weights.channels, weights.taps, without_blob, kept, sizes, versions)
+    stamp = operands.stamp() if counted else []
+    found = Prepared(layer, weights.channels, weights.taps, without_blob, kept, sizes, stamp)
     if counted:  # nobody counts what is written into the others
         _KNOWN[operands.blob] = found
     return found
