@@ -141,6 +141,28 @@ def add_layer(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argume
     return _added(rw, root, layer, other)
 
 
+@rule(p.kernel_quantize(x=p.any("layer"), norm=p.value("none"), beside=p.value(None)))
+def layer_quantize(rw: Rewriter, root: fx.Node, layer: fx.Node) -> Outcome:
+    """quantize(activation(layer(x)))  ->  layer(x) whose results become codes where they are made."""
+    if not ops.is_call(layer, *CHANNELS) or any(
+        reader is not root and _is_read(reader) for reader in layer.users
+    ):
+        return None
+    named = ops.args(root)
+    if named["axis"] != CHANNELS[ops.name(layer)] % layer.meta["val"].dim():
+        return Refuse("its channels are not those of the layer", root)
+    if ops.args(layer)["group"] is not named["group"]:
+        return Refuse("it is of other timestep groups than the layer", root)
+    grid: dict[str, fx.node.Argument] = {
+        f"out_{arg}": named[arg] for arg in ("scale", "zero_point", "qmin", "qmax")
+    }
+    return rw.call_at(
+        layer.target,  # type: ignore[arg-type]  # an operator, as `is_call` says
+        root.meta["address"],
+        **{**ops.args(layer), **grid, "activation": named["activation"]},
+    )
+
+
 @rule(p.kernel_conv2d(channels_last=p.value(False)))
 def conv2d_channels_last(rw: Rewriter, root: fx.Node) -> Outcome:
     """kernel_conv2d(x)  ->  the same, laid out as the kernel makes it and as the next layer reads it."""
@@ -191,6 +213,7 @@ class Fuse(RewritePass):
         upsampled_conv2d,
         layer_add,
         add_layer,
+        layer_quantize,
         conv2d_channels_last,
         reshape_images,
         lay_out_conv2d,
@@ -226,6 +249,11 @@ def _fused(
         chain |= {arg: of_norm[theirs] for arg, theirs in NORM_ARGUMENTS.items()}
         chain |= {"norm": kind, "norm_groups": of_norm.get("num_groups", 1)}
     return rw.call_at(OPS.kernel_quantize.default, root.meta["address"], **{**ops.args(root), **chain})
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Whether something comes of it; what was fused away stands in the graph until the pass ends."""
+    return node.op == "output" or any(map(_is_read, node.users))
 
 
 def _added(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument) -> Outcome:

@@ -97,9 +97,8 @@ def halves_swapped(rw: Rewriter, node: fx.Node) -> fx.Node | None:
     named = ops.args(node)
     if named["activation"] != "geglu":
         return None
-    half = ops.tensor(node, "x").meta["val"].shape[-1] // 2
-    rolled = rw.call(torch.ops.aten.roll.default, near=node, self=named["x"], shifts=[half], dims=[-1])
-    return rw.like(node, x=rolled)
+    bias = rw.value(ops.tensor(node, "bias"))
+    return rw.like(node, bias=bias.roll(len(bias) // 2))
 
 
 def norm_forgotten(rw: Rewriter, node: fx.Node) -> fx.Node | None:
@@ -149,6 +148,10 @@ MUTANTS += tuple(
                 edited("kernel_quantize", arms_swapped),
                 "up.0.conv1/quantize~insert-qdq.1",
             ),
+            "codes of results are cut off": (
+                edited("kernel_linear", at("mid.out/quantize~insert-qdq.1", out_qmax=100)),
+                "mid.out/quantize~insert-qdq.1",
+            ),
             "upsampled codes are one pixel aside": (
                 edited("kernel_conv2d", one_pixel_aside),
                 "upsample/conv2d",
@@ -163,7 +166,7 @@ MUTANTS += tuple(
                 "mid.to_q/quantize~insert-qdq.1",
             ),
             "the gate and what it gates change places": (
-                edited("kernel_quantize", halves_swapped),
+                edited("kernel_linear", halves_swapped),
                 "mid.out/quantize~insert-qdq.1",
             ),
             "a norm's weight and bias change places": (

@@ -17,6 +17,8 @@ from torch import Tensor
 from dmqfx.errors import DmqfxError
 from dmqfx.runtime import integer
 from dmqfx.runtime.kernels import layers, native, prepared, weights
+from dmqfx.runtime.kernels.coded import Coded
+from dmqfx.runtime.kernels.codes import quantize
 from dmqfx.runtime.kernels.native import INSTRUCTION_SETS, library
 from dmqfx.runtime.operators import OPS
 
@@ -314,6 +316,41 @@ def test_what_is_added_is_added_to_the_bits_of_the_layer(data: st.DataObject) ->
         )
         more = added.permute(0, 2, 3, 1) if added.dim() else added
         assert torch.equal(layers.linear(*rows, each, added=more), found.permute(0, 2, 3, 1)), each
+
+
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu", "geglu"])
+@pytest.mark.parametrize("rows", [32, 160, 70])
+@given(data=st.data())
+def test_results_that_become_codes_have_the_codes_of_quantize(
+    activation: str, rows: int, data: st.DataObject
+) -> None:
+    """Wide and narrow grids, signed and unsigned, with shifts, something added and nothing; rows and images."""
+    batch, high, wide = data.draw(
+        st.tuples(*[st.sampled_from(each) for each in ((0, 1, 3), (1, 9), (1, 12))])
+    )
+    x, zero_point, group = draw_input(data, (batch, 8, high, wide))
+    w, groups = draw_weight(data, (rows, 8, 1, 1)), len(zero_point)
+    shift, added = draw_shift(data, groups, 8, 3), data.draw(st.sampled_from((torch.randn(rows), None)))
+    scales, bias = (torch.rand(groups, 1) * 0.1, torch.rand(1, rows)), torch.randn(rows)
+    low = data.draw(st.sampled_from((0, -128)))
+    columns = data.draw(st.sampled_from((1, rows // 2 if activation == "geglu" else rows)))
+    grid = torch.rand(groups, columns) + 0.01, torch.randint(low, low + 256, (groups, columns)).int()
+    coded = Coded(*grid, low, low + 255, activation)
+    head = (scales[0], zero_point, group, weights.pack(w, 1))
+    for each in here():
+        flat = (x.permute(0, 2, 3, 1), *head, [rows, 8], scales[1], bias, each, shift, added)
+        found, real = layers.linear(*flat, coded), layers.linear(*flat)
+        expected = quantize(
+            real, *grid, group, 3, low, low + 255, activation=activation, instruction_set=each
+        )
+        assert torch.equal(found, expected), each
+        assert found.dtype == expected.dtype
+        if activation != "geglu":
+            more = None if added is None else added[:, None, None]
+            image = layers.conv2d(
+                x, *head, w.shape, scales[1], bias, instruction_set=each, shift=shift, added=more, coded=coded
+            )
+            assert torch.equal(image.permute(0, 2, 3, 1), expected), each
 
 
 @given(data=st.data())

@@ -174,6 +174,27 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
             torch.randn(2, 3, 4),
         ),
     ),
+    "kernel_conv2d to codes": lambda: (
+        OPS.kernel_conv2d,
+        (
+            *kernel_case(3),
+            *[None] * 4,
+            True,
+            torch.rand(3, 6) + 0.1,
+            torch.zeros(3, 1).int(),
+            -128,
+            127,
+            "silu",
+        ),
+    ),
+    "kernel_linear to codes of gated results": lambda: (
+        OPS.kernel_linear,
+        (
+            *input_arguments(torch.randn(2, 3, 5), 3),
+            *kernel_weight((64, 5), 1),
+            *(torch.randn(64), None, None, torch.rand(3, 1) + 0.1, torch.zeros(3, 1).int(), 0, 255, "geglu"),
+        ),
+    ),
     "kernel_linear": lambda: (
         OPS.kernel_linear,
         (*input_arguments(torch.randn(2, 3, 5), 3), *kernel_weight((4, 5), 1), torch.randn(4)),

@@ -105,11 +105,17 @@ def kernel_conv2d(
     upsample_size: Sequence[int] | None = None,
     upsample_factors: Sequence[float] | None = None,
     channels_last: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_qmin: int = 0,
+    out_qmax: int = 255,
+    activation: str = "none",
 ) -> Tensor:
     sizes = layers.upsampled_sizes(x_codes.shape[2:], upsample_size, upsample_factors)
     made = _convolved(
         x_codes.new_empty([x_codes.shape[0], 1, *sizes]), x_scale, weight_shape, stride, padding, dilation
     )
+    made = made.to(_dtype(x_scale, out_scale, out_qmin))
     return made.contiguous(memory_format=torch.channels_last) if channels_last else made
 
 
@@ -125,8 +131,21 @@ def kernel_linear(
     bias: Tensor | None = None,
     shift: Tensor | None = None,
     added: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_qmin: int = 0,
+    out_qmax: int = 255,
+    activation: str = "none",
 ) -> Tensor:
-    return x_scale.new_empty([*x_codes.shape[:-1], weight_shape[0]])
+    wide = weight_shape[0] // 2 if activation == "geglu" else weight_shape[0]
+    return x_scale.new_empty([*x_codes.shape[:-1], wide], dtype=_dtype(x_scale, out_scale, out_qmin))
+
+
+def _dtype(x_scale: Tensor, out_scale: Tensor | None, qmin: int) -> torch.dtype:
+    """Of a layer's results, or of their codes."""
+    if out_scale is None:
+        return x_scale.dtype
+    return torch.int8 if qmin < 0 else torch.uint8
 
 
 def kernel_quantize(x: Tensor, *given: Any) -> Tensor:

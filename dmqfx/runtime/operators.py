@@ -16,6 +16,7 @@ from dmqfx.numbers import packing, quant
 from dmqfx.runtime import fakes, integer
 from dmqfx.runtime.attention import attention_average, attention_softmax
 from dmqfx.runtime.kernels import layers
+from dmqfx.runtime.kernels.coded import Coded
 from dmqfx.runtime.kernels.codes import quantize as kernel_quantize
 
 _GRID = "Tensor scale, Tensor zero_point"
@@ -26,6 +27,7 @@ _WEIGHT = (
 _CONV = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _SHIFT = "Tensor? shift=None"
 _ADDED = "Tensor? added=None"
+_CODED = "Tensor? out_scale=None, Tensor? out_zero_point=None, int out_qmin=0, int out_qmax=255, str activation='none'"
 _UPSAMPLE = "SymInt[]? upsample_size=None, float[]? upsample_factors=None, bool channels_last=False"
 _KERNEL_WEIGHT = "Tensor packed_weight, int bits, SymInt[] weight_shape, Tensor w_scale, Tensor? bias=None"
 
@@ -118,14 +120,20 @@ def kernel_conv2d(
     upsample_size: Sequence[int] | None = None,
     upsample_factors: Sequence[float] | None = None,
     channels_last: bool = False,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_qmin: int = 0,
+    out_qmax: int = 255,
+    activation: str = "none",
 ) -> Tensor:
     """qconv2d by a native kernel, + added; it reads centered codes in a form of its own, `bits` is what they came from.
 
-    A size or factors upsample the codes first, as aten.upsample_nearest2d.
+    A size or factors upsample the codes first, as aten.upsample_nearest2d. With a scale for it, the result is codes.
     """
     head = (x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
     tail = (stride, padding, dilation, groups)
-    more = (added, upsample_size, upsample_factors)
+    coded = _coded(out_scale, out_zero_point, out_qmin, out_qmax, activation)
+    more = (added, upsample_size, upsample_factors, coded)
     made = layers.conv2d(*head, *tail, None, shift, *more)
     return made if channels_last else made.contiguous()
 
@@ -142,10 +150,24 @@ def kernel_linear(
     bias: Tensor | None = None,
     shift: Tensor | None = None,
     added: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_zero_point: Tensor | None = None,
+    out_qmin: int = 0,
+    out_qmax: int = 255,
+    activation: str = "none",
 ) -> Tensor:
     """qlinear by a native kernel, as kernel_conv2d."""
+    coded = _coded(out_scale, out_zero_point, out_qmin, out_qmax, activation)
     head = (x_codes, x_scale, x_zero_point, group, packed_weight, weight_shape, w_scale, bias)
-    return layers.linear(*head, shift=shift, added=added)
+    return layers.linear(*head, None, shift, added, coded)
+
+
+def _coded(
+    scale: Tensor | None, zero_point: Tensor | None, qmin: int, qmax: int, activation: str
+) -> Coded | None:
+    if scale is None or zero_point is None:
+        return None
+    return Coded(scale, zero_point, qmin, qmax, activation)
 
 
 def hoisted(x: Tensor, by: Sequence[Tensor]) -> Tensor:
@@ -171,12 +193,12 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
     "qconv2d": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_CONV}, {_SHIFT}", qconv2d, fakes.qconv2d),
     "qlinear": (f"{_INPUT}, {_WEIGHT}, Tensor? bias=None, {_SHIFT}", qlinear, fakes.qlinear),
     "kernel_conv2d": (
-        f"{_INPUT}, {_KERNEL_WEIGHT}, {_CONV}, {_SHIFT}, {_ADDED}, {_UPSAMPLE}",
+        f"{_INPUT}, {_KERNEL_WEIGHT}, {_CONV}, {_SHIFT}, {_ADDED}, {_UPSAMPLE}, {_CODED}",
         kernel_conv2d,
         fakes.kernel_conv2d,
     ),
     "kernel_linear": (
-        f"{_INPUT}, {_KERNEL_WEIGHT}, {_SHIFT}, {_ADDED}",
+        f"{_INPUT}, {_KERNEL_WEIGHT}, {_SHIFT}, {_ADDED}, {_CODED}",
         kernel_linear,
         fakes.kernel_linear,
     ),

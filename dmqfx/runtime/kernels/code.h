@@ -101,41 +101,43 @@ inline void code_vector(const Known& line, Limits limits, uint8_t* to) {
   for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(codes[k]);
 }
 
-// From number n on; and the last few numbers, with room behind them.
+// From number n on; and a few numbers from there, with room behind the last.
 template <class Number>
 inline One<Number> behind(One<Number> one, int64_t) { return one; }
 template <class Number>
 inline const Number* behind(const Number* from, int64_t n) { return from == nullptr ? from : from + n; }
 template <class Number>
-inline One<Number> padded(One<Number> one, int64_t, Number*) { return one; }
+inline const Number* few(One<Number> one, int64_t, int64_t, Number* room) {
+  for (int k = 0; k < kShort; ++k) room[k] = one.value;
+  return room;
+}
 template <class Number>
-inline const Number* padded(const Number* from, int64_t count, Number* room) {
-  if (from == nullptr) return from;
-  for (int k = 0; k < kShort; ++k) room[k] = from[k < count ? k : 0];
+inline const Number* few(const Number* from, int64_t n, int64_t left, Number* room) {
+  if (from == nullptr || left >= kShort) return behind(from, n);
+  for (int k = 0; k < kShort; ++k) room[k] = from[n + (k < left ? k : 0)];
   return room;
 }
 
 template <bool kNormed, int kActivation, class Known>
 inline void code_line(const Known& line, Limits limits, int64_t count, uint8_t* to) {
   int64_t n = 0;
-  const auto from = [&] {
-    return Known{line.x + n,  behind(line.gates, n),  behind(line.times, n),  behind(line.pluses, n), behind(line.gammas, n),
-                 behind(line.betas, n), behind(line.scales, n), behind(line.zero_points, n)};
-  };
-  for (; n + kLong <= count; n += kLong) code_vector<kNormed, kActivation, kLong>(from(), limits, to + n);
-  for (; n + kShort <= count; n += kShort) code_vector<kNormed, kActivation, kShort>(from(), limits, to + n);
-  const int64_t left = count - n;
-  if (left == 0) return;
-  float rooms[7][kShort];
-  int32_t room[kShort];
-  uint8_t last[kShort];
-  const Known rest = from();
-  const Known end{padded(rest.x, left, rooms[0]),       padded(rest.gates, left, rooms[1]),
-                  padded(rest.times, left, rooms[2]),   padded(rest.pluses, left, rooms[3]),
-                  padded(rest.gammas, left, rooms[4]),  padded(rest.betas, left, rooms[5]),
-                  padded(rest.scales, left, rooms[6]),  padded(rest.zero_points, left, room)};
-  code_vector<kNormed, kActivation, kShort>(end, limits, last);
-  std::memcpy(to + n, last, static_cast<size_t>(left));
+  for (; n + kLong <= count; n += kLong) {
+    const Known next{line.x + n, behind(line.gates, n), behind(line.times, n), behind(line.pluses, n),
+                     behind(line.gammas, n), behind(line.betas, n), behind(line.scales, n), behind(line.zero_points, n)};
+    code_vector<kNormed, kActivation, kLong>(next, limits, to + n);
+  }
+  for (; n < count; n += kShort) {  // arrays of everything: with `One` a loop so short is not vectorised
+    const int64_t left = count - n;
+    float rooms[7][kShort];
+    int32_t room[kShort];
+    uint8_t last[kShort];
+    const Line<const float*, const float*, const float*, const int32_t*> next{
+        few(line.x, n, left, rooms[0]),      few(line.gates, n, left, rooms[1]),  few(line.times, n, left, rooms[2]),
+        few(line.pluses, n, left, rooms[3]), few(line.gammas, n, left, rooms[4]), few(line.betas, n, left, rooms[5]),
+        few(line.scales, n, left, rooms[6]), few(line.zero_points, n, left, room)};
+    code_vector<kNormed, kActivation, kShort>(next, limits, left < kShort ? last : to + n);
+    if (left < kShort) std::memcpy(to + n, last, static_cast<size_t>(left));
+  }
 }
 
 // The grid of one sample; `wide`: a number for each channel.
@@ -188,12 +190,11 @@ void code_planes(const DmqfxCoding& coding, int64_t image, int64_t first, int64_
   }
 }
 
-// Channels first..first + count of one position, which lie side by side from x on; moments are numbers or arrays.
+// Channels first..first + count of one position, which lie side by side from x and `gates` on; moments are numbers or arrays.
 template <bool kNormed, int kActivation, class Moment>
 inline void code_channels(const DmqfxCoding& coding, const Grid& grid, Moment times, Moment pluses, const float* x,
-                          int64_t first, int64_t count, uint8_t* to) {
+                          const float* gates, int64_t first, int64_t count, uint8_t* to) {
   const Limits limits = limits_of(coding);
-  const float* gates = kActivation == kGeglu ? x + coding.channels : nullptr;
   const float *gammas = kNormed ? coding.gammas + first : nullptr, *betas = kNormed ? coding.betas + first : nullptr;
   if (!grid.wide_scales && !grid.wide_zero_points) {
     const Line<Moment, const float*, One<float>, One<int32_t>> line{x, gates, times, pluses, gammas, betas,
@@ -222,16 +223,31 @@ void code_row(const DmqfxCoding& coding, int64_t row) {
     const float* x = coding.x + row * channels;
     const Moments moments = moments_of(x, channels, coding.eps);
     const One<float> times{moments.times}, pluses{moments.plus};
-    return code_channels<true, kActivation>(coding, grid, times, pluses, x, 0, channels, to);
+    return code_channels<true, kActivation>(coding, grid, times, pluses, x, nullptr, 0, channels, to);
   }
   const int64_t split = coding.beside == nullptr ? channels : coding.split;
   const float* moments = kNorm == kGroupNorm ? coding.moments + image * 2 * channels : nullptr;
   const auto part = [&](const float* x, int64_t first, int64_t count) {
+    const float* gates = kActivation == kGeglu ? x + channels : nullptr;
     code_channels<kNorm != kNoNorm, kActivation>(coding, grid, behind(moments, first), behind(moments, channels + first),
-                                                 x, first, count, to + first);
+                                                 x, gates, first, count, to + first);
   };
   part(coding.x + row * split * (kActivation == kGeglu ? 2 : 1), 0, split);
   if (split < channels) part(coding.beside + row * (channels - split), split, channels - split);
+}
+
+// Results of a layer at one position as codes: no norm, gates apart, a scale and a zero point for each.
+inline void code_results(const DmqfxCoding& coding, const float* x, const float* gates, const float* scales,
+                         const int32_t* zero_points, int64_t count, uint8_t* to) {
+  const Limits limits = limits_of(coding);
+  using Known = Line<const float*, const float*, const float*, const int32_t*>;
+  const Known line{x, gates, nullptr, nullptr, nullptr, nullptr, scales, zero_points};
+  switch (coding.activation) {
+    case kSilu: return code_line<false, kSilu>(line, limits, count, to);
+    case kGelu: return code_line<false, kGelu>(line, limits, count, to);
+    case kGeglu: return code_line<false, kGeglu>(line, limits, count, to);
+    default: return code_line<false, kNoActivation>(line, limits, count, to);
+  }
 }
 
 // The moments of all groups of a group norm, written for each channel.

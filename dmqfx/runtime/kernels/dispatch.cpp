@@ -82,7 +82,9 @@ int64_t dmqfx_layer_size(void) { return sizeof(DmqfxLayer); }
 int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
   if (instruction_set < 0 || instruction_set > kOfAvx512Vnni || !((dmqfx_instruction_sets() >> instruction_set) & 1))
     return kNotHere;
+  const DmqfxCoding* coding = layer->coding;
   if (!known(layer->group, layer->batch, layer->timestep_groups)) return kBadGroup;
+  if (coding != nullptr && !known(coding->group, layer->batch, coding->timestep_groups)) return kBadGroup;
   for (int64_t k = 0; k < layer->batch; ++k) {
     const int32_t zero_point = layer->zero_points[row_of(*layer, k)];
     if (zero_point < 0 || zero_point > 255) return kBadZeroPoint;

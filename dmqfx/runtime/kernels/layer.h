@@ -6,6 +6,8 @@
 
 extern "C" {
 
+struct DmqfxCoding;
+
 // A convolution of codes with packed codes; a linear layer is one of a single tap over rows of height 1.
 struct DmqfxLayer {
   int64_t batch, height, width;       // of the input
@@ -36,6 +38,8 @@ struct DmqfxLayer {
   int64_t added_image, added_position;  // its strides, in elements; 0 where all have the same
   float* real;                        // where (sum - zero point * sum of weights) * scales + bias goes, or null
   int32_t* integer;                   // where the sum alone goes, if not; both [batch, positions, groups * out_channels]
+  const DmqfxCoding* coding;          // what the real numbers become, with no norm, instead of `real`; or null. GEGLU takes
+                                      // halves of whole blocks, of one group
 };
 
 enum DmqfxNorm { kNoNorm = 0, kGroupNorm = 1, kLayerNorm = 2 };

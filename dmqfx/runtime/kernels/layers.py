@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dmqfx.runtime import integer
+from dmqfx.runtime.kernels.coded import Coded
 from dmqfx.runtime.kernels.native import Layer, library
 from dmqfx.runtime.kernels.prepared import Operands, Window, prepare
 from dmqfx.runtime.kernels.weights import unpack
@@ -36,11 +38,13 @@ def conv2d(
     added: Tensor | None = None,
     upsample_size: Pair | None = None,
     upsample_factors: Sequence[float] | None = None,
+    coded: Coded | None = None,
 ) -> Tensor:
     """accumulators * (x_scale[group] * w_scale) + bias, + added, in the dtype of x_scale; int32 sums without x_scale.
 
     A shift moves the centered codes of each input channel to the left by its bits; `weights.pack` has seen it.
-    A size or factors upsample the codes first, as aten.upsample_nearest2d does. The result is laid out channels last.
+    A size or factors upsample the codes first, as aten.upsample_nearest2d does. With `coded` the result is the codes of
+    that, which needs x_scale. It is laid out channels last.
 
     Shapes: x_codes uint8 or int8 [B, C, H, W]; x_scale, x_zero_point [G, 1]; group int64 [B] or None; blob as
     `weights.pack` makes it of [O, C / groups, h, w]; w_scale [1, O] or [1, 1]; bias [O]; shift uint8 [G, C];
@@ -51,19 +55,21 @@ def conv2d(
     window, resized = Window(stride, padding, dilation, groups), (upsample_size, upsample_factors)
     if not _is_native(x_codes):
         total = _plain_sums(x_codes, group, weight_shape, operands, window, resized)
-        return _last(_finished(total, operands, group, added, 1))
+        return _last(_finished(total, operands, group, added, coded, 1))
     known = prepare(operands, weight_shape, window, signed=x_codes.dtype == torch.int8)
     if x_codes.shape[1] != groups * known.channels:
         raise ValueError(
             f"{x_codes.shape[1]} input channels for weights {list(weight_shape)} in {groups} groups"
         )
     layer = Layer.from_buffer_copy(known.layer)
-    out = _placed(layer, x_codes, (weight_shape[0], operands.dtype), known.taps, window, resized)
+    in_kernel = coded if operands.real else None
+    dtype = operands.dtype if in_kernel is None else in_kernel.dtype
+    out = _placed(layer, x_codes, (weight_shape[0], dtype), known.taps, window, resized)
     x = x_codes.contiguous() if layer.planes else x_codes
     kept = _add(layer, added, out) if added is not None and operands.real else None
-    _run(layer, x, group, out, instruction_set)
+    _run(layer, x, group, out, in_kernel, instruction_set)
     del kept
-    return out if operands.real else _last(_finished(out, operands, group, added, 1))
+    return out if operands.real else _last(_finished(out, operands, group, added, coded, 1))
 
 
 def _placed(
@@ -118,34 +124,49 @@ def linear(
     instruction_set: str | None = None,
     shift: Tensor | None = None,
     added: Tensor | None = None,
+    coded: Coded | None = None,
 ) -> Tensor:
     """As conv2d, of rows.
 
-    Shapes: x_codes [B, ..., K]; weight_shape [O, K]; shift uint8 [G, K]; added broadcasts to [B, ..., O].
+    Shapes: x_codes [B, ..., K]; weight_shape [O, K]; shift uint8 [G, K]; added broadcasts to [B, ..., O]. Codes behind
+    `geglu` are [B, ..., O / 2]; the kernel itself makes them where O is a multiple of 32.
     Raises: as conv2d.
     """
     operands = Operands(blob, x_scale, x_zero_point, w_scale, bias, shift)
     if not _is_native(x_codes):
         codes, zero = unpack(blob, weight_shape, 1), x_zero_point.new_zeros(1, 1)
         total = integer.linear_accumulators(x_codes, x_zero_point, group, codes, zero, shift)
-        return _finished(total, operands, group, added, -1)
+        return _finished(total, operands, group, added, coded, -1)
     known = prepare(operands, weight_shape, Window(), signed=x_codes.dtype == torch.int8)
     if x_codes.shape[-1] != known.channels:
         raise ValueError(f"{x_codes.shape[-1]} input channels for weights {list(weight_shape)}")
     layer = Layer.from_buffer_copy(known.layer)
+    rows = _laid_in_rows(layer, x_codes, group, known.channels)
+    wide, lead = weight_shape[0], x_codes.shape[:-1]
+    in_kernel = coded if operands.real and coded is not None and coded.fits(wide) else None
+    if in_kernel is None:
+        out = torch.empty((*lead, wide), dtype=operands.dtype)
+    else:
+        out = torch.empty((*lead, in_kernel.channels(wide)), dtype=in_kernel.dtype)
+    if added is not None and operands.real:
+        added = added.expand((*lead, wide)).contiguous()
+        layer.added, layer.added_image, layer.added_position = added.data_ptr(), rows * wide, wide
+    _run(layer, x_codes.contiguous(), group, out, in_kernel, instruction_set)
+    if operands.real:
+        return out if coded is in_kernel or coded is None else coded.of(out, group, -1)
+    return _finished(out, operands, group, added, coded, -1)
+
+
+def _laid_in_rows(layer: Layer, x: Tensor, group: Tensor | None, depth: int) -> int:
+    """Sizes of a layer over rows; how many a sample has."""
     batch = 1 if group is None else group.shape[0]
-    rows = x_codes.numel() // max(1, batch * known.channels)
-    if rows * batch * known.channels != x_codes.numel():
-        raise ValueError(f"{batch} timestep groups for codes {list(x_codes.shape)}")
+    rows = x.numel() // max(1, batch * depth)
+    if rows * batch * depth != x.numel():
+        raise ValueError(f"{batch} timestep groups for codes {list(x.shape)}")
     layer.batch, layer.height, layer.out_height = batch, 1, 1
     layer.width = layer.out_width = rows
     layer.upsampled[:] = (1, rows)
-    out = torch.empty((*x_codes.shape[:-1], weight_shape[0]), dtype=operands.dtype)
-    if added is not None and operands.real:
-        added, wide = added.expand(out.shape).contiguous(), out.shape[-1]
-        layer.added, layer.added_image, layer.added_position = added.data_ptr(), rows * wide, wide
-    _run(layer, x_codes.contiguous(), group, out, instruction_set)
-    return out if operands.real else _finished(out, operands, group, added, -1)
+    return rows
 
 
 def upsampled_sizes(
@@ -167,13 +188,19 @@ def _is_native(x: Tensor) -> bool:
 
 
 def _finished(
-    total: Tensor, operands: Operands, group: Tensor | None, added: Tensor | None, axis: int
+    total: Tensor,
+    operands: Operands,
+    group: Tensor | None,
+    added: Tensor | None,
+    coded: Coded | None,
+    axis: int,
 ) -> Tensor:
-    """Accumulators to real numbers, if that is asked for, in plain torch."""
+    """Accumulators to real numbers or their codes, if that is asked for, in plain torch."""
     if operands.x_scale is None:
         return total
     real = integer.rescale(total, operands.x_scale, group, operands.w_scale, operands.bias, axis)
-    return real if added is None else real.add_(added)
+    real = real if added is None else real.add_(added)
+    return real if coded is None else coded.of(real, group, axis)
 
 
 def _last(x: Tensor) -> Tensor:
@@ -194,7 +221,14 @@ def _add(layer: Layer, added: Tensor, out: Tensor) -> Tensor:
     return added
 
 
-def _run(layer: Layer, x: Tensor, group: Tensor | None, out: Tensor, instruction_set: str | None) -> None:
+def _run(
+    layer: Layer,
+    x: Tensor,
+    group: Tensor | None,
+    out: Tensor,
+    coded: Coded | None,
+    instruction_set: str | None,
+) -> None:
     """The numbers of `out`."""
     if group is not None:
         if group.shape[0] != layer.batch:
@@ -210,11 +244,15 @@ def _run(layer: Layer, x: Tensor, group: Tensor | None, out: Tensor, instruction
         layer.raw, layer.codes = x.data_ptr(), arranged.data_ptr()
     else:
         layer.codes = x.data_ptr()
-    field = "real" if out.dtype == torch.float32 else "integer"
-    setattr(layer, field, out.data_ptr())
     native = library()
-    if out.numel() and native is not None:
-        native.run(layer, instruction_set)
+    if native is None or not out.numel():
+        return
+    if coded is None:
+        setattr(layer, "real" if out.dtype == torch.float32 else "integer", out.data_ptr())
+    else:
+        coding = coded.coding(layer, group, out)
+        layer.coding = ctypes.addressof(coding)
+    native.run(layer, instruction_set)
 
 
 def _out_sizes(sizes: Pair, taps: Pair, window: Window) -> tuple[int, int]:

@@ -42,7 +42,7 @@ class Layer(ctypes.Structure):
         *((name, c_void_p) for name in ("group", "zero_points", "input_scales", "shifts")),
         *((name, c_void_p) for name in ("weights", "sums", "weight_scales", "biases", "added")),
         *((name, c_int64) for name in ("added_image", "added_position")),
-        *((name, c_void_p) for name in ("real", "integer")),
+        *((name, c_void_p) for name in ("real", "integer", "coding")),
     )
 
 

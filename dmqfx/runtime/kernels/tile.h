@@ -15,6 +15,7 @@
 #include <cstring>
 
 #include "desk.h"
+#include "finish.h"
 #include "layer.h"
 
 namespace {
@@ -76,18 +77,6 @@ Tile<Isa> tile_of(int64_t blocks) {
   return tile<Isa, 1>;
 }
 
-// One strip of positions of one image and group; `rows` and `padding` are its own.
-struct Strip {
-  int64_t image, group, first, count;
-  const uint8_t** rows;
-  uint8_t* padding;
-};
-
-// The row of each table that belongs to a sample.
-inline int64_t row_of(const DmqfxLayer& layer, int64_t image) {
-  return layer.group == nullptr ? 0 : layer.group[image];
-}
-
 // Where an upsampled position is in the input; rounded as torch does it.
 inline int64_t nearest(int64_t position, int64_t size, int64_t upsampled, float step) {
   if (size == upsampled) return position;
@@ -116,55 +105,8 @@ inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
   }
 }
 
-// Sums to results: minus zero point times sum of weights; times both scales, plus bias, plus what is added, rounded
-// one by one. Of shifted weights that product is the sum behind the strip's last.
-inline void finish(const DmqfxLayer& layer, const Strip& strip, int64_t block, int64_t blocks, const int32_t* sums) {
-  const int64_t width = blocks * kLane, all = layer.groups * layer.out_channels;
-  const int64_t within = block * kLane, used = least(width, layer.out_channels - within);
-  const int64_t channel = strip.group * layer.out_channels + within, row = row_of(layer, strip.image);
-  const auto zero_point = static_cast<uint32_t>(layer.zero_points[row]);
-  const int64_t place = (strip.image * layer.out_height * layer.out_width + strip.first) * all + channel;
-  const int32_t* of_weights = layer.sums + channel;
-  uint32_t less[64];
-  for (int64_t n = 0; n < used; ++n)
-    less[n] = layer.shifts == nullptr ? zero_point * static_cast<uint32_t>(of_weights[n])
-                                      : static_cast<uint32_t>(sums[strip.count * width + n]);
-  const auto total = [&](int64_t k, int64_t n) {
-    return static_cast<int32_t>(static_cast<uint32_t>(sums[k * width + n]) - less[n]);
-  };
-  if (layer.real == nullptr) {
-    for (int64_t k = 0; k < strip.count; ++k)
-      for (int64_t n = 0; n < used; ++n) layer.integer[place + k * all + n] = total(k, n);
-    return;
-  }
-  const float input_scale = layer.input_scales[row];
-  const bool biased = layer.biases != nullptr;
-  float scales[64], biases[64];
-  for (int64_t n = 0; n < used; ++n) {
-    scales[n] = input_scale * layer.weight_scales[channel + n];
-    biases[n] = biased ? layer.biases[channel + n] : -0.0f;  // x + -0 is x, of both zeros
-  }
-  const float* added = layer.added;
-  if (added != nullptr) added += strip.image * layer.added_image + strip.first * layer.added_position + channel;
-  for (int64_t k = 0; k < strip.count; ++k) {
-    float* to = layer.real + place + k * all;
-    if (added == nullptr) {
-      for (int64_t n = 0; n < used; ++n) to[n] = static_cast<float>(total(k, n)) * scales[n] + biases[n];
-    } else {
-      const float* more = added + k * layer.added_position;
-      for (int64_t n = 0; n < used; ++n)
-        to[n] = (static_cast<float>(total(k, n)) * scales[n] + biases[n]) + more[n];
-    }
-  }
-}
-
-// Part of a layer: up to kBlocks blocks of 16 output channels, and what their sums hold.
-struct Part {
-  int64_t block, blocks, room;
-};
-
-// The weights of steps from..to of a part as tiles read them: where they lie, or unpacked and times factors, which are
-// kept on the desk while strip after strip wants the same.
+// The weights of steps from..to of a part as tiles read them: where they lie, or unpacked, beside their gates' and times
+// factors on the desk, where they are kept while strip after strip wants the same.
 struct Panel {
   const int8_t* weights;
   int64_t block_stride;
@@ -173,15 +115,18 @@ struct Panel {
 inline Panel panel(const DmqfxLayer& layer, Part part, const Held& wanted, int64_t to, const uint8_t* factors, Desk& desk) {
   const int64_t quads = layer.channels / kQuad, steps = layer.taps[0] * layer.taps[1] * quads, from = wanted.from;
   const int64_t bytes = layer.nibbles ? kStep / 2 : kStep;
-  const uint8_t* packed =
-      layer.weights + (wanted.group * pieces(layer.out_channels, kLane) + part.block) * steps * bytes;
-  if (!layer.nibbles && factors == nullptr) return {reinterpret_cast<const int8_t*>(packed + from * bytes), steps * kStep};
+  const uint8_t* packed = layer.weights + wanted.group * pieces(layer.out_channels, kLane) * steps * bytes;
+  if (!layer.nibbles && factors == nullptr && part.gates == 0)
+    return {reinterpret_cast<const int8_t*>(packed + (part.block * steps + from) * bytes), steps * kStep};
   const int64_t stride = (to - from) * kStep;
   if (desk.held == wanted) return {desk.weights, stride};
   for (int64_t k = 0; k < part.blocks; ++k) {
-    const uint8_t* of_block = packed + (k * steps + from) * bytes;
+    const uint8_t* of_block = packed + (part.number(k) * steps + from) * bytes;
     int8_t* place = desk.weights + k * stride;
-    if (layer.nibbles) widen(of_block, to - from, place);
+    if (layer.nibbles)
+      widen(of_block, to - from, place);
+    else if (factors == nullptr)
+      std::memcpy(place, of_block, static_cast<size_t>(stride));
     if (factors != nullptr)
       multiply(layer.nibbles ? place : reinterpret_cast<const int8_t*>(of_block), from, to - from, quads, factors, place);
   }
@@ -195,14 +140,17 @@ void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t 
                 bool fresh, Desk& desk) {
   const int64_t taps = layer.taps[0] * layer.taps[1], quads = layer.channels / kQuad, steps = taps * quads;
   const int64_t width = part.blocks * kLane;
-  const Tile<Isa> chosen = tile_of<Isa>(part.blocks);
   for (int64_t from = 0; from < steps; from += kChunk, fresh = false) {
     const int64_t to = least(from + kChunk, steps);
     wanted.from = from;
     const Panel read = panel(layer, part, wanted, to, factors, desk);
-    for (int64_t k = 0; k < rows; k += Isa::kRows)
-      chosen(strip.rows + k * taps, taps, quads, from, to, part.room, read.weights, read.block_stride, fresh,
-             desk.sums + k * width, width);
+    for (int64_t block = 0; block < part.blocks; block += Isa::kBlocks) {
+      const Tile<Isa> chosen = tile_of<Isa>(least(Isa::kBlocks, part.blocks - block));
+      const int8_t* weights = read.weights + block * read.block_stride;
+      for (int64_t k = 0; k < rows; k += Isa::kRows)
+        chosen(strip.rows + k * taps, taps, quads, from, to, part.room, weights, read.block_stride, fresh,
+               desk.sums + k * width + block * kLane, width);
+    }
   }
 }
 
@@ -241,7 +189,7 @@ void work(const DmqfxLayer& layer, const Strip& strip, Part part, Desk& desk) {
     accumulate<Isa>(layer, strip, part, strip.count, Held{part.block, strip.group, 0, 0, 0}, nullptr, true, desk);
   else
     desk.clear();
-  finish(layer, strip, part.block, part.blocks, desk.sums);
+  finish(layer, strip, part, desk.sums);
 }
 
 // How the positions of a layer fall into strips, and strips into bundles, for which weights are unpacked once.
@@ -256,7 +204,7 @@ struct Cut {
     length = least(positions, kStrip - more);
     strips = pieces(positions, length);
     reach = least(kStrip, pieces(length + more, kWhole) * kWhole);
-    const int64_t all = layer.batch * strips, enough = 4 * threads;
+    const int64_t all = layer.batch * strips, enough = 8 * threads;
     bundle = least(pieces(kBundle, reach), all);
     while (bundle > 1 && layer.groups * pieces(all, bundle) * panels < enough) bundle /= 2;
     bundles = pieces(all, bundle);
@@ -266,8 +214,11 @@ struct Cut {
 // All of a layer; false if there is no memory.
 template <class Isa>
 bool run(const DmqfxLayer& layer, int64_t room, int threads) {
-  static_assert(kWhole % Isa::kRows == 0 && kStrip % kWhole == 0 && Isa::kBlocks * kLane <= 64);
-  const int64_t blocks = pieces(layer.out_channels, kLane), panels = pieces(blocks, Isa::kBlocks);
+  constexpr int64_t kBlocks = Isa::kBlocks > 1 ? Isa::kBlocks : 2;  // of a part with gates
+  static_assert(kWhole % Isa::kRows == 0 && kStrip % kWhole == 0 && kBlocks <= kMostBlocks && kBlocks % 2 == 0);
+  const bool gated = layer.coding != nullptr && layer.coding->activation == kGeglu;
+  const int64_t blocks = pieces(layer.out_channels, kLane) / (gated ? 2 : 1), together = gated ? kBlocks / 2 : Isa::kBlocks;
+  const int64_t panels = pieces(blocks, together);
   const int64_t taps = layer.taps[0] * layer.taps[1];
   const Cut cut(layer, panels, threads);
   const int64_t pieces_of_work = layer.groups * cut.bundles * panels;
@@ -276,7 +227,7 @@ bool run(const DmqfxLayer& layer, int64_t room, int threads) {
 #pragma omp parallel num_threads(threads > 1 ? threads : 1) if (threads > 1)
   {
     Desk desk;
-    const bool ready = desk.furnish(layer, Isa::kBlocks, cut.bundle * cut.reach * taps, cut.bundle);
+    const bool ready = desk.furnish(layer, kBlocks, cut.bundle * cut.reach * taps, cut.bundle);
     if (!ready) {
 #pragma omp atomic write
       failed = true;
@@ -285,8 +236,9 @@ bool run(const DmqfxLayer& layer, int64_t room, int threads) {
     for (int64_t k = 0; k < pieces_of_work; ++k) {
       if (!ready) continue;
       const int64_t number = k / panels, group = number / cut.bundles, start = number % cut.bundles * cut.bundle;
-      const int64_t block = k % panels * Isa::kBlocks, end = least(start + cut.bundle, layer.batch * cut.strips);
-      const Part part{block, least(Isa::kBlocks, blocks - block), room};
+      const int64_t block = k % panels * together, end = least(start + cut.bundle, layer.batch * cut.strips);
+      const int64_t some = least(together, blocks - block);
+      const Part part{block, gated ? 2 * some : some, room, gated ? blocks : 0};
       for (int64_t at = start; at < end; ++at) {
         const int64_t first = at % cut.strips * cut.length, place = at - start;
         const Strip strip{at / cut.strips, group, first, least(cut.length, cut.positions - first),
