@@ -253,7 +253,14 @@ def _fused(
 
 def _is_read(node: fx.Node) -> bool:
     """Whether something comes of it; what was fused away stands in the graph until the pass ends."""
-    return node.op == "output" or any(map(_is_read, node.users))
+    seen, waiting = {node}, [node]
+    while waiting:
+        reader = waiting.pop()
+        if reader.op == "output":
+            return True
+        waiting += [user for user in reader.users if user not in seen]
+        seen.update(reader.users)
+    return False
 
 
 def _added(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument) -> Outcome:
