@@ -25,6 +25,7 @@ GROUP_NORM = p.group_norm(input=p.any("x")).as_("norm")
 LAYER_NORM = p.layer_norm(input=p.any("x")).as_("norm")
 HALVES = p.chunk(self=p.any("x"), chunks=p.value(2)).as_("halves")
 GELU = p.value("none")  # the exact one
+MOST_FUSED = 16  # operations that one application leaves unread
 
 
 @rule(p.quantize(x=p.silu(self=GROUP_NORM)))
@@ -252,15 +253,15 @@ def _fused(
 
 
 def _is_read(node: fx.Node) -> bool:
-    """Whether something comes of it; what was fused away stands in the graph until the pass ends."""
+    """Whether something comes of it: what was fused away stands in the graph until the pass ends, a few operations."""
     seen, waiting = {node}, [node]
-    while waiting:
+    while waiting and len(seen) <= MOST_FUSED:
         reader = waiting.pop()
         if reader.op == "output":
             return True
         waiting += [user for user in reader.users if user not in seen]
         seen.update(reader.users)
-    return False
+    return len(seen) > MOST_FUSED
 
 
 def _added(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument) -> Outcome:
