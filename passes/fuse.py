@@ -113,7 +113,7 @@ def two_arms(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
 
 @rule(
     p.kernel_conv2d(
-        x_codes=p.kernel_quantize(x=UPSAMPLED, norm=p.value("none")).as_("codes"),
+        x_codes=p.kernel_quantize(x=UPSAMPLED, norm=p.value("none"), beside=p.value(None)).as_("codes"),
         upsample_size=p.value(None),
         upsample_factors=p.value(None),
     )
@@ -171,10 +171,8 @@ def conv2d_channels_last(rw: Rewriter, root: fx.Node) -> Outcome:
 
 
 @rule(p.view(self=p.any("x")))
-def reshape_images(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
-    """view(x)  ->  reshape(x) for x of four dimensions, which may be laid out channels last now."""
-    if x.meta["val"].dim() != 4:
-        return None
+def reshape_views(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
+    """view(x)  ->  reshape(x), the same numbers of x that may be laid out channels last now."""
     return rw.call_at(
         torch.ops.aten.reshape.default, root.meta["address"], self=x, shape=ops.args(root)["size"]
     )
@@ -216,7 +214,7 @@ class Fuse(RewritePass):
         add_layer,
         layer_quantize,
         conv2d_channels_last,
-        reshape_images,
+        reshape_views,
         lay_out_conv2d,
     )
 
@@ -268,6 +266,8 @@ def _added(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument)
     """The layer with something added to its results."""
     if not isinstance(other, fx.Node) or not isinstance(other.meta.get("val"), Tensor):
         return Refuse("what is added is no tensor", root)
+    if other is layer:
+        return Refuse("it is added to itself", root)
     mine, theirs = root.meta["val"], other.meta["val"]
     if mine.shape != layer.meta["val"].shape or {mine.dtype, theirs.dtype} != {layer.meta["val"].dtype}:
         return Refuse(f"what is added, {theirs.dtype} {list(theirs.shape)}, makes the result another", other)

@@ -18,7 +18,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.runtime.operators import OPS
 
-GROUPED = ("scale", "zero_point", "x_scale", "x_zero_point", "shift")
+GROUPED = ("scale", "zero_point", "x_scale", "x_zero_point", "shift", "out_scale", "out_zero_point")
 Dependencies = Mapping[fx.Node, frozenset[str]]
 
 

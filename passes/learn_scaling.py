@@ -30,7 +30,7 @@ from dmqfx.numbers.equivalent import SURROGATE_STEPS, Layer, Learning, Scaling, 
 from dmqfx.numbers.quant import QParams
 from dmqfx.numbers.scaledinput import Input
 from dmqfx.numbers.speeds import Speeds
-from dmqfx.numbers.weighting import TimestepWeights, Weighting
+from dmqfx.numbers.weighting import UNEVEN, TimestepWeights, Weighting
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.rows import Rows
 from dmqfx.sweep.sweep import SweepPass
@@ -41,7 +41,7 @@ STARTS = {"identity": (0.0, 0.0), "even": (0.25, 0.25), "smoothquant": (0.5, 0.5
 """Exponents of the activation's and of the weight's absolute maximum in the scales that `les` starts from."""
 
 
-LEARNING = ("iterations", "batch", "rate", "weighting", "strength", "groups")
+LEARNING = ("iterations", "batch", "rate", "weighting")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class LearnScaling(SweepPass):
     clears: ClassVar[frozenset[Fact]] = frozenset({ROUNDED, CORRECTED, FITTED, SHIFTED, STEPPED})
     only_with: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {
         **dict.fromkeys(LEARNING, ("method", ("les",))),
+        **dict.fromkeys(("strength", "groups"), ("weighting", UNEVEN)),
         **dict.fromkeys(("start", "weights", "rows"), ("method", ("surrogate", "les"))),
         "exponent": ("method", ("smoothquant",)),
     }

@@ -27,14 +27,14 @@ from dmqfx.numbers.quant import QuantSpec, quantize
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Reconstruction
 from dmqfx.numbers.speeds import Speeds
-from dmqfx.numbers.weighting import TimestepWeights, Weighting
+from dmqfx.numbers.weighting import UNEVEN, TimestepWeights, Weighting
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.deploy import deployed_weight
 from dmqfx.sweep.sweep import SweepPass, has_metric
 from dmqfx.sweep.turn import Reader, Turn
 
 LEARNING = ("start", "iterations", "warmup", "beta_start", "beta_end", "settling", "loss", "rate")
-SOLVING = ("rows", "damping", "asymmetric", "biases", "weighting", "groups")
+SOLVING = ("rows", "damping", "asymmetric", "biases", "weighting")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class RoundWeights(SweepPass):
     only_with: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {
         **dict.fromkeys(LEARNING, ("method", ("adaround",))),
         **dict.fromkeys(SOLVING, ("method", ("gptq", "adaround"))),
-        "strength": ("weighting", ("linear", "quadratic", "adaptive", "focal", "published")),
+        **dict.fromkeys(("strength", "groups"), ("weighting", UNEVEN)),
     }
     method: Literal["nearest", "gptq", "adaround"] = "nearest"
     where: Literal["all", "outside-blocks"] = "all"

@@ -102,6 +102,8 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         ),
     }
 )
+PLAIN = _policy("plain", of=())
+"""For programs of other shapes: every layer but the ends alike."""
 PROMPTED_POLICIES: Mapping[str, Policy] = {
     name: _policy(name, of=_PROMPTED) for name in ("one prompt", "many prompts")
 }

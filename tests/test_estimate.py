@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,7 +224,7 @@ def test_a_budget_reaches_the_sweep_from_compile(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, "dmqfx"):
         q = compile_unet(
             emoji.load_unet(),
-            "w4a6",
+            Path(__file__).parents[1] / "benchmarks" / "ablation" / "round-gptq.yaml",
             calibration=emoji_calibration(count=1, steps=1),
             overrides=["pipeline.measure-sensitivity.rows=1"],
             report_rows=0,

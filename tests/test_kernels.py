@@ -319,7 +319,7 @@ def test_what_is_added_is_added_to_the_bits_of_the_layer(data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("activation", ["none", "silu", "gelu", "geglu"])
-@pytest.mark.parametrize("rows", [32, 160, 70])
+@pytest.mark.parametrize("rows", [32, 160, 70, 56])
 @given(data=st.data())
 def test_results_that_become_codes_have_the_codes_of_quantize(
     activation: str, rows: int, data: st.DataObject
@@ -490,6 +490,37 @@ def test_sizes_that_do_not_fit_are_refused_by_name() -> None:
         layers.linear(
             torch.zeros(2, 20, dtype=torch.uint8), None, two, one.repeat(3), blob(), (4, 20), ZERO, None
         )
+    x = torch.zeros(4, 3, 20, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"2 timestep groups for codes \[4, 3, 20\]"):
+        layers.linear(x, None, two, one.repeat(2), blob(), (4, 20), ZERO, None)
+    with pytest.raises(ValueError, match=r"codes are int8 or uint8, not torch\.int64"):
+        layers.linear(x.long(), None, ZERO, None, blob(), (4, 20), ZERO, None)
+
+
+def test_grids_of_results_that_do_not_fit_are_refused_by_name() -> None:
+    scale, x = torch.ones(1, 1), torch.zeros(2, 20, dtype=torch.uint8)
+    head = (x, scale, ZERO, None, blob(), (4, 20), scale, None, None, None, None)
+    with pytest.raises(ValueError, match="3 rows of scales, 1 of zero points"):
+        layers.linear(*head, Coded(torch.ones(3, 1), ZERO, 0, 255))
+    with pytest.raises(ValueError, match=r"scale \[1, 5\], zero point \[1, 1\] for 4 channels"):
+        layers.linear(*head, Coded(torch.ones(1, 5), ZERO, 0, 255))
+    image, w = torch.zeros(2, 20, 1, 1, dtype=torch.uint8), torch.ones(32, 20, 1, 1, dtype=torch.int8)
+    coded = Coded(scale, ZERO, 0, 255, "geglu")
+    with pytest.raises(ValueError, match="geglu is of rows"):
+        layers.conv2d(image, scale, ZERO, None, weights.pack(w, 1), w.shape, scale, None, coded=coded)
+
+
+def test_of_no_input_channels_results_are_biases() -> None:
+    x, empty = torch.zeros(4, 0, dtype=torch.uint8), weights.pack(torch.zeros(5, 0, dtype=torch.int8), 1)
+    found = layers.linear(x, torch.ones(1, 1), ZERO, None, empty, (5, 0), torch.ones(1, 5), torch.arange(5.0))
+    assert torch.equal(found, torch.arange(5.0).expand(4, 5))
+
+
+def test_what_is_added_may_have_another_dtype() -> None:
+    x, one = torch.zeros(4, 20, dtype=torch.uint8), torch.ones(1, 1)
+    for dtype in (torch.float64, torch.float16, torch.int64):
+        added = torch.ones(4, 4, dtype=dtype)
+        assert (layers.linear(x, one, ZERO, None, blob(), (4, 20), one, None, added=added) == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -166,17 +166,17 @@ PROMPTED = replace(
 @cache
 def toy() -> Program:
     """The toy with random parameters as a program, once per process."""
-    return _program(Wrapper(Toy()), SPEC, torch.zeros(3, 3, 8, 12), torch.zeros(3))
+    return program_of_model(Wrapper(Toy()), SPEC, torch.zeros(3, 3, 8, 12), torch.zeros(3))
 
 
 @cache
 def prompted() -> Program:
     """The toy that takes a context."""
     examples = torch.zeros(3, 3, 8, 12), torch.zeros(3), torch.zeros(3, 5, 6)
-    return _program(PromptedWrapper(Prompted()), PROMPTED, *examples)
+    return program_of_model(PromptedWrapper(Prompted()), PROMPTED, *examples)
 
 
-def _program(model: Wrapper, spec: InputSpec, *examples: Tensor) -> Program:
+def program_of_model(model: Wrapper, spec: InputSpec, *examples: Tensor) -> Program:
     """A model with random parameters as a program, of any batch, context and even size."""
     model.eval().requires_grad_(False)
     randomize(model.unet)

@@ -52,8 +52,13 @@ def idle_options(step: Pass, given: Mapping[str, object]) -> list[str]:
     found = []
     for option in given:
         other, values = step.only_with.get(option, ("", ()))
-        if other and (value := getattr(step, other)) not in values:
-            found.append(f"{option} has no effect with {other} {value}; it belongs to {' and '.join(values)}")
+        while other:
+            if (value := getattr(step, other)) not in values:
+                found.append(
+                    f"{option} has no effect with {other} {value}; it belongs to {' and '.join(values)}"
+                )
+                break
+            other, values = step.only_with.get(other, ("", ()))
     return found
 
 

@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["TimestepWeights", "Weighting"]
+__all__ = ["UNEVEN", "TimestepWeights", "Weighting"]
 
 Weighting = Literal["uniform", "linear", "quadratic", "adaptive", "focal", "published"]
+UNEVEN = ("linear", "quadratic", "adaptive", "focal", "published")
+"""Those in which timesteps count differently."""
 
 
 class TimestepWeights:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.hoisting import between, hoisted_in, is_size, roots
-from dmqfx.runtime.memory import Memory, Weights, content, slot
+from dmqfx.runtime.memory import Constants, Memory, Weights, content
 
 __all__ = ["HoistedModule"]
 
@@ -38,7 +38,7 @@ class HoistedModule(fx.GraphModule):
         self._inputs = {str(n.target): n.name for n in self.graph.nodes if n.op == "placeholder"}
         self._sizes, self._parts, self._rest = _cut(self.graph)
         self._weights = Weights(self, tuple(dict.fromkeys(w for part in self._parts for w in part.weights)))
-        self.memory, self._slots = Memory(), dict[int, list[tuple[dict[str, Tensor], str]]]()
+        self.memory, self._constants = Memory(), dict[int, Constants]()
         return code
 
     def _remembering(self, *args: object, **kwargs: object) -> object:
@@ -61,10 +61,10 @@ class HoistedModule(fx.GraphModule):
 
     def constants(self, names: tuple[str, ...]) -> list[Tensor]:
         """The constants of these names as they are now."""
-        slots = self._slots.get(id(names))
-        if slots is None:
-            slots = self._slots[id(names)] = [slot(self, name) for name in names]
-        return [holder[name] for holder, name in slots]
+        found = self._constants.get(id(names))
+        if found is None:
+            found = self._constants[id(names)] = Constants(self, names)
+        return found()
 
     def _key(self, read: Sequence[object]) -> tuple[object, ...]:
         return tuple(map(content, read))

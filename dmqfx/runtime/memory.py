@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from threading import Lock
 
 from torch import Tensor, nn
 
 from dmqfx.numbers.packing import raw
 
-__all__ = ["LIMIT", "Memory", "Weights", "content", "slot"]
+__all__ = ["LIMIT", "Constants", "Memory", "Weights", "content"]
 
 LIMIT = 128 * 2**20
 """Bytes that one program may keep: the keys and values of SDXL for one guided picture, or those of SD1.5 for eight."""
@@ -81,6 +81,42 @@ def _bytes(key: object) -> int:
     return sum(map(_bytes, key)) if isinstance(key, tuple) else 0
 
 
+class Constants:
+    """Constants of a module, found once; a submodule that is replaced is noticed."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self._module, self._names = module, tuple(names)
+        self._find()
+
+    def __call__(self) -> list[Tensor]:
+        """As they are now."""
+        if any(children.get(name) is not child for children, name, child in self._links):
+            self._find()
+        try:
+            return [holder[name] for holder, name in self._slots]
+        except KeyError:  # a buffer became a parameter
+            self._find()
+            return [holder[name] for holder, name in self._slots]
+
+    def _find(self) -> None:
+        self._slots = [_slot(self._module, name) for name in self._names]
+        paths = {path for name in self._names for path in _above(name)}
+        whole = {path: path.rpartition(".") for path in paths}
+        self._links = [
+            (self._module.get_submodule(parent)._modules, last, self._module.get_submodule(path))
+            for path, (parent, _, last) in whole.items()
+        ]
+
+    def __reduce__(self) -> tuple[type[Constants], tuple[nn.Module, tuple[str, ...]]]:
+        return Constants, (nn.Module(), ())
+
+
+def _above(name: str) -> Iterator[str]:
+    """The modules that a constant lies in: "a" and "a.b" of "a.b.c"."""
+    parts = name.split(".")[:-1]
+    return (".".join(parts[: k + 1]) for k in range(len(parts)))
+
+
 class Weights:
     """Constants of a module, looked at for whether somebody replaced one or wrote into it.
 
@@ -88,7 +124,7 @@ class Weights:
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        self._slots = [slot(module, name) for name in names]
+        self._constants = Constants(module, names)
         self._tensors: list[Tensor] = []
         self._stamp: list[tuple[int, int]] = []
         self._generation = 0
@@ -96,7 +132,7 @@ class Weights:
 
     def generation(self) -> int | None:
         """A number that is another one whenever a weight is; None if weights are learned, or changes not counted."""
-        tensors = [holder[name] for holder, name in self._slots]
+        tensors = self._constants()
         if any(each.requires_grad or each.is_inference() for each in tensors):
             return None
         stamp = [(each._version, each.data_ptr()) for each in tensors]
@@ -115,7 +151,7 @@ def _is(a: Tensor, b: Tensor) -> bool:
     return a is b
 
 
-def slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+def _slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
     """Where a module holds a constant: it may be replaced there."""
     path, _, last = name.rpartition(".")
     owner = module.get_submodule(path)

@@ -51,7 +51,9 @@ class SiteBits:
 
 
 def layers(program: Program) -> dict[Address, fx.Node]:
-    """The operations that have sites; lowered ones keep the address of the layer that they replace."""
+    """The operations that have sites. Lowered ones keep the address of the layer that they replace; what `fuse` made of a
+    layer and an addition or a quantize stands at that one's.
+    """
     nodes = {node.meta["address"]: node for node in program.calls()}
     return {at: node for at, node in nodes.items() if at.op in KIND_OF_OPERATOR}
 
@@ -102,6 +104,9 @@ def _got(program: Program, site: Site) -> tuple[int | None, str]:
     for node in _upwards(codes if codes is not None else named.get(site.arg)):
         if ops.is_call(node, "quantize", "kernel_quantize"):
             low, high = (_integer(ops.args(node)[key]) for key in ("qmin", "qmax"))
+            return wording.bit_count(low, high), f"quantized by {label(node)}"
+        if ops.is_call(node, "kernel_conv2d", "kernel_linear") and ops.args(node)["out_scale"] is not None:
+            low, high = (_integer(ops.args(node)[key]) for key in ("out_qmin", "out_qmax"))
             return wording.bit_count(low, high), f"quantized by {label(node)}"
         if ops.is_call(node, "unpack"):
             return _integer(ops.args(node)["bits"]), f"unpacked by {label(node)}"

@@ -19,7 +19,7 @@ _HALVES = 32  # output channels, of which GEGLU takes halves of whole blocks
 class Coded:
     """The grid of the codes and the activation before it; see `codes.quantize`.
 
-    Shapes: scale, zero_point [G, 1] or [G, channels], contiguous.
+    Shapes: scale, zero_point [G, 1] or [G, channels].
     """
 
     scale: Tensor
@@ -49,15 +49,15 @@ class Coded:
     def coding(self, layer: Layer, group: Tensor | None, out: Tensor) -> Coding:
         """For the kernel; it points into these tensors, which have to outlive it."""
         scale, zero_point = self.scale.contiguous(), self.zero_point.int().contiguous()
+        channels = self.channels(layer.groups * layer.out_channels)
+        codes.check_grid(scale, zero_point, channels, None if group is None else layer.batch, layer.batch)
         made = Coding(
-            batch=layer.batch, channels=self.channels(layer.groups * layer.out_channels),
+            batch=layer.batch, channels=channels,
             activation=codes.ACTIVATIONS.index(self.activation), least=self.qmin, greatest=self.qmax,
             scale_channels=scale.shape[1], zero_point_channels=zero_point.shape[1], timestep_groups=scale.shape[0],
             scales=scale.data_ptr(), zero_points=zero_point.data_ptr(), codes=out.data_ptr(),
         )  # fmt: skip
         if group is not None:
             made.group = layer.group
-        elif scale.shape[0] != 1:
-            raise ValueError(f"parameters of {scale.shape[0]} timestep groups need a group index")
         made.kept = (scale, zero_point)
         return made

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dmqfx.numbers import quant
 from dmqfx.runtime.kernels.native import Coding, Library, library
 
-__all__ = ["ACTIVATIONS", "NORMS", "laid_out", "quantize"]
+__all__ = ["ACTIVATIONS", "NORMS", "check_grid", "laid_out", "quantize"]
 
 NORMS = ("none", "group", "layer")
 ACTIVATIONS = ("none", "silu", "gelu", "geglu")
@@ -51,7 +51,7 @@ def quantize(
         x, beside = torch.cat([x, beside], 1), None
     more = 0 if beside is None else beside.shape[1]
     planes, channels = _layout(x, axis, norm, activation, norm_groups, more)
-    _check_groups(x, scale, zero_point, group)
+    check_grid(scale, zero_point, channels, None if group is None else group.shape[0], x.shape[0])
     native, real = library(), (x, scale, norm_weight, norm_bias)
     if native is None or not all(each is None or _readable(each) for each in real):
         real_codes = _plain(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, activation)
@@ -80,18 +80,26 @@ def _of_norm(
         return {}
     room = {"moments": torch.empty(2 * batch * channels)} if norm == "group" else {}
     return room | {
-        "gammas": torch.ones(channels) if weight is None else weight.contiguous(),
-        "betas": torch.zeros(channels) if bias is None else bias.contiguous(),
+        "gammas": torch.ones(channels) if weight is None else weight.expand(channels).contiguous(),
+        "betas": torch.zeros(channels) if bias is None else bias.expand(channels).contiguous(),
     }
 
 
-def _check_groups(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None) -> None:
+def check_grid(scale: Tensor, zero_point: Tensor, channels: int, groups: int | None, batch: int) -> None:
+    """Whether scale and zero point [G, 1 or channels] fit, and the indices of so many samples, if there are any.
+
+    Raises: ValueError that says what does not.
+    """
+    if any(each.shape[1] not in (1, channels) for each in (scale, zero_point)):
+        raise ValueError(
+            f"scale {list(scale.shape)}, zero point {list(zero_point.shape)} for {channels} channels"
+        )
     if scale.shape[0] != zero_point.shape[0]:
         raise ValueError(f"{scale.shape[0]} rows of scales, {zero_point.shape[0]} of zero points")
-    if group is None and scale.shape[0] != 1:
+    if groups is None and scale.shape[0] != 1:
         raise ValueError(f"parameters of {scale.shape[0]} timestep groups need a group index")
-    if group is not None and group.shape[0] != x.shape[0]:
-        raise ValueError(f"{group.shape[0]} timestep groups for {x.shape[0]} samples")
+    if groups is not None and groups != batch:
+        raise ValueError(f"{groups} timestep groups for {batch} samples")
 
 
 def _side_by_side(x: Tensor, beside: Tensor, axis: int) -> bool:

@@ -95,7 +95,7 @@ inline void finish(const DmqfxLayer& layer, const Strip& strip, const Part& part
     const int64_t half = part.half() * kLane, behind = part.gates * kLane - half;  // a gate's number is not its channel's
     how.real(sums + k * width, more(k), 0, used, line);
     if (part.gates != 0) how.real(sums + k * width, added == nullptr ? nullptr : more(k) + behind, half, width, line);
-    code_results(coding, line, line + half, scales, zero_points, used,
+    code_results(coding, line, part.gates == 0 ? nullptr : line + half, scales, zero_points, used,
                  coding.codes + (first + k) * coding.channels + channel);
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,20 +57,24 @@ def conv2d(
     if not _is_native(x_codes):
         total = _plain_sums(x_codes, group, weight_shape, operands, window, resized)
         return _last(_finished(total, operands, group, added, coded, 1))
-    known = prepare(operands, weight_shape, window, signed=x_codes.dtype == torch.int8)
+    known = prepare(operands, weight_shape, window, signed=_is_signed(x_codes))
     if x_codes.shape[1] != groups * known.channels:
         raise ValueError(
             f"{x_codes.shape[1]} input channels for weights {list(weight_shape)} in {groups} groups"
         )
     layer = Layer.from_buffer_copy(known.layer)
-    in_kernel = coded if operands.real else None
+    if coded is not None and coded.activation == "geglu":
+        raise ValueError("geglu is of rows, not of an image")
+    in_kernel = coded if operands.real and coded is not None and coded.fits(weight_shape[0]) else None
     dtype = operands.dtype if in_kernel is None else in_kernel.dtype
     out = _placed(layer, x_codes, (weight_shape[0], dtype), known.taps, window, resized)
     x = x_codes.contiguous() if layer.planes else x_codes
     kept = _add(layer, added, out) if added is not None and operands.real else None
     _run(layer, x, group, out, in_kernel, instruction_set)
     del kept
-    return out if operands.real else _last(_finished(out, operands, group, added, coded, 1))
+    if operands.real:
+        return out if coded is in_kernel or coded is None else coded.of(out, group, 1)
+    return _last(_finished(out, operands, group, added, coded, 1))
 
 
 def _placed(
@@ -137,11 +142,11 @@ def linear(
         codes, zero = unpack(blob, weight_shape, 1), x_zero_point.new_zeros(1, 1)
         total = integer.linear_accumulators(x_codes, x_zero_point, group, codes, zero, shift)
         return _finished(total, operands, group, added, coded, -1)
-    known = prepare(operands, weight_shape, Window(), signed=x_codes.dtype == torch.int8)
+    known = prepare(operands, weight_shape, Window(), signed=_is_signed(x_codes))
     if x_codes.shape[-1] != known.channels:
         raise ValueError(f"{x_codes.shape[-1]} input channels for weights {list(weight_shape)}")
     layer = Layer.from_buffer_copy(known.layer)
-    rows = _laid_in_rows(layer, x_codes, group, known.channels)
+    rows = _laid_in_rows(layer, x_codes, group)
     wide, lead = weight_shape[0], x_codes.shape[:-1]
     in_kernel = coded if operands.real and coded is not None and coded.fits(wide) else None
     if in_kernel is None:
@@ -149,7 +154,7 @@ def linear(
     else:
         out = torch.empty((*lead, in_kernel.channels(wide)), dtype=in_kernel.dtype)
     if added is not None and operands.real:
-        added = added.expand((*lead, wide)).contiguous()
+        added = added.float().expand((*lead, wide)).contiguous()
         layer.added, layer.added_image, layer.added_position = added.data_ptr(), rows * wide, wide
     _run(layer, x_codes.contiguous(), group, out, in_kernel, instruction_set)
     if operands.real:
@@ -157,12 +162,12 @@ def linear(
     return _finished(out, operands, group, added, coded, -1)
 
 
-def _laid_in_rows(layer: Layer, x: Tensor, group: Tensor | None, depth: int) -> int:
+def _laid_in_rows(layer: Layer, x: Tensor, group: Tensor | None) -> int:
     """Sizes of a layer over rows; how many a sample has."""
     batch = 1 if group is None else group.shape[0]
-    rows = x.numel() // max(1, batch * depth)
-    if rows * batch * depth != x.numel():
+    if group is not None and (x.dim() < 2 or x.shape[0] != batch):
         raise ValueError(f"{batch} timestep groups for codes {list(x.shape)}")
+    rows = math.prod(x.shape[:-1]) // max(1, batch)
     layer.batch, layer.height, layer.out_height = batch, 1, 1
     layer.width = layer.out_width = rows
     layer.upsampled[:] = (1, rows)
@@ -181,6 +186,12 @@ def upsampled_sizes(
 
 def _times(size: int, factor: float) -> int:
     return size * int(factor) if factor == int(factor) else int(size * factor)  # sizes may be symbols
+
+
+def _is_signed(codes: Tensor) -> bool:
+    if codes.dtype not in (torch.int8, torch.uint8):
+        raise ValueError(f"codes are int8 or uint8, not {codes.dtype}")
+    return codes.dtype == torch.int8
 
 
 def _is_native(x: Tensor) -> bool:
@@ -210,6 +221,7 @@ def _last(x: Tensor) -> Tensor:
 def _add(layer: Layer, added: Tensor, out: Tensor) -> Tensor:
     """Have the layer add these numbers to its results; the tensor that comes back has to outlive it."""
     batch, channels, height, width = out.shape
+    added = added.float()
     one_position = added.dim() == 4 and added.shape[2:] == (1, 1) and height * width != 1
     if one_position:
         added = added.expand(batch, channels, 1, 1).contiguous()

@@ -133,7 +133,7 @@ def _tables(operands: Operands, weights: Weights, signed: bool) -> dict[str, Ten
         tables["input_scales"] = _numbers(operands.x_scale)
         tables["weight_scales"] = operands.w_scale.float().reshape(-1).expand(channels)
         if operands.bias is not None:
-            tables["biases"] = operands.bias.float()
+            tables["biases"] = operands.bias.float().expand(channels)
     rows = {name: len(tables[name]) for name in ("zero_points", "input_scales", "shifts") if name in tables}
     if len(set(rows.values())) > 1:
         raise ValueError(f"tables of one input have rows for other numbers of timestep groups: {rows}")

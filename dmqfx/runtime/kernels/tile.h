@@ -201,7 +201,7 @@ struct Cut {
   Cut(const DmqfxLayer& layer, int64_t panels, int threads) {
     const int64_t more = layer.shifts == nullptr ? 0 : 1;  // the zero point has a row too
     positions = layer.out_height * layer.out_width;
-    length = least(positions, kStrip - more);
+    length = positions > 0 ? least(positions, kStrip - more) : 1;
     strips = pieces(positions, length);
     reach = least(kStrip, pieces(length + more, kWhole) * kWhole);
     const int64_t all = layer.batch * strips, enough = 8 * threads;
