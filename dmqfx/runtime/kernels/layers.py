@@ -58,10 +58,6 @@ def conv2d(
         total = _plain_sums(x_codes, group, weight_shape, operands, window, resized)
         return _last(_finished(total, operands, group, added, coded, 1))
     known = prepare(operands, weight_shape, window, signed=_is_signed(x_codes))
-    if x_codes.shape[1] != groups * known.channels:
-        raise ValueError(
-            f"{x_codes.shape[1]} input channels for weights {list(weight_shape)} in {groups} groups"
-        )
     layer = Layer.from_buffer_copy(known.layer)
     if coded is not None and coded.activation == "geglu":
         raise ValueError("geglu is of rows, not of an image")
@@ -86,7 +82,9 @@ def _placed(
     resized: tuple[Pair | None, Sequence[float] | None],
 ) -> Tensor:
     """Sizes of a layer over an image, and room for the channels that it makes of it."""
-    batch, _, height, width = x.shape
+    batch, channels, height, width = x.shape
+    if channels != layer.groups * layer.given:
+        raise ValueError(f"{channels} input channels for {layer.given} in each of {layer.groups} groups")
     layer.batch, layer.height, layer.width = batch, height, width
     virtual, factors = upsampled_sizes((height, width), *resized), resized[1]
     layer.upsampled[:] = virtual
