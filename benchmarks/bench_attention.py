@@ -1,11 +1,14 @@
 """What integer attention would bring: softmax(Q K^T) V with codes of 8 bits beside torch's float32 kernel.
 
     python benchmarks/bench_attention.py
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
+        python benchmarks/bench_attention.py --set avx2
 
-`attention/attend.cpp`, which no target uses, is compiled with the C++ compiler and needs AVX-512 VNNI. Both compute on one
-thread from what linear layers make, [B, T, heads * d], rounding included; times are the least processor time of many calls.
-Errors are relative to float64 on normal random numbers: of the kernel, whose codes have scales of their own for each row
-of Q, head of K and channel of V, and of codes with one scale for a tensor and a fixed step of 1/255 for the softmax.
+The kernels in `attention/`, which no target uses, are compiled with the C++ compiler. The second command holds torch to
+AVX2 too, where the codes of queries and of the softmax have 7 bits. Both compute on one thread from what linear layers
+make, [B, T, heads * d], rounding included; times are the least processor time of many calls. Errors are relative to
+float64 on normal random numbers: of the kernel, whose codes have scales of their own for each row of Q, head of K and
+channel of V, and of codes with one scale for a tensor and a fixed step of 1/255 for the softmax.
 """
 
 from __future__ import annotations
@@ -25,8 +28,9 @@ from machine import write
 from torch import Tensor
 from torch.nn import functional as F
 
-SOURCE = Path(__file__).with_name("attention") / "attend.cpp"
-FLAGS = "-std=c++17 -O3 -shared -fPIC -mavx512f -mavx512bw -mavx512vnni".split()
+SOURCES = Path(__file__).with_name("attention")
+FLAGS = "-std=c++17 -O3 -shared -fPIC".split()
+SETS = {"avx512vnni": ("-mavx512f", "-mavx512bw", "-mavx512vnni"), "avx2": ("-mavx2", "-mfma")}
 SHAPES = {
     "SD1.5, 64 x 64": (2, 4096, 4096, 8, 40),
     "SD1.5, 32 x 32": (2, 1024, 1024, 8, 80),
@@ -43,13 +47,14 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-def built(folder: Path) -> Attention:
-    """The kernel, compiled into a folder."""
+def built(instruction_set: str, folder: Path) -> Attention:
+    """The kernel of an instruction set, compiled into a folder."""
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
         raise SystemExit("no C++ compiler: install g++ or clang++")
     library = folder / "attend.so"
-    subprocess.run([compiler, *FLAGS, "-o", library, SOURCE], check=True)
+    source = SOURCES / f"attend_{instruction_set}.cpp"
+    subprocess.run([compiler, *FLAGS, *SETS[instruction_set], "-o", library, source], check=True)
     run = ctypes.CDLL(str(library)).attend
     run.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 5
     run.argtypes += [ctypes.c_float, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
@@ -110,14 +115,16 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 @torch.no_grad()
 def main() -> None:
-    """Measure, write results/attention.json."""
-    argparse.ArgumentParser(
+    """Measure, write results/attention.json, or attention_avx2.json."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("--set", choices=list(SETS), default="avx512vnni", help="instructions of the kernel")
+    given = parser.parse_args()
     torch.set_num_threads(1)
     rows: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder:
-        attend = built(Path(folder))
+        attend = built(given.set, Path(folder))
         for name, shape in SHAPES.items():
             inputs, heads = drawn(shape), shape[3]
             ours, torchs = (milliseconds(partial(each, *inputs, heads)) for each in (attend, by_torch))
@@ -135,7 +142,12 @@ def main() -> None:
                 "times as fast": round(torchs / ours, 2),
                 "relative_l2_errors": errors,
             }
-    write("attention", {"what": "attention of UNets on one thread", "shapes": rows})
+    result = {
+        "what": f"attention of UNets on one thread, {given.set}",
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "shapes": rows,
+    }
+    write("attention" if given.set == "avx512vnni" else f"attention_{given.set}", result)
 
 
 if __name__ == "__main__":
