@@ -22,9 +22,6 @@ const InstructionSet& named(int instruction_set) {
   return instruction_set == kOfAvx2 ? kAvx2 : kScalar;
 }
 
-// The tables' row of a sample.
-int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.group == nullptr ? 0 : layer.group[image]; }
-
 bool known(const int64_t* group, int64_t batch, int64_t rows) {
   for (int64_t k = 0; group != nullptr && k < batch; ++k)
     if (group[k] < 0 || group[k] >= rows) return false;

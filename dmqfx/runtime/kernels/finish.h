@@ -5,6 +5,7 @@
 
 #include "code.h"
 #include "desk.h"
+#include "sets.h"
 
 namespace {
 
@@ -14,11 +15,6 @@ struct Strip {
   const uint8_t** rows;
   uint8_t* padding;
 };
-
-// The row of each table that belongs to a sample.
-inline int64_t row_of(const DmqfxLayer& layer, int64_t image) {
-  return layer.group == nullptr ? 0 : layer.group[image];
-}
 
 // Part of a layer: up to kBlocks blocks of 16 output channels, or of GEGLU as many of gates behind up to half of them,
 // and what their sums hold.

@@ -9,6 +9,11 @@ struct InstructionSet {
   void (*code)(const DmqfxCoding& coding, int threads);
 };
 
+// The row of each table of a layer that belongs to a sample; internal linkage, as in tile.h.
+namespace {
+inline int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.group == nullptr ? 0 : layer.group[image]; }
+}  // namespace
+
 void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes
 
 extern const InstructionSet kScalar;
