@@ -81,7 +81,7 @@ setup(
             sources=[f"{HERE}/{source}" for source in SOURCES],
             depends=[
                 f"{HERE}/{header}"
-                for header in ("code.h", "desk.h", "layer.h", "sets.h", "square.h", "tile.h")
+                for header in sorted(path.name for path in Path(HERE).glob("*.h"))
             ],
             optional=True,
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from dmqfx.runtime.kernels import codes, layers
 
 __all__ = [
+    "attention",
     "dequantize",
     "kernel_conv2d",
     "kernel_linear",
@@ -152,6 +153,13 @@ def kernel_quantize(x: Tensor, *given: Any) -> Tensor:
     axis, qmin, activation = given[3], given[4], given[11] if len(given) > 11 else "none"
     beside = given[12] if len(given) > 12 else None
     return codes.laid_out(x, axis, qmin, activation, 0 if beside is None else beside.shape[1])
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, bits: int = 8
+) -> Tensor:
+    batch, heads, queries, width = query.shape
+    return query.new_empty([batch, queries, heads, width]).transpose(1, 2)
 
 
 def _convolved(

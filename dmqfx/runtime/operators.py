@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dmqfx.numbers import packing, quant
 from dmqfx.runtime import fakes, integer
-from dmqfx.runtime.attention import attention_average, attention_softmax
+from dmqfx.runtime.attention import attention_average, attention_softmax, qattention
 from dmqfx.runtime.kernels import layers
+from dmqfx.runtime.kernels.attend import attend
 from dmqfx.runtime.kernels.coded import Coded
 from dmqfx.runtime.kernels.codes import quantize as kernel_quantize
 
@@ -31,6 +32,7 @@ _CODED = "Tensor? out_scale=None, Tensor? out_zero_point=None, int out_qmin=0, i
 _UPSAMPLE = "SymInt[]? upsample_size=None, float[]? upsample_factors=None, bool channels_last=False"
 _KERNEL_WEIGHT = "Tensor packed_weight, int bits, SymInt[] weight_shape, Tensor w_scale, Tensor? bias=None"
 
+_ATTENTION = "Tensor query, Tensor key, Tensor value, float? scale=None, int bits=8"
 _NORM = "str norm='none', int norm_groups=1, Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=0.0"
 
 
@@ -208,6 +210,8 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
         kernel_quantize,
         fakes.kernel_quantize,
     ),
+    "qattention": (_ATTENTION, qattention, fakes.attention),
+    "kernel_attention": (_ATTENTION, attend, fakes.attention),
 }
 
 for _name, (_arguments, _kernel, _fake) in _OPERATORS.items():

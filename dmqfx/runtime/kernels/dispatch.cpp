@@ -108,6 +108,17 @@ int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads) {
   return kDone;
 }
 
+int64_t dmqfx_attention_size(void) { return sizeof(DmqfxAttention); }
+
+int dmqfx_attend(const DmqfxAttention* attention, int instruction_set, int threads) {
+  if (instruction_set < 0 || instruction_set > kOfAvx512Vnni || !((dmqfx_instruction_sets() >> instruction_set) & 1))
+    return kNotHere;
+  const InstructionSet* chosen = &named(instruction_set);
+  if (instruction_set == kOfAvx2)  // two products of a code with 127 and -127 fit 16 bits, of 7 bits alone
+    chosen = attention->bits < 8 ? &kAvx2Middle : &kAvx2Wide;
+  return chosen->attend(*attention, threads) ? kDone : kNoMemory;
+}
+
 double dmqfx_peak(int instruction_set, int widening) {
   if (!((dmqfx_instruction_sets() >> instruction_set) & 1)) return 0;
   return (instruction_set == kOfAvx2 && widening ? kAvx2Wide : named(instruction_set)).peak(seconds);

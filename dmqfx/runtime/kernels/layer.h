@@ -1,4 +1,4 @@
-// The C interface: one integer layer, the coding of its input, or the packing of its weights, called through ctypes.
+// The C interface: one integer layer, the coding of its input, the packing of its weights, or attention, called through ctypes.
 // Every field is eight bytes, or a pair of four, so that both sides agree.
 #pragma once
 
@@ -78,6 +78,18 @@ struct DmqfxPacking {
   int32_t* sums;
 };
 
+// softmax(q k^T * scale) v in codes, head by head; the channels of a head lie side by side.
+struct DmqfxAttention {
+  int64_t batch, heads, queries, keys, width;  // width: channels of a head
+  int64_t bits;                        // 2..8, of the codes of Q and of the softmax; those of K and V have 8
+  double scale;                        // not negative
+  int64_t of_q[3], of_k[3], of_v[3], of_out[3];  // strides of samples, heads and rows, in elements
+  const float* q;
+  const float* k;
+  const float* v;
+  float* out;
+};
+
 #define DMQFX_EXPORT __attribute__((visibility("default")))
 
 enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3, kBadShift = 4, kBadGroup = 5 };
@@ -90,6 +102,8 @@ DMQFX_EXPORT int64_t dmqfx_coding_size(void);
 DMQFX_EXPORT int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads);
 DMQFX_EXPORT int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads);
 DMQFX_EXPORT int64_t dmqfx_packing_size(void);
+DMQFX_EXPORT int64_t dmqfx_attention_size(void);
+DMQFX_EXPORT int dmqfx_attend(const DmqfxAttention* attention, int instruction_set, int threads);
 DMQFX_EXPORT int64_t dmqfx_pack(const DmqfxPacking* packing, int threads);  // DmqfxLayer's pair
 // 10^9 multiply-adds a second of the innermost instructions alone, on one thread: what a layer is measured against.
 DMQFX_EXPORT double dmqfx_peak(int instruction_set, int widening);

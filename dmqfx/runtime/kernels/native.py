@@ -15,7 +15,7 @@ import torch
 from dmqfx.errors import DmqfxError
 from dmqfx.words import suggest
 
-__all__ = ["INSTRUCTION_SETS", "Coding", "Layer", "Library", "Packing", "absent", "library"]
+__all__ = ["INSTRUCTION_SETS", "Attention", "Coding", "Layer", "Library", "Packing", "absent", "library"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,17 @@ class Packing(ctypes.Structure):
     )
 
 
+class Attention(ctypes.Structure):
+    """DmqfxAttention of layer.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "heads", "queries", "keys", "width", "bits")),
+        ("scale", c_double),
+        *((name, c_int64 * 3) for name in ("of_q", "of_k", "of_v", "of_out")),
+        *((name, c_void_p) for name in ("q", "k", "v", "out")),
+    )
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded library and the instruction set that layers run on.
@@ -124,6 +135,18 @@ class Library:
         if status != 0:
             raise DmqfxError(f"no kernel for {instruction_set}")
 
+    def attend(self, attention: Attention, instruction_set: str | None = None) -> None:
+        """Compute attention.
+
+        Raises: DmqfxError for an instruction set that is not there or no memory.
+        """
+        number = INSTRUCTION_SETS.index(instruction_set or self.chosen)
+        status = self.handle.dmqfx_attend(ctypes.byref(attention), number, torch.get_num_threads())
+        if status != 0:
+            raise DmqfxError(
+                {1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status))
+            )
+
     def pack(self, packing: Packing) -> int:
         """Lay out weights; what two neighbouring ones can make of activation codes of 1, at most."""
         return int(self.handle.dmqfx_pack(ctypes.byref(packing), torch.get_num_threads()))
@@ -131,6 +154,9 @@ class Library:
     def peak(self, instruction_set: str, *, widening: bool = False) -> float:
         """The rate of the innermost instructions alone; `widening` for what W8A8 takes on AVX2."""
         return float(self.handle.dmqfx_peak(INSTRUCTION_SETS.index(instruction_set), int(widening)))
+
+
+_STRUCTURES = {"layer": Layer, "coding": Coding, "packing": Packing, "attention": Attention}
 
 
 @cache
@@ -146,13 +172,14 @@ def library() -> Library | None:
         handle = ctypes.CDLL(str(file))
         handle.dmqfx_run.argtypes = (POINTER(Layer), c_int, c_int)
         handle.dmqfx_code.argtypes = (POINTER(Coding), c_int, c_int)
+        handle.dmqfx_attend.argtypes = (POINTER(Attention), c_int, c_int)
         handle.dmqfx_peak.argtypes, handle.dmqfx_peak.restype = (c_int, c_int), c_double
         handle.dmqfx_pack.argtypes, handle.dmqfx_pack.restype = (POINTER(Packing), c_int), c_int64
-        sizes = (handle.dmqfx_layer_size, handle.dmqfx_coding_size, handle.dmqfx_packing_size)
-        for size in sizes:
+        for name, structure in _STRUCTURES.items():
+            size = getattr(handle, f"dmqfx_{name}_size")
             size.restype = c_int64
-        if [size() for size in sizes] != [ctypes.sizeof(each) for each in (Layer, Coding, Packing)]:
-            raise OSError(f"{file} was built from other sources")
+            if size() != ctypes.sizeof(structure):
+                raise OSError(f"{file} was built from other sources")
         found = handle.dmqfx_instruction_sets()
     except (OSError, AttributeError) as error:
         logger.warning("no native kernels, layers run in plain torch: %s\n  mend: %s", error, _MEND)

@@ -1,4 +1,5 @@
 // The portable kernel: plain C++, which the compiler vectorises as it can.
+#include "attention.h"
 #include "code.h"
 #include "sets.h"
 #include "tile.h"
@@ -33,4 +34,4 @@ double peak_scalar(double (*seconds)()) { return peak<Scalar>(INT64_MAX, seconds
 
 }  // namespace
 
-const InstructionSet kScalar{run_scalar, peak_scalar, code};
+const InstructionSet kScalar{run_scalar, peak_scalar, code, attend<Scalar, PlainScores>};

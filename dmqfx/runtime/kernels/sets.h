@@ -7,6 +7,7 @@ struct InstructionSet {
   bool (*run)(const DmqfxLayer& layer, int64_t room, int threads);  // false: no memory
   double (*peak)(double (*seconds)());
   void (*code)(const DmqfxCoding& coding, int threads);
+  bool (*attend)(const DmqfxAttention& attention, int threads);  // false: no memory
 };
 
 // The row of each table of a layer that belongs to a sample; internal linkage, as in tile.h.
@@ -18,5 +19,6 @@ void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes
 
 extern const InstructionSet kScalar;
 extern const InstructionSet kAvx2;       // 16 bit sums: `room` steps hold
+extern const InstructionSet kAvx2Middle; // 32 bit sums of two products that surely fit 16
 extern const InstructionSet kAvx2Wide;   // 32 bit sums
 extern const InstructionSet kAvx512Vnni;
