@@ -48,6 +48,14 @@ def native_linear(rw: Rewriter, root: fx.Node, packed: fx.Node) -> Outcome:
     )
 
 
+@rule(p.qattention())
+def native_attention(rw: Rewriter, root: fx.Node) -> Outcome:
+    """qattention(q, k, v)  ->  kernel_attention(q, k, v)."""
+    if why := absent():
+        return Refuse(why, root)
+    return rw.call_at(OPS.kernel_attention.default, root.meta["address"], **ops.args(root))
+
+
 @dataclass(frozen=True)
 class LowerCpu(RewritePass):
     """integer layer in plain torch  ->  native kernel, the same bits; what it cannot take stays as it is.
@@ -60,6 +68,7 @@ class LowerCpu(RewritePass):
     rules: ClassVar[tuple[Rule, ...]] = (
         native_conv2d,
         native_linear,
+        native_attention,
         fold_weight,
     )
 

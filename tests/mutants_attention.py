@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from planting import Function, Mutant, edited, patched, planted, with_constant, with_entry
+from planting import Function, Mutant, Plant, edited, patched, planted, with_constant, with_entry
 from torch import Tensor, fx
 
 from dmqfx.graph import ops
@@ -37,6 +37,25 @@ def keys_for_values(rw: Rewriter, node: fx.Node) -> fx.Node:
     return rw.like(node, value=ops.tensor(ops.tensor(node, "softmax"), "key"))
 
 
+def with_bits(bits: int) -> Plant:
+    return edited("qattention", lambda rw, node: rw.like(node, bits=bits))
+
+
+def keys_added(rw: Rewriter, node: fx.Node) -> fx.Node:
+    named = ops.args(node)
+    both = rw.call(torch.ops.aten.add.Tensor, near=node, self=named["value"], other=named["key"])
+    return rw.like(node, value=both)
+
+
+def with_a_bit_less(rw: Rewriter, node: fx.Node) -> fx.Node:
+    return rw.like(node, bits=7)
+
+
+def by_the_other_order(rw: Rewriter, node: fx.Node) -> fx.Node:
+    """Tokens and heads change places in what is read on."""
+    return rw.call(torch.ops.aten.flip.default, near=node, self=rw.like(node), dims=[1])
+
+
 def keys_for_heads(honest: Function) -> Function:
     """The last axis of a softmax for its channels."""
 
@@ -66,6 +85,30 @@ MUTANTS: tuple[Mutant, ...] = (
             "keys are averaged": (edited("attention_average", keys_for_values), WHOLE),
         },
         policy="softmax",
+    ),
+    *planted(
+        "quantize-attention",
+        {
+            "the scale of scores is forgotten": (edited("qattention", without_scale), WHOLE),
+            "codes of queries and keys change roles": (edited("qattention", keys_for_queries), WHOLE),
+            "keys are averaged with values": (edited("qattention", keys_added), WHOLE),
+            "codes have two bits": (with_bits(2), WHOLE),
+            "heads change places": (edited("qattention", by_the_other_order), WHOLE),
+        },
+        policy="attended",
+    ),
+    *planted(
+        "lower-cpu",
+        {
+            "queries lose a bit": (edited("kernel_attention", with_a_bit_less), WHOLE),
+            "the kernel is told no scale": (edited("kernel_attention", without_scale), WHOLE),
+        },
+        policy="attended",
+    ),
+    *planted(
+        "fuse",
+        {"a fused program attends with less bits": (edited("kernel_attention", with_a_bit_less), "")},
+        policy="attended",
     ),
     *planted(
         "insert-observers",

@@ -90,6 +90,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             {"name": "softmax", "kind": "softmax", "input": {"bits": 8, "per": "channel"}, "optional": True},
             order=SPLIT,
         ),
+        "attended": _policy("attended", order=[*ORDER, "quantize-attention"]),
         "shifts": _policy("shifts", order=SWEPT),
         "searched": _policy(
             "searched",

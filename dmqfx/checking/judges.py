@@ -16,6 +16,7 @@ from dmqfx.graph import ops
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned
 from dmqfx.numbers.quant import QParams
+from dmqfx.seeing.bits import RUN_TIME
 
 __all__ = ["CLOSE", "Close", "Equal", "Finding", "Judge", "Planlike", "SameCodes", "Signal", "Together"]
 
@@ -161,22 +162,23 @@ class Planlike(Judge):
 class SameCodes(Judge):
     """The same integers at every quantize but for ties, and close outputs.
 
-    Each quantize goes on with the codes of before, so that a tie does not spread.
+    Each quantize goes on with the codes of before, so that a tie does not spread; so does attention that makes codes of
+    its operands itself, which must make the same result of the same operands.
     """
 
     def __init__(self, before: Program, probes: Sequence[Inputs]) -> None:
         self.probes, self.dtype = probes, before.dtype
-        self.expected: list[tuple[dict[object, _Coded], tuple[Tensor, ...]]] = []
+        self.expected: list[tuple[_Recorded, tuple[Tensor, ...]]] = []
         for inputs in probes:
             run = _Recorded(before)
             with torch.no_grad():
                 result = run.run(*(inputs[i.name] for i in before.inputs.inputs))
-            self.expected.append((run.found, result if isinstance(result, tuple) else (result,)))
+            self.expected.append((run, result if isinstance(result, tuple) else (result,)))
 
     def judge(self, after: Program) -> Finding:
         worst = Finding(0.0, CLOSE[self.dtype], "relative L2 error of the outputs")
-        for k, (inputs, (codes, expected)) in enumerate(zip(self.probes, self.expected, strict=True)):
-            forced = _Forced(after, codes, TIE.get(self.dtype, 1e-2))
+        for k, (inputs, (was, expected)) in enumerate(zip(self.probes, self.expected, strict=True)):
+            forced = _Forced(after, was, TIE.get(self.dtype, 1e-2), CLOSE[self.dtype])
             with torch.no_grad():
                 result = forced.run(*(inputs[i.name] for i in after.inputs.inputs))
             if forced.wrong:
@@ -201,12 +203,17 @@ class _Coded:
     before_rounding: Tensor
 
 
+_Attention = tuple[Mapping[str, Tensor], Tensor]
+"""Operands and result."""
+
+
 class _Recorded(fx.Interpreter):
-    """Runs a program and keeps what every quantize makes."""
+    """Runs a program and keeps what every quantize makes, and attention that makes codes itself."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(unobserved(program))
         self.found: dict[object, _Coded] = {}
+        self.attended: dict[object, _Attention] = {}
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
@@ -217,20 +224,25 @@ class _Recorded(fx.Interpreter):
             channels = axis if isinstance(axis, int) else 0
             spread = [expand(parameter, rows, channels, x.dim()) for parameter in (scale, zero_point)]
             self.found[n.meta["address"]] = _Coded(value, x.double() / spread[0] + spread[1])
+        if ops.is_call(n, *RUN_TIME) and isinstance(value, Tensor):
+            operands = {arg: self.env[ops.tensor(n, arg)] for arg in ("query", "key", "value")}
+            self.attended[n.meta["address"]] = (operands, value)
         return value
 
 
 class _Forced(fx.Interpreter):
     """Runs a program, compares its codes with recorded ones of the same address, and goes on with those."""
 
-    def __init__(self, program: Program, codes: Mapping[object, _Coded], tie: float) -> None:
+    def __init__(self, program: Program, was: _Recorded, tie: float, close: float) -> None:
         super().__init__(unobserved(program))
-        self.codes, self.tie = codes, tie
+        self.codes, self.attended, self.tie, self.close = was.found, was.attended, tie, close
         self.wrong: list[tuple[str, float]] = []
         self.ties = self.count = 0
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
+        if ops.is_call(n, *RUN_TIME) and n.meta["address"] in self.attended:
+            return self._attended(n)
         known = self.codes.get(n.meta.get("address"))
         if known is None or not isinstance(value, Tensor) or value.is_floating_point():
             return value
@@ -245,6 +257,18 @@ class _Forced(fx.Interpreter):
             how = f"{int(differ.sum())} of {off.numel()} differ, by up to {int(off.max())}"
             self.wrong.append((f"{n.meta['address']} ({how})", float(differ.double().mean())))
         return known.codes
+
+
+    def _attended(self, n: fx.Node) -> Tensor:
+        """The result of before, which must come of the operands of before, and these must still be what they were."""
+        operands, result = self.attended[n.meta["address"]]
+        for arg, value in operands.items():
+            if not (error := distance(self.env[ops.tensor(n, arg)], value)) <= self.close:
+                self.wrong.append((f"{n.meta['address']} (another {arg})", error))
+        again: Tensor = n.target(**{**ops.args(n), **operands})  # type: ignore[operator]  # a call
+        if not _same_bits(again, result):
+            self.wrong.append((f"{n.meta['address']} (another result)", distance(again, result)))
+        return result
 
 
 def distance(a: Tensor, b: Tensor) -> float:

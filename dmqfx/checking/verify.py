@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dmqfx.checking.attended import Attended
 from dmqfx.checking.culprit import find_culprit
 from dmqfx.checking.evidence import contradictions
 from dmqfx.checking.headroom import Headroom
@@ -20,7 +21,7 @@ from dmqfx.checking.producers import wrong_producers
 from dmqfx.checking.repeats import Repeated
 from dmqfx.checking.tablecheck import Broken, broken_claims
 from dmqfx.errors import DmqfxError, VerifyError
-from dmqfx.graph.facts import FITTED, INTEGER, PAIRED, QDQ
+from dmqfx.graph.facts import ATTENDED, FITTED, INTEGER, PAIRED, QDQ
 from dmqfx.graph.fingerprint import fingerprint, refuse_changes
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Application, Journal
@@ -206,9 +207,8 @@ def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> li
     """The programs to look at and their judges, the float64 twin first (last for a lossy pass)."""
     if step.preserves is Preserves.LOSSY:
         signal = _Trial(program, step, ctx, Signal(program, _rows(program, ctx), _floor(ctx)), False)
-        if QDQ not in step.provides:
-            return [signal]
-        return [signal, (_twin if float64 else _trial)(program, step, ctx, Planlike)]
+        kinds = [kind for fact, kind in ((QDQ, Planlike), (ATTENDED, Attended)) if fact in step.provides]
+        return [signal, *((_twin if float64 else _trial)(program, step, ctx, kind) for kind in kinds)]
     if step.preserves is Preserves.BITWISE:  # one that fits ranges makes them anew, of the quantized network
         kinds = (Equal,) if FITTED in step.provides else (Equal, Headroom)
         return [_trial(program, step, ctx, *kinds, Repeated)]

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dmqfx.graph.program import Program
 
 __all__ = [
+    "ATTENDED",
     "CALIBRATED",
     "CANONICAL",
     "CORRECTED",
@@ -113,6 +114,7 @@ ROUNDED = Fact("rounded", "planned weights have their integer codes in the table
 CORRECTED = Fact("corrected", "biases make up for what quantization takes from the mean of outputs")
 STEPPED = Fact("stepped", "steps and biases were learned for the UNet's output")
 QDQ = Fact("qdq", "planned sites are quantized and dequantized in the graph", _no_dequantize)
+ATTENDED = Fact("attended", "products of attention are of codes that are made at run time")
 INTEGER = Fact("integer", "the graph was lowered for a target")
 HOISTED = Fact(
     "hoisted", "what the sample does not change is computed once for what it depends on", _misplaced

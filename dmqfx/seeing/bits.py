@@ -22,6 +22,10 @@ from dmqfx.seeing import wording
 
 __all__ = ["SiteBits", "is_quantized", "layers", "site_bits", "sites"]
 
+RUN_TIME = ("qattention", "kernel_attention")
+"""Operators that make codes of their operands themselves."""
+BY_STEP = "step quantize-attention"
+KEY_BITS = 8
 _ARGUMENTS = frozenset(arg for operands in OPERANDS.values() for arg in operands)
 # Operators between a dequantize and its reader that only move numbers.
 _LAYOUT = ("view", "reshape", "transpose", "permute", "contiguous", "clone", "expand", "flatten", "unflatten")
@@ -34,6 +38,7 @@ class SiteBits:
     `asked` is None for float and `rule` the deciding one ("" where there is no plan); `got` is None for float
     and `how` says what stands in the graph; `refused` holds "pass: reason" where that is not what was asked;
     `notes` say what else a reader of bits should know: the arm of a skip that it is, the shifts that it has.
+    With `run_time` scales and codes are made anew at every call, which a step asked for and not the plan.
     """
 
     site: Site
@@ -43,11 +48,17 @@ class SiteBits:
     how: str
     refused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    run_time: bool = False
+
+    @property
+    def asked_bits(self) -> int | None:
+        """The bits that were asked for, None for float."""
+        return self.got if self.run_time else self.asked.bits if self.asked else None
 
     @property
     def as_asked(self) -> bool:
         """Whether the graph does what the plan says, and the plan what the policy said."""
-        return (self.asked.bits if self.asked else None) == self.got and not self.refused
+        return self.asked_bits == self.got and not self.refused
 
 
 def layers(program: Program) -> dict[Address, fx.Node]:
@@ -73,6 +84,9 @@ def site_bits(program: Program, site: Site) -> SiteBits:
 
     Raises: KeyError if there is no such operation.
     """
+    if ops.is_call(node := program.node(site.at), *RUN_TIME):
+        bits = _integer(ops.args(node)["bits"]) if site.arg == "query" else KEY_BITS
+        return SiteBits(site, None, BY_STEP, bits, "codes of its own, made at every call", run_time=True)
     planned = program.table.get(site, Planned)
     asked = planned.spec if planned is not None else None
     got, how = _got(program, site)

@@ -112,12 +112,11 @@ def _layer(
 
 
 def _site(found: SiteBits) -> SiteReport:
-    asked = found.asked
     return SiteReport(
         argument=found.site.arg,
-        asked_bits=asked.bits if asked is not None else None,
+        asked_bits=found.asked_bits,
         got_bits=found.got,
-        asked=str(asked or "float"),
+        asked=found.how if found.run_time else str(found.asked or "float"),
         rule=found.rule,
         reasons=found.refused,
         notes=found.notes,

@@ -79,15 +79,17 @@ def _paired(program: Program, at: Address) -> Iterator[Site]:
 
 def _site(program: Program, site: Site) -> Iterator[str]:
     yield site.arg
-    if program.table.get(site, Planned) is not None:
-        yield from (f"  {line}" for line in _bits(program, site_bits(program, site)))
+    bits = site_bits(program, site)
+    if bits.run_time or program.table.get(site, Planned) is not None:
+        yield from (f"  {line}" for line in _bits(program, bits))
     yield from (f"  {line}" for line in _numbers(program, site))
     told = {type(each): each for each in program.table.at(site) if not isinstance(each, _TOLD)}
     yield from (f"  {wording.entry(each)}" for each in told.values())
 
 
 def _bits(program: Program, bits: SiteBits) -> Iterator[str]:
-    yield f"asked  {bits.asked or 'float'}, by rule {bits.rule!r}"
+    by = bits.rule if bits.run_time else f"rule {bits.rule!r}"
+    yield f"asked  {bits.asked or (f'{bits.got} bit' if bits.run_time else 'float')}, by {by}"
     yield f"got    {f'{bits.got} bit, ' if bits.got else ''}{bits.how}"
     if is_quantized(program) and not bits.as_asked:
         yield from (f"       refused by {reason}" for reason in bits.refused)
