@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["attention_average", "attention_softmax", "default_scale", "qattention"]
+__all__ = ["attention_average", "attention_softmax", "check", "default_scale", "qattention"]
 
 TOGETHER = 256
 """Keys whose codes are relative to the greatest score among them."""
@@ -48,6 +48,16 @@ def default_scale(query: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
+def check(query: Tensor, key: Tensor, value: Tensor, scale: float, bits: int) -> None:
+    """Raises: ValueError for what qattention does not take."""
+    fits = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[-1]
+    if not fits or key.shape != value.shape:
+        shapes = ", ".join(str(list(each.shape)) for each in (query, key, value))
+        raise ValueError(f"attention of {shapes}: need [B, heads, T, E] and twice [B, heads, S, E]")
+    if not 2 <= bits <= 8 or not scale >= 0:
+        raise ValueError(f"attention in codes of {bits} bits with scale {scale:g}: need 2 to 8, and none below 0")
+
+
 def qattention(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, bits: int = 8
 ) -> Tensor:
@@ -63,7 +73,7 @@ def qattention(
     Raises: ValueError for other shapes or bits, or a negative scale.
     """
     factor = default_scale(query, scale)
-    _check(query, key, value, factor, bits)
+    check(query, key, value, factor, bits)
     if key.shape[-2] == 0 or query.numel() == 0:
         return torch.zeros_like(query.transpose(1, 2).contiguous().transpose(1, 2))
     real = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -84,15 +94,6 @@ def qattention(
         total, most = total * before + shares.sum(-1, keepdim=True) * now, top
     found = averages * (1 / total) * v_scale + v_middle
     return found.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, bits: int) -> None:
-    fits = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[-1]
-    if not fits or key.shape != value.shape:
-        shapes = ", ".join(str(list(each.shape)) for each in (query, key, value))
-        raise ValueError(f"attention of {shapes}: need [B, heads, T, E] and twice [B, heads, S, E]")
-    if not 2 <= bits <= 8 or not scale >= 0:
-        raise ValueError(f"attention in codes of {bits} bits with scale {scale:g}: need 2 to 8, and none below 0")
 
 
 def _span(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dmqfx.runtime.attention import default_scale, qattention
+from dmqfx.runtime.attention import check, default_scale, qattention
 from dmqfx.runtime.kernels.native import Attention, library
 
 __all__ = ["attend"]
@@ -28,14 +28,13 @@ def attend(
         as [B, T, heads, E].
     Raises: as qattention.
     """
-    native, operands = library(), (query, key, value)
-    wide = query.dim() == 4 and query.shape[-1] <= WIDEST and key.shape == value.shape and key.shape[-2] > 0
-    if native is None or not wide or any(not _readable(each) for each in operands):
-        return qattention(query, key, value, scale, bits)
+    native, operands, factor = library(), (query, key, value), default_scale(query, scale)
+    check(query, key, value, factor, bits)
     batch, heads, queries, width = query.shape
-    if (key.shape[0], key.shape[1], key.shape[3]) != (batch, heads, width) or not 2 <= bits <= 8:
-        return qattention(query, key, value, scale, bits)  # which says what is wrong
-    found = Attention(batch, heads, queries, key.shape[2], width, bits, default_scale(query, scale))
+    empty = query.numel() == 0 or key.numel() == 0
+    if native is None or empty or width > WIDEST or any(not _readable(each) for each in operands):
+        return qattention(query, key, value, scale, bits)
+    found = Attention(batch, heads, queries, key.shape[2], width, bits, factor)
     kept = [each if each.stride(3) == 1 else each.contiguous() for each in operands]
     out = torch.empty((batch, queries, heads, width)).transpose(1, 2)
     for name, each in zip("qkv", kept, strict=True):
