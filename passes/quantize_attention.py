@@ -31,7 +31,8 @@ class QuantizeAttention(Pass):
     anew at every call. What a rule of the policy quantizes already keeps its grid.
 
     Units: bits, 2 to 8, of queries and of the softmax; keys and values have 8. On AVX2 without VNNI 7 bits are faster than
-    8. `at` is a glob of addresses.
+    8. `at` is a glob of addresses; where there are fewer than `keys` at the example sizes, making codes takes as long as
+    they save, and attention stays float.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
@@ -40,10 +41,13 @@ class QuantizeAttention(Pass):
     preserves: ClassVar[Preserves] = Preserves.LOSSY
     bits: int = 8
     at: str = EVERYWHERE
+    keys: int = 64
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be 2 to 8, not {self.bits}")
+        if self.keys < 0:
+            raise ValueError(f"keys must not be below 0, as {self.keys} is")
         matcher(self.at)
 
     def run(self, program: Program, ctx: PassContext) -> Program:
@@ -59,7 +63,7 @@ class QuantizeAttention(Pass):
         rw = Rewriter(program, self.name(), ctx.journal)
         for node in ctx.journal.fuelled(chosen):
             at = node.meta["address"]
-            if reason := _unfit(node):
+            if reason := _unfit(node, self.keys):
                 ctx.journal.refuse(at, "quantize", reason)
             elif ctx.journal.apply(at, "quantize", f"{self.bits} bits"):
                 old = rw.node(at)
@@ -69,7 +73,7 @@ class QuantizeAttention(Pass):
         return rw.finish()
 
 
-def _unfit(attention: fx.Node) -> str | None:
+def _unfit(attention: fx.Node, fewest: int) -> str | None:
     """Why attention cannot be of codes, or None."""
     named = ops.args(attention)
     operands = [ops.tensor(attention, arg) for arg in OPERANDS]
@@ -88,6 +92,8 @@ def _unfit(attention: fx.Node) -> str | None:
         return f"its scale {named['scale']:g} is below 0"
     if any(len(shape) != 4 for shape in shapes) or shapes[1] != shapes[2]:
         return "its operands are not [batch, heads, tokens, channels], with as many channels of values as of keys"
+    if shapes[1][2] < fewest:
+        return f"of {shapes[1][2]} keys codes gain nothing; from {fewest} on they do"
     dtypes = {node.meta["val"].dtype for node in operands}
     return None if len(dtypes) == 1 and dtypes <= {*REAL} else f"its operands are {sorted(map(str, dtypes))}"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from planting import Function, Mutant, Plant, edited, patched, planted, with_constant, with_entry
 from torch import Tensor, fx
@@ -37,8 +40,13 @@ def keys_for_values(rw: Rewriter, node: fx.Node) -> fx.Node:
     return rw.like(node, value=ops.tensor(ops.tensor(node, "softmax"), "key"))
 
 
-def with_bits(bits: int) -> Plant:
-    return edited("qattention", lambda rw, node: rw.like(node, bits=bits))
+def coded(edit: Callable[[Rewriter, fx.Node], fx.Node]) -> Plant:
+    """quantize-attention of however few keys, and then its operators replaced."""
+    return lambda step: replace(edited("qattention", edit)(step), keys=1)  # type: ignore[type-var]  # passes are dataclasses
+
+
+def with_two_bits(rw: Rewriter, node: fx.Node) -> fx.Node:
+    return rw.like(node, bits=2)
 
 
 def keys_added(rw: Rewriter, node: fx.Node) -> fx.Node:
@@ -89,11 +97,11 @@ MUTANTS: tuple[Mutant, ...] = (
     *planted(
         "quantize-attention",
         {
-            "the scale of scores is forgotten": (edited("qattention", without_scale), WHOLE),
-            "codes of queries and keys change roles": (edited("qattention", keys_for_queries), WHOLE),
-            "keys are averaged with values": (edited("qattention", keys_added), WHOLE),
-            "codes have two bits": (with_bits(2), WHOLE),
-            "heads change places": (edited("qattention", by_the_other_order), WHOLE),
+            "the scale of scores is forgotten": (coded(without_scale), WHOLE),
+            "codes of queries and keys change roles": (coded(keys_for_queries), WHOLE),
+            "keys are averaged with values": (coded(keys_added), WHOLE),
+            "codes have two bits": (coded(with_two_bits), WHOLE),
+            "heads change places": (coded(by_the_other_order), WHOLE),
         },
         policy="attended",
     ),

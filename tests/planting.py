@@ -19,7 +19,7 @@ from dmqfx.graph.modules import clone
 from dmqfx.graph.pattern import Rule
 from dmqfx.graph.pipeline import Pass, PassContext, run_step
 from dmqfx.graph.program import Program
-from dmqfx.graph.registry import passes
+from dmqfx.graph.registry import create, passes
 from dmqfx.graph.rewrite import Refuse, Rewriter
 from dmqfx.policy.policy import Policy
 
@@ -62,7 +62,7 @@ _TOY = (
 def _policy(
     name: str,
     *more: Mapping[str, object],
-    order: Sequence[str] = ORDER,
+    order: Sequence[str | Mapping[str, object]] = ORDER,
     of: Sequence[Mapping[str, object]] = _TOY,
 ) -> Policy:
     """Signed and unsigned, 4 and 8 bit weights, scales per tensor and per channel, and float layers."""
@@ -90,7 +90,7 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             {"name": "softmax", "kind": "softmax", "input": {"bits": 8, "per": "channel"}, "optional": True},
             order=SPLIT,
         ),
-        "attended": _policy("attended", order=[*ORDER, "quantize-attention"]),
+        "attended": _policy("attended", order=[*ORDER, {"quantize-attention": {"keys": 1}}]),
         "shifts": _policy("shifts", order=SWEPT),
         "searched": _policy(
             "searched",
@@ -130,12 +130,15 @@ def program_before(step: str, policy: str = "layers") -> Program:
     if step in AFTER:
         last = AFTER[step]
         return run_step(passes()[last](), program_before(last, policy), context(policy))
-    order = [each.name for each in {**POLICIES, **PROMPTED_POLICIES}[policy].pipeline]
+    steps = {**POLICIES, **PROMPTED_POLICIES}[policy].pipeline
+    order = [each.name for each in steps]
     index = order.index(step) if step in order else len(order)
     if index == 0:
         return prompted() if policy in PROMPTS else toy()
-    last = order[index - 1]
-    return run_step(passes()[last](), program_before(last, policy), context(policy))
+    last = steps[index - 1]
+    return run_step(
+        create(last.name, last.keywords()), program_before(last.name, policy), context(policy)
+    )
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,13 @@ from dmqfx.seeing.inventory import inventory
 from dmqfx.seeing.why import why
 from dmqfx.storage.store import load
 
-STEP = create("quantize-attention")
+STEP = create("quantize-attention", {"keys": 1})
 QUERY = Site.parse(f"{WHOLE}:query")
 
 
 def coded(program: Program, **options: object) -> Program:
     """The program with its attention in codes, if nothing else."""
-    return run_step(create("quantize-attention", options), ready(program), PassContext())
+    return run_step(create("quantize-attention", {"keys": 1, **options}), ready(program), PassContext())
 
 
 def ready(program: Program) -> Program:
@@ -92,6 +92,13 @@ def test_attention_with_a_mask_stays_float_beside_one_without() -> None:
     assert [n.meta["address"].path for n in result.calls("qattention")] == ["attn1"]
 
 
+def test_few_keys_stay_float() -> None:
+    assert list(refusals(coded(attending(keys=3), keys=3))) == []
+    assert list(refusals(coded(attending(keys=3), keys=4)).values()) == [
+        "of 3 keys codes gain nothing; from 4 on they do"
+    ]
+
+
 def test_what_a_rule_quantizes_keeps_its_grid() -> None:
     result = run_step(STEP, program_before("lower-reference", "attention"), context("attention"))
     assert refusals(result) == {WHOLE: "the policy quantizes its query and key and value already"}
@@ -137,7 +144,7 @@ def test_bits_are_told_as_what_they_are() -> None:
         assert "asked  8 bit, by step quantize-attention" in told
         assert "got    8 bit, codes of its own, made at every call" in told
     fewer = run_step(
-        create("quantize-attention", {"bits": 7}),
+        create("quantize-attention", {"bits": 7, "keys": 1}),
         program_before("quantize-attention", "attended"),
         PassContext(),
     )
