@@ -79,10 +79,7 @@ setup(
         Extension(
             "dmqfx.runtime.kernels.libdmqfx",
             sources=[f"{HERE}/{source}" for source in SOURCES],
-            depends=[
-                f"{HERE}/{header}"
-                for header in sorted(path.name for path in Path(HERE).glob("*.h"))
-            ],
+            depends=[f"{HERE}/{header}" for header in sorted(path.name for path in Path(HERE).glob("*.h"))],
             optional=True,
         )
     ],

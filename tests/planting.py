@@ -136,9 +136,7 @@ def program_before(step: str, policy: str = "layers") -> Program:
     if index == 0:
         return prompted() if policy in PROMPTS else toy()
     last = steps[index - 1]
-    return run_step(
-        create(last.name, last.keywords()), program_before(last.name, policy), context(policy)
-    )
+    return run_step(create(last.name, last.keywords()), program_before(last.name, policy), context(policy))
 
 
 @dataclass(frozen=True)

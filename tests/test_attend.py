@@ -66,7 +66,8 @@ def test_attention_has_the_bits_of_the_reference(data: st.DataObject) -> None:
     for instruction_set in here():
         found = attend(*operands, scale, bits, instruction_set)
         assert torch.equal(found, expected), instruction_set
-        assert found.transpose(1, 2).is_contiguous() and expected.transpose(1, 2).is_contiguous()
+        assert found.transpose(1, 2).is_contiguous()
+        assert expected.transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.022), (7, 0.035), (4, 0.3)])

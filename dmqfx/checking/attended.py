@@ -38,7 +38,11 @@ class Attended(Judge):
             expected = result if isinstance(result, tuple) else (result,)
             for name, a, b in zip(after.inputs.outputs, outputs(after, inputs), expected, strict=True):
                 what = f"relative L2 error of {name}, probe {k + 1}"
-                worst = finding if not (finding := Finding(distance(a, b), self.limit, what)).error <= worst.error else worst
+                worst = (
+                    finding
+                    if not (finding := Finding(distance(a, b), self.limit, what)).error <= worst.error
+                    else worst
+                )
         return worst
 
 

@@ -258,7 +258,6 @@ class _Forced(fx.Interpreter):
             self.wrong.append((f"{n.meta['address']} ({how})", float(differ.double().mean())))
         return known.codes
 
-
     def _attended(self, n: fx.Node) -> Tensor:
         """The result of before, which must come of the operands of before, and these must still be what they were."""
         operands, result = self.attended[n.meta["address"]]

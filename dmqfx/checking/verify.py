@@ -207,8 +207,8 @@ def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> li
     """The programs to look at and their judges, the float64 twin first (last for a lossy pass)."""
     if step.preserves is Preserves.LOSSY:
         signal = _Trial(program, step, ctx, Signal(program, _rows(program, ctx), _floor(ctx)), False)
-        kinds = [kind for fact, kind in ((QDQ, Planlike), (ATTENDED, Attended)) if fact in step.provides]
-        return [signal, *((_twin if float64 else _trial)(program, step, ctx, kind) for kind in kinds)]
+        seconds = [kind for fact, kind in ((QDQ, Planlike), (ATTENDED, Attended)) if fact in step.provides]
+        return [signal, *((_twin if float64 else _trial)(program, step, ctx, kind) for kind in seconds)]
     if step.preserves is Preserves.BITWISE:  # one that fits ranges makes them anew, of the quantized network
         kinds = (Equal,) if FITTED in step.provides else (Equal, Headroom)
         return [_trial(program, step, ctx, *kinds, Repeated)]

@@ -55,7 +55,9 @@ def check(query: Tensor, key: Tensor, value: Tensor, scale: float, bits: int) ->
         shapes = ", ".join(str(list(each.shape)) for each in (query, key, value))
         raise ValueError(f"attention of {shapes}: need [B, heads, T, E] and twice [B, heads, S, E]")
     if not 2 <= bits <= 8 or not scale >= 0:
-        raise ValueError(f"attention in codes of {bits} bits with scale {scale:g}: need 2 to 8, and none below 0")
+        raise ValueError(
+            f"attention in codes of {bits} bits with scale {scale:g}: need 2 to 8, and none below 0"
+        )
 
 
 def qattention(
@@ -64,9 +66,9 @@ def qattention(
     """softmax(query * scale @ key^T) @ value in codes, whose scales are found at run time; in plain torch.
 
     Keys are coded less the middle of each channel, which changes no softmax, and divided by a power of two near the root
-    of half its range, by which queries are multiplied: so both keep channels of unlike size. They have one scale for each head, queries for
-    each row, values for each channel, and the softmax for each row and `TOGETHER` keys. Products are sums of integers.
-    The softmax is one of powers of two, in steps of 1 / `STEPS`.
+    of half its range, by which queries are multiplied: so both keep channels of unlike size. Keys have one scale for each
+    head, queries for each row, values for each channel, and the softmax for each row and `TOGETHER` keys. Products are
+    sums of integers; the softmax is one of powers of two, in steps of 1 / `STEPS`.
 
     Shapes: query [B, heads, T, E], key and value [B, heads, S, E]; returns [B, heads, T, E], in memory as [B, T, heads, E].
     Units: codes of queries and of the softmax have `bits`, 2..8, those of keys and values 8.

@@ -155,9 +155,7 @@ def kernel_quantize(x: Tensor, *given: Any) -> Tensor:
     return codes.laid_out(x, axis, qmin, activation, 0 if beside is None else beside.shape[1])
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, bits: int = 8
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, bits: int = 8) -> Tensor:
     batch, heads, queries, width = query.shape
     return query.new_empty([batch, queries, heads, width]).transpose(1, 2)
 

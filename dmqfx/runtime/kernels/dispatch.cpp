@@ -5,6 +5,8 @@
 
 namespace {
 
+constexpr int64_t kFew = 3;  // steps of 16 bit sums that are not worth their flushes
+
 enum { kOfScalar = 0, kOfAvx2 = 1, kOfAvx512Vnni = 2 };
 
 bool cpu_has(int instruction_set) {
@@ -95,7 +97,7 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
     const int64_t within = shift < layer->headroom ? shift : layer->headroom;  // the sums take the rest
     const int64_t most = (layer->pair << within) * greatest_code(*layer);
     if (most > 0) room = INT16_MAX / most;
-    if (room == 0) chosen = &kAvx2Wide;
+    if (room < kFew) chosen = room == 0 ? &kAvx2Wide : &kAvx2Middle;
   }
   return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
 }
