@@ -26,7 +26,7 @@ SOURCES = {
 }
 FLAGS = (
     "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-trapping-math -fno-math-errno "
-    "-fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes"
+    "-fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes -Wno-maybe-uninitialized"
 ).split()
 
 

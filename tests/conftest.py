@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub at import
+os.environ["DMQFX_CACHE"] = tempfile.mkdtemp()  # what was measured on this machine belongs to its user
 
 import pytest
 import torch

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from unittest.mock import patch
 
 import torch
-from planting import Mutant, Plant, edited, nothing, operands, patched, planted
+from planting import Mutant, Plant, derived, edited, nothing, operands, patched, planted
 from torch import Tensor, fx
 
 from dmqfx.graph import ops
+from dmqfx.graph.modules import clone
+from dmqfx.graph.pipeline import Pass, PassContext
+from dmqfx.graph.program import Program
+from dmqfx.graph.registry import passes
 from dmqfx.graph.rewrite import Rewriter
+from dmqfx.runtime.costs import Cost, Costs
 from dmqfx.runtime.kernels import weights
 
 
@@ -48,8 +56,55 @@ def without_padding(honest: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in honest if name != "padding")
 
 
-MUTANTS: tuple[Mutant, ...] = tuple(
-    planted(
+class Slow(Costs):
+    """As if every native layer were slower."""
+
+    @staticmethod
+    def here() -> Costs:
+        return Slow()
+
+    def of(self, layer: str) -> Cost | None:
+        return Cost(2.0, 1.0)
+
+
+def folded(change: Callable[[Tensor], Tensor]) -> Plant:
+    """choose-forms where all layers are faster simulated, and then one of their weights changed."""
+
+    def plant(step: str) -> Pass:
+        honest = passes()[step]
+
+        def run(self: Pass, program: Program, ctx: PassContext) -> Program:
+            with patch.object(sys.modules[honest.__module__], "Costs", Slow):
+                after = honest.run(self, program, ctx)
+            weights = after.weights()
+            name = next((name for name in weights if name.endswith("down.conv1.weight_simulated")), None)
+            if name is None:
+                return after
+            return replace(after, gm=clone(after.gm, {**weights, name: change(weights[name].clone())}))
+
+        return derived(run=run)(step)
+
+    return plant
+
+
+def next_code(weight: Tensor) -> Tensor:
+    weight.view(-1)[0] += weight.abs().max() / 7
+    return weight
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    *planted(
+        "choose-forms",
+        {
+            "a weight that is kept in float is one code off": (folded(next_code), "down.conv1/conv2d"),
+            "a weight that is kept in float is of other channels": (
+                folded(lambda weight: weight.flip(0)),
+                "down.conv1/conv2d",
+            ),
+        },
+        meets="lower-reference",
+    ),
+    *planted(
         "lower-cpu",
         {
             "one code is off": (laid_out(one_code_off), "time_embedding.linear_1/linear"),

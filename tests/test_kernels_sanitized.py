@@ -12,10 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-WATCHED = (
-    "convolution or linear or overflow or padding or threads or malformed or strip or codes or magnitudes"
-)
-FILES = ("tests/test_kernels.py", "tests/test_codes.py")
+WATCHED = "convolution or linear or overflow or padding or threads or malformed or strip or codes or magnitudes or attention"
+FILES = ("tests/test_kernels.py", "tests/test_codes.py", "tests/test_attend.py")
 
 # A layer that says it is longer than its tensors are: the sanitizer must see it.
 PROVOKE = """

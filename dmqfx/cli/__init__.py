@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from dmqfx.cli import judge, look, make, tell, terminal
+from dmqfx.cli import judge, look, make, measure, tell, terminal
 from dmqfx.cli.terminal import complain
 
 __all__ = ["build_parser", "main"]
@@ -53,6 +53,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-V", "--version", action="version", version=f"dmqfx {tell.version_of('dmqfx')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (make, judge, look, tell):
+    for module in (make, judge, measure, look, tell):
         module.add_commands(commands)
     return parser

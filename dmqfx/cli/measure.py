@@ -1,0 +1,104 @@
+"""The command that measures this machine: bench."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+from dmqfx.cli import sources, terminal
+from dmqfx.cli.terminal import Commands, bars, command, whole
+
+if TYPE_CHECKING:
+    from dmqfx.runtime.costs import Cost
+    from dmqfx.runtime.timing import Layer
+
+
+def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Declare the commands of this file."""
+    parser = command(
+        commands,
+        "bench",
+        bench,
+        "time every kind of layer of a compiled model on this machine, and keep what is faster",
+        (
+            ("dmqfx bench unet-w4a8/", "at the model's example sizes"),
+            ("dmqfx bench unet-w4a8/ --batch 2 --size 96x64", "a guided pair of 768 x 512 pixels"),
+            ("OMP_NUM_THREADS=4 dmqfx bench unet-w4a8/", "costs are kept for each number of threads"),
+        ),
+    )
+    parser.add_argument("compiled", metavar="COMPILED", help="folder of `dmqfx compile`")
+    parser.add_argument("--batch", type=whole(1), help="rows of a call [the model's example]")
+    parser.add_argument(
+        "--size", type=_size, metavar="HxW", help="of the sample, as the UNet gets it [the model's example]"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.2, help="for each kind of layer, both forms together [0.2]"
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write height and width, as 64x64")
+    return int(found[1]), int(found[2])
+
+
+def bench(options: argparse.Namespace) -> int:
+    """dmqfx bench."""
+    from dmqfx.runtime import timing
+    from dmqfx.runtime.costs import Costs, machine
+
+    program = sources.load_stored(options.compiled).program
+    sizes = {"B": options.batch} if options.batch else {}
+    if options.size is not None:
+        sizes |= dict(zip("HW", options.size, strict=True))
+    kinds = timing.layers(timing.resized(program, **sizes))
+    found = timing.timed(kinds, options.seconds, bars=bars())
+    path = Costs.here().and_(found).save()
+    rows = [(kind, found[kind.name, kind.size]) for kind in kinds]
+    text = (
+        f"{_table(rows)}\n\n{_said(rows)}\nkept in {path}: models that are lowered for `cpu` here follow it"
+    )
+    layers = [
+        {
+            "layer": kind.name,
+            "input": kind.size,
+            "addresses": [str(at) for at in kind.addresses],
+            "native_ms": cost.native,
+            "simulated_ms": cost.simulated,
+            "form": _form(cost),
+        }
+        for kind, cost in rows
+    ]
+    terminal.say(options, text, {"machine": machine(), "file": str(path), "layers": layers})
+    return terminal.OK
+
+
+def _form(cost: Cost) -> str:
+    return "simulated" if cost.simulated_is_faster else "native"
+
+
+def _table(rows: list[tuple[Layer, Cost]]) -> str:
+    from dmqfx.seeing import wording
+
+    lines = [["layer", "input", "times", "native", "simulated", "", "form"]]
+    for kind, cost in sorted(rows, key=lambda row: row[1].native * len(row[0].addresses), reverse=True):
+        spent = [f"{cost.native:.3g} ms", f"{cost.simulated:.3g} ms", f"{cost.simulated / cost.native:.2f}"]
+        lines.append([kind.name, kind.size, str(len(kind.addresses)), *spent, _form(cost)])
+    return wording.columns(lines, right=frozenset({2, 3, 4, 5}))
+
+
+def _said(rows: list[tuple[Layer, Cost]]) -> str:
+    native, simulated, best = (
+        sum(pick(cost) * len(kind.addresses) for kind, cost in rows)
+        for pick in (
+            lambda cost: cost.native,
+            lambda cost: cost.simulated,
+            lambda cost: cost.simulated if cost.simulated_is_faster else cost.native,
+        )
+    )
+    count = sum(len(kind.addresses) for kind, _ in rows)
+    slow = sum(len(kind.addresses) for kind, cost in rows if cost.simulated_is_faster)
+    spent = f"native {native:.4g} ms a call, simulated {simulated:.4g} ms, the faster of each {best:.4g} ms"
+    return f"{count} layers, {slow} of them faster simulated: {spent}"

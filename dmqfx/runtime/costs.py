@@ -1,0 +1,156 @@
+"""What layers cost on this machine, natively and simulated: measured by `dmqfx bench`, kept in a file, read by choose-forms."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from dmqfx.graph import ops
+from dmqfx.machine import processor
+from dmqfx.runtime.kernels.native import library
+from dmqfx.storage.atomic import replacing_file
+
+__all__ = ["Cost", "Costs", "file", "layer_of", "machine", "size_of"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "dmqfx.costs/1"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Milliseconds of one call: quantize and integer layer, or quantize, dequantize and float layer.
+
+    Example:
+        >>> Cost(2.0, 3.0).simulated_is_faster, Cost(3.0, 2.0).simulated_is_faster
+        (False, True)
+    """
+
+    native: float
+    simulated: float
+
+    @property
+    def simulated_is_faster(self) -> bool:
+        """By more than clocks are off."""
+        return self.simulated < 0.95 * self.native
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of layers, by layer and by the size of their input.
+
+    Example:
+        >>> costs = Costs().and_({("linear 4x8 w4 a8", "2x77x8"): Cost(1.0, 2.0), ("linear 4x8 w4 a8", "2x1x8"): Cost(2.0, 1.5)})
+        >>> costs.of("linear 4x8 w4 a8")
+        Cost(native=3.0, simulated=3.5)
+        >>> costs.of("conv2d 8x8x3x3 w4 a8") is None
+        True
+    """
+
+    found: Mapping[tuple[str, str], Cost] = field(default_factory=dict)
+
+    def of(self, layer: str) -> Cost | None:
+        """The sum over all sizes that were measured, or None."""
+        those = [cost for (name, _), cost in self.found.items() if name == layer]
+        return Cost(sum(c.native for c in those), sum(c.simulated for c in those)) if those else None
+
+    def and_(self, more: Mapping[tuple[str, str], Cost]) -> Costs:
+        """With others, which take the place of older ones."""
+        return replace(self, found={**self.found, **more})
+
+    def save(self) -> Path:
+        """Write the file of this machine, whole or not at all; returns where it is."""
+        rows = [
+            {"layer": layer, "input": size, "native": cost.native, "simulated": cost.simulated}
+            for (layer, size), cost in sorted(self.found.items())
+        ]
+        target = file()
+        with replacing_file(target) as half:
+            half.write_text(
+                json.dumps({"format": FORMAT, "machine": machine(), "layers": rows}, indent=1) + "\n"
+            )
+        return target
+
+    @staticmethod
+    def here() -> Costs:
+        """What was measured on this machine with this many threads; of a damaged file nothing, which is logged."""
+        try:
+            said = json.loads(file().read_text())
+            rows = {
+                (each["layer"], each["input"]): Cost(float(each["native"]), float(each["simulated"]))
+                for each in said["layers"]
+            }
+            return Costs(rows)
+        except FileNotFoundError:
+            return Costs()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.warning(
+                "%s is no file of costs (%s); mend: delete it, or run dmqfx bench again", file(), error
+            )
+            return Costs()
+
+
+def machine() -> dict[str, str | int]:
+    """What costs depend on beside the layer."""
+    from dmqfx import __version__
+
+    native = library()
+    return {
+        "processor": processor(),
+        "instruction set": native.chosen if native is not None else "none",
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "dmqfx": __version__,
+    }
+
+
+def file() -> Path:
+    """Where the costs of this machine are: in $DMQFX_CACHE, $XDG_CACHE_HOME/dmqfx or ~/.cache/dmqfx."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("DMQFX_CACHE") or Path(home) / "dmqfx")
+    name = hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"costs-{name}.json"
+
+
+def layer_of(layer: fx.Node) -> str | None:
+    """What the cost of a layer between quantize and dequantize depends on beside its input's size; None for any other.
+
+    So it reads for a convolution: `conv2d 320x320x3x3 w4 a8 stride 1x1 padding 1x1 dilation 1x1 groups 1`.
+    """
+    if not ops.is_call(layer, "conv2d", "linear"):
+        return None
+    named = ops.args(layer)
+    real, weight = named["input"], named["weight"]
+    if not ops.is_call(real, "dequantize") or not ops.is_call(weight, "dequantize"):
+        return None
+    codes, unpacked = ops.args(real)["codes"], ops.args(weight)["codes"]
+    if not ops.is_call(codes, "quantize") or not ops.is_call(unpacked, "unpack"):
+        return None
+    of_weight, of_input = ops.args(unpacked), ops.args(codes)
+    bits = (int(str(of_input["qmax"])) - int(str(of_input["qmin"]))).bit_length()
+    words = [ops.name(layer), _by(of_weight["shape"]), f"w{of_weight['bits']}", f"a{bits}"]
+    words += ["shifted"] * (ops.args(real)["shift"] is not None)
+    if ops.is_call(layer, "conv2d"):
+        words += [f"{name} {_by(named[name])}" for name in ("stride", "padding", "dilation", "groups")]
+    return " ".join(words)
+
+
+def size_of(layer: fx.Node) -> str:
+    """The size of a layer's input at the program's example sizes."""
+    return _by(ops.tensor(layer, "input").meta["val"].shape)
+
+
+def _by(sizes: object) -> str:
+    return (
+        "x".join(map(str, sizes))
+        if isinstance(sizes, Iterable) and not isinstance(sizes, str)
+        else str(sizes)
+    )

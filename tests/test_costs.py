@@ -1,0 +1,197 @@
+"""What layers cost on this machine: measured, kept, and followed by choose-forms."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from planting import context, program_before
+
+from dmqfx.checking.verify import verify
+from dmqfx.cli import main
+from dmqfx.graph.pipeline import run_step
+from dmqfx.graph.program import Program
+from dmqfx.graph.registry import create
+from dmqfx.runtime import costs, timing
+from dmqfx.runtime.costs import Cost, Costs, layer_of, size_of
+from dmqfx.runtime.targets import lower
+from dmqfx.seeing.bits import site_bits, sites
+
+CONV = "down.conv1/conv2d"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for each test."""
+    monkeypatch.setenv("DMQFX_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def finished(policy: str = "layers") -> Program:
+    return program_before("lower-reference", policy)
+
+
+def with_costs(cost: Cost, *addresses: str) -> None:
+    """As if layers at some addresses, or all, cost so much."""
+    nodes = [n for n in finished().calls("conv2d", "linear") if layer_of(n) is not None]
+    chosen = [n for n in nodes if not addresses or str(n.meta["address"]) in addresses]
+    assert chosen
+    Costs.here().and_({(str(layer_of(n)), size_of(n)): cost for n in chosen}).save()
+
+
+def test_without_a_measurement_every_layer_is_native_and_it_is_said() -> None:
+    result = run_step(create("choose-forms"), finished(), context())
+    assert not result.log[-1].applied
+    count = len([n for n in finished().calls("conv2d", "linear") if layer_of(n) is not None])
+    told = f"0 of {count} layers stay simulated, {count} were not measured here (dmqfx bench)"
+    assert result.log[-1].note == told
+
+
+@pytest.mark.parametrize("policy", ["layers", "shifts", "attended"])
+def test_what_is_faster_simulated_stays_so_and_computes_the_same(policy: str) -> None:
+    before = finished(policy)
+    kinds = {
+        (str(layer_of(n)), size_of(n)) for n in before.calls("conv2d", "linear") if layer_of(n) is not None
+    }
+    Costs().and_(dict.fromkeys(kinds, Cost(2.0, 1.0))).save()
+    assert verify(before, create("choose-forms"), context(policy)).error == 0
+    result = run_step(create("choose-forms"), before, context(policy))
+    assert len(result.log[-1].applied) > len(kinds) / 2
+    assert result.log[-1].applied[0].what == "native 2 ms, simulated 1 ms"
+    lowered = lower(before, "cpu")
+    assert not list(lowered.calls("kernel_conv2d", "kernel_linear", "qconv2d", "qlinear"))
+    inputs = {"sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([10.0, 800.0])}
+    with torch.no_grad():
+        expected, found = lower(before, "simulate").gm(*inputs.values()), lowered.gm(*inputs.values())
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_one_slow_layer_is_left_out_and_keeps_its_bits() -> None:
+    with_costs(Cost(1.0, 2.0))
+    with_costs(Cost(2.0, 1.0), CONV)
+    lowered = lower(finished(), "cpu")
+    forms = {
+        str(n.meta["address"]): n.target.__name__ for n in lowered.calls() if CONV in str(n.meta["address"])
+    }
+    assert forms[CONV] == "conv2d.default"
+    assert list(lowered.calls("kernel_conv2d"))
+    record = next(done for done in lowered.log if done.name == "choose-forms")
+    assert [str(each.at) for each in record.applied] == [CONV]
+    assert record.note.startswith("1 of ")
+    assert "not measured" not in record.note
+    bits = {s.arg: site_bits(lowered, s) for s in sites(record.applied[0].at)}
+    assert {arg: each.got for arg, each in bits.items()} == {"input": 8, "weight": 4}
+    assert all(each.as_asked for each in bits.values())
+
+
+def test_a_little_faster_is_not_faster() -> None:
+    with_costs(Cost(1.0, 0.97))
+    assert not run_step(create("choose-forms"), finished(), context()).log[-1].applied
+
+
+def test_costs_come_back_from_their_file_and_newer_ones_take_the_place_of_older(own_folder: Path) -> None:
+    one, two = {("a", "1x2"): Cost(1.0, 2.0)}, {("a", "1x2"): Cost(3.0, 2.5), ("b", "4"): Cost(0.1, 0.2)}
+    path = Costs().and_(one).save()
+    assert path.parent == own_folder
+    Costs.here().and_(two).save()
+    assert Costs.here() == Costs(two)
+    assert json.loads(path.read_text())["machine"] == costs.machine()
+    assert [p.name for p in own_folder.iterdir()] == [path.name]
+
+
+def test_other_threads_have_other_costs() -> None:
+    Costs().and_({("a", "1"): Cost(1.0, 2.0)}).save()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert Costs.here() == Costs()
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"layers": [{"layer": "a"}]}',
+        '{"layers": [{"layer": 1, "input": 2, "native": "x", "simulated": 1}]}',
+    ],
+)
+def test_a_damaged_file_is_told_and_counts_as_none(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    costs.file().write_text(text)
+    with caplog.at_level(logging.WARNING, "dmqfx"):
+        assert Costs.here() == Costs()
+    assert "mend: delete it, or run dmqfx bench again" in caplog.text
+
+
+def test_both_forms_of_each_kind_are_timed_and_compute_the_same() -> None:
+    for policy in ("layers", "shifts"):
+        kinds = timing.layers(finished(policy))
+        assert len({(kind.name, kind.size) for kind in kinds}) == len(kinds) > 5
+        assert sum(len(kind.addresses) for kind in kinds) >= len(kinds)
+        for kind in kinds:
+            native, simulated = kind.native(), kind.simulated()
+            assert isinstance(native, torch.Tensor)
+            assert isinstance(simulated, torch.Tensor)
+            torch.testing.assert_close(native, simulated, rtol=1e-4, atol=1e-4 * float(simulated.abs().max()))
+        cost = kinds[0].measure(0.001)
+        assert cost.native > 0
+        assert cost.simulated > 0
+
+
+def test_other_sizes_have_other_costs() -> None:
+    small, large = (
+        {(k.name, k.size) for k in timing.layers(each)}
+        for each in (finished(), timing.resized(finished(), B=5, H=16, W=16))
+    )
+    assert not small & large
+    assert {name for name, _ in small} == {name for name, _ in large}
+
+
+def test_bench_measures_a_saved_model_and_loading_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    import diffusers
+
+    import dmqfx
+
+    levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = diffusers.UNet2DModel(block_out_channels=(8,), norm_num_groups=2, sample_size=8, **levels)
+    folder = tmp_path / "small"
+    dmqfx.compile(unet, "w4a8-quick", target="cpu", report_rows=0, progress=False).save_pretrained(folder)
+    assert (
+        main(
+            [
+                "bench",
+                str(folder),
+                "--batch",
+                "3",
+                "--size",
+                "16x8",
+                "--seconds",
+                "0.001",
+                "--json",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    said = json.loads(capsys.readouterr().out)
+    assert Path(said["file"]).parent == own_folder
+    assert all(each["input"].startswith("3x") for each in said["layers"])
+    assert {each["form"] for each in said["layers"]} <= {"native", "simulated"}
+    loaded = dmqfx.load(folder, target="cpu")
+    assert loaded.lowering[0].name == "choose-forms"
+    assert "not measured" not in loaded.lowering[0].note
+    assert main(["bench", str(folder), "--seconds", "0.001", "--quiet"]) == 0
+    table = capsys.readouterr().out
+    assert table.startswith("layer")
+    assert "models that are lowered for `cpu` here follow it" in table
+    with pytest.raises(SystemExit):
+        main(["bench", str(folder), "--size", "16"])
+    assert "'16' is no size: write height and width, as 64x64" in capsys.readouterr().err
