@@ -120,7 +120,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "up.0.conv2/conv2d",
             ),
         },
-    )
+    ),
 )
 MUTANTS += tuple(
     planted(

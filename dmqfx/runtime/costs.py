@@ -1,4 +1,4 @@
-"""What layers cost on this machine, natively and simulated: measured by `dmqfx bench`, kept in a file, read by choose-forms."""
+"""What layers cost on this machine, natively and simulated: `dmqfx bench` measures it, choose-forms follows it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ class Costs:
     """The costs of layers, by layer and by the size of their input.
 
     Example:
-        >>> costs = Costs().and_({("linear 4x8 w4 a8", "2x77x8"): Cost(1.0, 2.0), ("linear 4x8 w4 a8", "2x1x8"): Cost(2.0, 1.5)})
+        >>> found = {("linear 4x8 w4 a8", "2x77x8"): Cost(1.0, 2.0), ("linear 4x8 w4 a8", "2x1x8"): Cost(2.0, 1.5)}
+        >>> costs = Costs().and_(found)
         >>> costs.of("linear 4x8 w4 a8")
         Cost(native=3.0, simulated=3.5)
         >>> costs.of("conv2d 8x8x3x3 w4 a8") is None
