@@ -90,15 +90,9 @@ def _table(rows: list[tuple[Layer, Cost]]) -> str:
 
 
 def _said(rows: list[tuple[Layer, Cost]]) -> str:
-    native, simulated, best = (
-        sum(pick(cost) * len(kind.addresses) for kind, cost in rows)
-        for pick in (
-            lambda cost: cost.native,
-            lambda cost: cost.simulated,
-            lambda cost: cost.simulated if cost.simulated_is_faster else cost.native,
-        )
-    )
-    count = sum(len(kind.addresses) for kind, _ in rows)
-    slow = sum(len(kind.addresses) for kind, cost in rows if cost.simulated_is_faster)
+    every = [cost for kind, cost in rows for _ in kind.addresses]
+    native, simulated = sum(cost.native for cost in every), sum(cost.simulated for cost in every)
+    best = sum(cost.simulated if cost.simulated_is_faster else cost.native for cost in every)
+    count, slow = len(every), sum(cost.simulated_is_faster for cost in every)
     spent = f"native {native:.4g} ms a call, simulated {simulated:.4g} ms, the faster of each {best:.4g} ms"
     return f"{count} layers, {slow} of them faster simulated: {spent}"

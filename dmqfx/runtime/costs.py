@@ -109,7 +109,7 @@ def machine() -> dict[str, str | int]:
         "instruction set": native.chosen if native is not None else "none",
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "dmqfx": __version__,
+        "dmqfx": str(__version__),
     }
 
 
@@ -128,18 +128,21 @@ def layer_of(layer: fx.Node) -> str | None:
     """
     if not ops.is_call(layer, "conv2d", "linear"):
         return None
-    named = ops.args(layer)
-    real, weight = named["input"], named["weight"]
-    if not ops.is_call(real, "dequantize") or not ops.is_call(weight, "dequantize"):
-        return None
-    codes, unpacked = ops.args(real)["codes"], ops.args(weight)["codes"]
-    if not ops.is_call(codes, "quantize") or not ops.is_call(unpacked, "unpack"):
+    real = ops.tensor(layer, "input")
+    codes, unpacked = _codes(real), _codes(ops.tensor(layer, "weight"))
+    if (
+        codes is None
+        or unpacked is None
+        or not ops.is_call(codes, "quantize")
+        or not ops.is_call(unpacked, "unpack")
+    ):
         return None
     of_weight, of_input = ops.args(unpacked), ops.args(codes)
     bits = (int(str(of_input["qmax"])) - int(str(of_input["qmin"]))).bit_length()
     words = [ops.name(layer), _by(of_weight["shape"]), f"w{of_weight['bits']}", f"a{bits}"]
     words += ["shifted"] * (ops.args(real)["shift"] is not None)
     if ops.is_call(layer, "conv2d"):
+        named = ops.args(layer)
         words += [f"{name} {_by(named[name])}" for name in ("stride", "padding", "dilation", "groups")]
     return " ".join(words)
 
@@ -147,6 +150,11 @@ def layer_of(layer: fx.Node) -> str | None:
 def size_of(layer: fx.Node) -> str:
     """The size of a layer's input at the program's example sizes."""
     return _by(ops.tensor(layer, "input").meta["val"].shape)
+
+
+def _codes(real: fx.Node) -> fx.Node | None:
+    """What a dequantize reads, or None."""
+    return ops.tensor(real, "codes") if ops.is_call(real, "dequantize") else None
 
 
 def _by(sizes: object) -> str:

@@ -61,7 +61,7 @@ class Layer:
         how = {
             arg: values.get(read, read) if isinstance(read, fx.Node) else read
             for arg, read in ops.args(codes).items()
-        }  # type: ignore[arg-type]  # a node, as asked
+        }
         conv = ops.is_call(layer, "kernel_conv2d")
         how["axis"] = 1 if conv else x.meta["val"].dim() - 1  # as fuse has it
         last = {"channels_last": True} if conv else {}
