@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mutants import MUTANTS
+from mutants_kernels import folded
 from planting import ORDER, SPLIT, SWEPT, context, program_before
 
 from dmqfx.graph.pipeline import Pass, run_step
@@ -18,20 +19,21 @@ from dmqfx.graph.registry import passes
 from dmqfx.seeing.show import diff
 
 GOLDENS = Path(__file__).parent / "goldens"
-LONG_ENOUGH = {"reconstruct-blocks": {"iterations": 600}}
-"""Options with which every block ends far from where it began, on any machine."""
+OPTIONS = {"reconstruct-blocks": {"iterations": 600}, "quantize-attention": {"keys": 1}}
+"""Options with which every block ends far from where it began, on any machine, and attention of few keys is changed."""
 POLICY = dict.fromkeys([*SWEPT, "learn-steps"], "shifts") | dict.fromkeys(ORDER, "attention")
-POLICY |= {"split-attention": "softmax"}
+POLICY |= {"split-attention": "softmax", "quantize-attention": "attended"}
+MEETS = {"choose-forms": "lower-reference"}
 PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
 POLICY["hoist-invariants"] = "many prompts"
 LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu", "fuse", "hoist-invariants")
-PART |= dict.fromkeys(LOWERINGS[:-1], "mid.**")
+PART |= dict.fromkeys((*LOWERINGS[:-1], "choose-forms"), "mid.**")
 
 
 def text(step: Pass) -> str:
     """The difference that a pass makes, and what it refused."""
     policy = POLICY.get(step.name(), "attention")
-    before = program_before(step.name(), policy)
+    before = program_before(MEETS.get(step.name(), step.name()), policy)
     after = run_step(step, before, context(policy))
     record = after.log[-1]
     part = PART.get(step.name(), "**")
@@ -41,10 +43,20 @@ def text(step: Pass) -> str:
     return re.sub(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+", "#", "\n".join(lines)) + "\n"
 
 
-@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *SPLIT, *ORDER]), "learn-steps", *LOWERINGS])
+def made(name: str) -> Pass:
+    """The pass, and for choose-forms layers that are all faster in float."""
+    if name == "choose-forms":
+        return folded(lambda weight: weight)(name)
+    return passes()[name](**OPTIONS.get(name, {}))
+
+
+OTHERS = ("learn-steps", "quantize-attention", "choose-forms")
+
+
+@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *SPLIT, *ORDER]), *OTHERS, *LOWERINGS])
 def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
     golden = GOLDENS / f"{name}.txt"
-    found = text(passes()[name](**LONG_ENOUGH.get(name, {})))
+    found = text(made(name))
     if os.environ.get("GOLDENS") == "write":
         golden.write_text(found)
     assert found == golden.read_text()
@@ -61,6 +73,7 @@ def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
         ("pair-layers", "a reader of a shared input is left out"),
         ("absorb-scaling", "the bias is forgotten"),
         ("insert-qdq", "one reader of three stays float"),
+        ("quantize-attention", "codes have two bits"),
         ("lower-reference", "the bias is lost"),
         ("hoist-invariants", "all groups are taken to be alike"),
     ],
