@@ -22,11 +22,11 @@ SOURCES = {
     "pack.cpp": [],
     "scalar.cpp": [],
     "avx2.cpp": ["-mavx2"] if X86 else [],
-    "avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vnni"] if X86 else [],
+    "avx512vnni.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vnni", "-Wno-maybe-uninitialized"] if X86 else [],
 }
 FLAGS = (
     "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-trapping-math -fno-math-errno "
-    "-fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes -Wno-maybe-uninitialized"
+    "-fvisibility=hidden -Wall -Wextra -Wno-ignored-attributes"
 ).split()
 
 

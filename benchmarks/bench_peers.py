@@ -2,13 +2,14 @@
 
     pip install openvino nncf
     python benchmarks/bench_peers.py [--model emoji] [--policy w4a8-quick] [--compiled DIR] [--batch 32] [--threads 2]
-        [--seconds 60] [--without torch.compile]
+        [--seconds 60] [--without torch.compile] [--avx2]
 
 The engines take turns of three calls on the same inputs, with the same number of threads, in one process; a time is the
 median of an engine's second and third calls on the clock, so nothing else may run. Each call has a timestep that it
 never had; the context is that of before, as in a denoising loop. Engines that are not installed or cannot take the model
 are named with the reason. What an engine needs once (tracing, compiling) is in `seconds_before`. NNCF calibrates on
-eight calls with random inputs: its speed is measured here, not its quality.
+eight calls with random inputs: its speed is measured here, not its quality. With --avx2 a machine that has more computes
+as one with AVX2 alone would, as far as the engines heed the environment (ours, torch, oneDNN's and MKL's do).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import argparse
 import copy
 import importlib.util
 import itertools
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -31,6 +34,13 @@ from torch import Tensor, nn
 
 import dmqfx
 
+AVX2 = {
+    "DMQFX_ISA": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "DNNL_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 Call = Callable[[Mapping[str, Tensor]], object]
 Engine = tuple[tuple[str, ...], Callable[..., Call]]
 """The packages that it needs, and what makes it."""
@@ -158,13 +168,23 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60, help="how long the engines take turns")
     parser.add_argument("--without", action="append", default=[], help="an engine to leave out")
+    parser.add_argument("--avx2", action="store_true", help="as on a machine without AVX-512 and VNNI")
     return parser.parse_args()
+
+
+def held_to_avx2() -> None:
+    """Begin anew with what engines read from the environment when they are loaded."""
+    if os.environ.items() >= AVX2.items():
+        return
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})
 
 
 @torch.no_grad()
 def main() -> None:
-    """Measure, write results/peers_MODEL_POLICY_batchN.json."""
+    """Measure, write results/peers_MODEL_POLICY_batchN.json, or ..._avx2.json."""
     given = options()
+    if given.avx2:
+        held_to_avx2()
     torch.set_num_threads(given.threads)
     unet, inputs = MODELS[given.model][0](), draw(given.model, given.batch)
     q: Any = (
@@ -187,9 +207,11 @@ def main() -> None:
         "fastest_peer": fastest,
         "seconds_before": before,
         "not_run": missing,
+        "torch's instructions": torch.backends.cpu.get_cpu_capability(),
         "versions": {name: version(name) for name in ("openvino", "nncf") if importlib.util.find_spec(name)},
     }
-    write(f"peers_{given.model}_{given.policy.replace('-', '_')}_batch{given.batch}", result)
+    held = "_avx2" if given.avx2 else ""
+    write(f"peers_{given.model}_{given.policy.replace('-', '_')}_batch{given.batch}{held}", result)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,15 +14,16 @@ from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.passes.lower_simulate import fold_weight
-from dmqfx.runtime.costs import Cost, Costs, layer_of
+from dmqfx.runtime.costs import Cost, Costs, layer_of, size_of
 
 
 @dataclass(frozen=True)
 class ChooseForms(Pass):
     """layer(dequantize(x), dequantize(unpack(w)))  ->  layer(dequantize(x), float w), where that is faster than a kernel.
 
-    No integer layer is made of it then; its weight is in memory in float. What was measured is kept for each machine and
-    number of threads; where nothing was, every layer is native.
+    No integer layer is made of it then; its weight is in memory in float. Layers that read one quantize stay together: its
+    codes are for all of them or for none. What was measured is kept for each machine and number of threads; where
+    nothing was, every layer is native.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
@@ -30,27 +32,40 @@ class ChooseForms(Pass):
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Fold the weights of the slow ones, and say how many there are."""
         costs, rw = Costs.here(), Rewriter(program, self.name(), ctx.journal)
-        known = {node: layer_of(node) for node in rw.graph.nodes}
-        found = {node: costs.of(name) for node, name in known.items() if name is not None}
-        slow = {node: cost for node, cost in found.items() if cost is not None and cost.simulated_is_faster}
-        folded = 0
-        for node in ctx.journal.fuelled(list(slow)):
-            folded += _fold(rw, node, slow[node])
-        unknown = sum(cost is None for cost in found.values())
-        told = f"{folded} of {len(found)} layers stay simulated"
+        known = {
+            node: costs.of(name, size_of(node))
+            for node in rw.graph.nodes
+            if node.op == "call_function" and (name := layer_of(node)) is not None
+        }
+        slow = list(_slow(known))
+        folded = sum(_fold(rw, node, cost) for node, cost in ctx.journal.fuelled(slow))
+        unknown = sum(cost is None for cost in known.values())
+        told = f"{folded} of {len(known)} layers stay simulated"
         ctx.journal.note = told + f", {unknown} were not measured here (dmqfx bench)" * bool(unknown)
         return rw.finish()
 
 
+def _slow(known: dict[fx.Node, Cost | None]) -> Iterator[tuple[fx.Node, Cost]]:
+    """Layers whose group, all that read one quantize, is faster simulated."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in known:
+        groups.setdefault(ops.tensor(ops.tensor(node, "input"), "codes"), []).append(node)
+    for nodes in groups.values():
+        costs = [cost for node in nodes if (cost := known[node]) is not None]
+        whole = Cost(sum(c.native for c in costs), sum(c.simulated for c in costs))
+        if len(costs) == len(nodes) and whole.simulated_is_faster:
+            yield from zip(nodes, costs, strict=True)
+
+
 def _fold(rw: Rewriter, layer: fx.Node, cost: Cost) -> bool:
-    """The layer reads a float weight, if there is fuel left."""
+    """Whether the layer reads a float weight now."""
     weight, at = ops.tensor(layer, "weight"), layer.meta["address"]
-    told = f"native {cost.native:.3g} ms, simulated {cost.simulated:.3g} ms"
-    if len(weight.users) > 1 or not rw.journal.apply(at, "simulate", told):
-        return False
-    new = fold_weight.try_at(rw, weight)
+    new = fold_weight.try_at(rw, weight) if len(weight.users) == 1 else None
     if not isinstance(new, fx.Node):
-        rw.journal.refuse(at, "simulate", "its weight cannot be dequantized once")
+        rw.journal.refuse(at, "simulate", "its weight is not unpacked for it alone")
+        return False
+    told = f"native {cost.native:.3g} ms, simulated {cost.simulated:.3g} ms"
+    if not rw.journal.apply(at, "simulate", told):
         return False
     rw.replace(weight, new)
     return True

@@ -16,6 +16,7 @@ from dmqfx.graph.rewrite import Refuse, Rewriter
 from dmqfx.passes.lower_simulate import fold_weight
 from dmqfx.runtime import integer
 from dmqfx.runtime.kernels import weights
+from dmqfx.runtime.kernels.attend import WIDEST
 from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 
@@ -53,6 +54,12 @@ def native_attention(rw: Rewriter, root: fx.Node) -> Outcome:
     """qattention(q, k, v)  ->  kernel_attention(q, k, v)."""
     if why := absent():
         return Refuse(why, root)
+    query = ops.tensor(root, "query").meta["val"]
+    if query.dtype != torch.float32 or query.shape[-1] > WIDEST:
+        words = str(query.dtype).removeprefix("torch.")
+        return Refuse(
+            f"the kernel takes float32 and heads of up to {WIDEST} channels, not {words} of {query.shape[-1]}"
+        )
     return rw.call_at(OPS.kernel_attention.default, root.meta["address"], **ops.args(root))
 
 

@@ -17,6 +17,7 @@ from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.runtime.operators import OPS
+from dmqfx.seeing.bits import LAYOUT
 
 OPERANDS = ("query", "key", "value")
 EVERYWHERE = "**"
@@ -31,8 +32,8 @@ class QuantizeAttention(Pass):
     anew at every call. What a rule of the policy quantizes already keeps its grid.
 
     Units: bits, 2 to 8, of queries and of the softmax; keys and values have 8. On AVX2 without VNNI 7 bits are faster than
-    8. `at` is a glob of addresses; where there are fewer than `keys` at the example sizes, making codes takes as long as
-    they save, and attention stays float.
+    8. `at` is a glob of addresses; where there are fewer than `keys` at the example sizes, attention stays float: making
+    codes takes about as long as they save (benchmarks/bench_attention.py).
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
@@ -90,16 +91,18 @@ def _unfit(attention: fx.Node, fewest: int) -> str | None:
         return "groups of heads share keys"
     if isinstance(named["scale"], (int, float)) and not named["scale"] >= 0:
         return f"its scale {named['scale']:g} is below 0"
-    if any(len(shape) != 4 for shape in shapes) or shapes[1] != shapes[2]:
-        return "its operands are not [batch, heads, tokens, channels], with as many channels of values as of keys"
-    if shapes[1][2] < fewest:
-        return f"of {shapes[1][2]} keys codes gain nothing; from {fewest} on they do"
+    query, key, value = shapes
+    same = len(query) == len(key) == 4 and query[:2] == key[:2] and query[3] == key[3] and key == value
+    if not same:
+        return "its operands are not [batch, heads, tokens, channels], alike but for the tokens of queries"
+    if key[2] < fewest:
+        return f"it has {key[2]} keys, fewer than the {fewest} that codes are made for (keys: {fewest})"
     dtypes = {node.meta["val"].dtype for node in operands}
     return None if len(dtypes) == 1 and dtypes <= {*REAL} else f"its operands are {sorted(map(str, dtypes))}"
 
 
 def _is_quantized(value: fx.Node) -> bool:
     """Whether a dequantize made it, behind what only moves numbers."""
-    while ops.is_call(value, "view", "reshape", "transpose", "permute", "contiguous", "clone"):
+    while ops.is_call(value, *LAYOUT):
         value = value.all_input_nodes[0]
     return ops.is_call(value, "dequantize")

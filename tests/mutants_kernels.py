@@ -63,7 +63,7 @@ class Slow(Costs):
     def here() -> Costs:
         return Slow()
 
-    def of(self, layer: str) -> Cost | None:
+    def of(self, layer: str, size: str) -> Cost | None:
         return Cost(2.0, 1.0)
 
 

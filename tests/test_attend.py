@@ -38,11 +38,13 @@ def draw(data: st.DataObject) -> Operands:
     """Operands of any sizes, sizes that no block divides among them, and numbers that make codes go to their ends."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     sizes = data.draw(st.sampled_from(((9, 70), (30, 300), (3, 600), (70, 5))))
-    batch, heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    batch, heads = data.draw(st.sampled_from((1, 2, 7))), data.draw(st.integers(1, 3))
     queries, keys = (data.draw(st.integers(1, size)) for size in sizes)
     width = data.draw(st.sampled_from((1, 3, 4, 15, 16, 17, 24, 40, 64, 100, 160)))
     q, k, v = (torch.randn(batch, heads, n, width, generator=generator) for n in (queries, keys, keys))
-    match data.draw(st.sampled_from(("normal", "signs", "uneven", "constant", "far", "flat"))):
+    match data.draw(
+        st.sampled_from(("normal", "signs", "uneven", "constant", "far", "flat", "tiny", "opposite"))
+    ):
         case "signs":
             q, k, v = q.sign(), k.sign(), v.sign()
         case "uneven":
@@ -54,6 +56,11 @@ def draw(data: st.DataObject) -> Operands:
             k, v = k + 1000, v - 50
         case "flat":
             q = q * 1e-6
+        case "tiny":
+            k, v = k * 1e-37, v * 1e-36
+            q[:, :, ::2] = 1e-38
+        case "opposite":  # every score is far below 0
+            q, k = q.abs() + 1, -1 - k.abs()
     q = q * 10 ** data.draw(st.floats(-2, 1.5))
     layout = data.draw(st.sampled_from(("heads", "tokens", "channels", "wider")))
     return laid_out(q, layout), laid_out(k, layout), laid_out(v, layout)
@@ -95,15 +102,43 @@ def test_channels_of_unlike_size_keep_their_share() -> None:
     assert distance(attend(q, k, v), exact) < distance(blunt, exact) / 3
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 16])
-def test_the_number_of_threads_changes_nothing(count: int) -> None:
-    operands = tuple(torch.randn(2, 3, n, 24) for n in (200, 150, 150))
-    before, threads = attend(*operands), torch.get_num_threads()
+@pytest.mark.parametrize("count", [1, 2, 3, 64])
+def test_the_number_of_threads_changes_nothing_even_where_it_exceeds_the_work(count: int) -> None:
+    many, few = (tuple(torch.randn(2, 3, n, 24) for n in sizes) for sizes in ((200, 150, 150), (20, 50, 50)))
+    expected, threads = [qattention(*many), qattention(*few)], torch.get_num_threads()
     try:
         torch.set_num_threads(count)
-        assert torch.equal(attend(*operands), before)
+        for instruction_set in here():
+            found = [attend(*operands, None, 8, instruction_set) for operands in (many, few)]
+            assert all(map(torch.equal, found, expected)), instruction_set
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_the_callers_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    operands = tuple(torch.randn(1, 2, n, 40) for n in (30, 70, 70))
+    expected, before = attend(*operands), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = attend(*operands)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_operands_may_share_memory_and_begin_anywhere() -> None:
+    whole = torch.randn(2 * 3 * 50 * 20 + 1)[1:].view(2, 3, 50, 20)
+    one = torch.randn(1, 1, 50, 20).expand(2, 3, 50, 20)
+    for operands in (
+        (whole, one, whole),
+        (one, whole, one),
+        (whole[:, :, 1:, 1:17], *[whole[:, :, 3:, 1:17]] * 2),
+    ):
+        expected = qattention(*(each.clone() for each in operands))
+        for instruction_set in here():
+            assert torch.equal(attend(*operands, None, 8, instruction_set), expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 4, 8), (2, 2, 0, 4, 8), (2, 2, 3, 0, 8), (1, 1, 1, 1, 1)])

@@ -12,11 +12,12 @@ from planting import context, program_before
 
 from dmqfx.checking.verify import verify
 from dmqfx.cli import main
+from dmqfx.graph import ops
 from dmqfx.graph.pipeline import run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
 from dmqfx.runtime import costs, timing
-from dmqfx.runtime.costs import Cost, Costs, layer_of, size_of
+from dmqfx.runtime.costs import Cost, Costs, keep, layer_of, size_of
 from dmqfx.runtime.targets import lower
 from dmqfx.seeing.bits import site_bits, sites
 
@@ -39,7 +40,7 @@ def with_costs(cost: Cost, *addresses: str) -> None:
     nodes = [n for n in finished().calls("conv2d", "linear") if layer_of(n) is not None]
     chosen = [n for n in nodes if not addresses or str(n.meta["address"]) in addresses]
     assert chosen
-    Costs.here().and_({(str(layer_of(n)), size_of(n)): cost for n in chosen}).save()
+    keep({(str(layer_of(n)), size_of(n)): cost for n in chosen})
 
 
 def test_without_a_measurement_every_layer_is_native_and_it_is_said() -> None:
@@ -56,7 +57,7 @@ def test_what_is_faster_simulated_stays_so_and_computes_the_same(policy: str) ->
     kinds = {
         (str(layer_of(n)), size_of(n)) for n in before.calls("conv2d", "linear") if layer_of(n) is not None
     }
-    Costs().and_(dict.fromkeys(kinds, Cost(2.0, 1.0))).save()
+    keep(dict.fromkeys(kinds, Cost(2.0, 1.0)))
     assert verify(before, create("choose-forms"), context(policy)).error == 0
     result = run_step(create("choose-forms"), before, context(policy))
     assert len(result.log[-1].applied) > len(kinds) / 2
@@ -87,6 +88,29 @@ def test_one_slow_layer_is_left_out_and_keeps_its_bits() -> None:
     assert all(each.as_asked for each in bits.values())
 
 
+def test_layers_that_read_one_quantize_stay_together() -> None:
+    shared = [f"mid.to_{name}/linear" for name in "qkv"]
+    slow = {str(n.meta["address"]): n for n in finished().calls("linear") if str(n.meta["address"]) in shared}
+    assert len({ops.tensor(ops.tensor(n, "input"), "codes") for n in slow.values()}) < 3
+    kinds = {
+        (str(layer_of(n)), size_of(n))
+        for n in finished().calls("conv2d", "linear")
+        if layer_of(n) is not None
+    }
+    of_one = (str(layer_of(slow[shared[0]])), size_of(slow[shared[0]]))
+    for cost, together in ((Cost(2.0, 1.0), True), (Cost(1.0, 2.0), False)):
+        keep({**dict.fromkeys(kinds, Cost(1.0, 2.0)), of_one: cost})
+        chosen = {str(a.at) for a in run_step(create("choose-forms"), finished(), context()).log[-1].applied}
+        assert (set(shared) <= chosen) == together
+        assert not chosen or set(shared) & chosen
+
+
+def test_a_size_that_was_measured_decides_for_itself() -> None:
+    costs = Costs({("a", "2x4"): Cost(2.0, 1.0), ("a", "2x400x4"): Cost(10.0, 20.0)})
+    assert costs.of("a", "2x4") == Cost(2.0, 1.0)
+    assert costs.of("a", "9x9x4") == Cost(12.0, 21.0)
+
+
 def test_a_little_faster_is_not_faster() -> None:
     with_costs(Cost(1.0, 0.97))
     assert not run_step(create("choose-forms"), finished(), context()).log[-1].applied
@@ -94,16 +118,16 @@ def test_a_little_faster_is_not_faster() -> None:
 
 def test_costs_come_back_from_their_file_and_newer_ones_take_the_place_of_older(own_folder: Path) -> None:
     one, two = {("a", "1x2"): Cost(1.0, 2.0)}, {("a", "1x2"): Cost(3.0, 2.5), ("b", "4"): Cost(0.1, 0.2)}
-    path = Costs().and_(one).save()
+    path = keep(one)
     assert path.parent == own_folder
-    Costs.here().and_(two).save()
-    assert Costs.here() == Costs(two)
+    keep(two)
+    assert Costs.here() == Costs({**one, **two})
     assert json.loads(path.read_text())["machine"] == costs.machine()
-    assert [p.name for p in own_folder.iterdir()] == [path.name]
+    assert {p.name for p in own_folder.iterdir()} == {path.name, "lock"}
 
 
 def test_other_threads_have_other_costs() -> None:
-    Costs().and_({("a", "1"): Cost(1.0, 2.0)}).save()
+    keep({("a", "1"): Cost(1.0, 2.0)})
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
@@ -115,6 +139,7 @@ def test_other_threads_have_other_costs() -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        '{"format": "dmqfx.costs/9", "machine": {}, "layers": []}',
         "",
         "{",
         "[]",
@@ -131,11 +156,11 @@ def test_a_damaged_file_is_told_and_counts_as_none(text: str, caplog: pytest.Log
 
 def test_both_forms_of_each_kind_are_timed_and_compute_the_same() -> None:
     for policy in ("layers", "shifts"):
-        kinds = timing.layers(finished(policy))
+        kinds = timing.kinds(finished(policy))
         assert len({(kind.name, kind.size) for kind in kinds}) == len(kinds) > 5
         assert sum(len(kind.addresses) for kind in kinds) >= len(kinds)
         for kind in kinds:
-            native, simulated = kind.native(), kind.simulated()
+            native, simulated = (run() for run in kind.forms())
             assert isinstance(native, torch.Tensor)
             assert isinstance(simulated, torch.Tensor)
             torch.testing.assert_close(native, simulated, rtol=1e-4, atol=1e-4 * float(simulated.abs().max()))
@@ -146,7 +171,7 @@ def test_both_forms_of_each_kind_are_timed_and_compute_the_same() -> None:
 
 def test_other_sizes_have_other_costs() -> None:
     small, large = (
-        {(k.name, k.size) for k in timing.layers(each)}
+        {(k.name, k.size) for k in timing.kinds(each)}
         for each in (finished(), timing.resized(finished(), B=5, H=16, W=16))
     )
     assert not small & large
@@ -192,6 +217,11 @@ def test_bench_measures_a_saved_model_and_loading_follows(
     table = capsys.readouterr().out
     assert table.startswith("layer")
     assert "models that are lowered for `cpu` here follow it" in table
+    assert main(["bench", str(folder), "--size", "15x8", "--quiet"]) == 1
+    assert "the model does not take H = 15, W = 8: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", str(folder), "--seconds", "nan"])
+    assert "nan seconds are no time to measure in" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", str(folder), "--size", "16"])
     assert "'16' is no size: write height and width, as 64x64" in capsys.readouterr().err

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import captured
-from mutants_attention import WHOLE
-from planting import context, program_before
+from mutants_attention import WHOLE, with_a_bit_less
+from planting import context, edited, program_before
 from test_split_attention import attending, masked
 from toys import prompted
 
@@ -75,7 +75,7 @@ def test_every_attention_of_a_real_unet_becomes_one_of_codes_and_no_multiplicati
         ({"scale": -2.0}, "its scale -2 is below 0"),
         (
             {"heads": 0},
-            "its operands are not [batch, heads, tokens, channels], with as many channels of values as of keys",
+            "its operands are not [batch, heads, tokens, channels], alike but for the tokens of queries",
         ),
     ],
 )
@@ -95,7 +95,7 @@ def test_attention_with_a_mask_stays_float_beside_one_without() -> None:
 def test_few_keys_stay_float() -> None:
     assert list(refusals(coded(attending(keys=3), keys=3))) == []
     assert list(refusals(coded(attending(keys=3), keys=4)).values()) == [
-        "of 3 keys codes gain nothing; from 4 on they do"
+        "it has 3 keys, fewer than the 4 that codes are made for (keys: 4)"
     ]
 
 
@@ -136,13 +136,33 @@ def test_each_lowering_is_verified() -> None:
         program = run_step(create(name), program, context("attended"), observe=checking())
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_number_of_bits_is_verified(bits: int) -> None:
+    step = create("quantize-attention", {"keys": 1, "bits": bits})
+    program = program_before("quantize-attention", "attended")
+    assert verify(program, step, context("attended")).step == "quantize-attention"
+
+
+def test_a_program_that_the_kernel_cannot_take_stays_in_plain_torch_and_says_why() -> None:
+    lowered = lower(quantized().astype(torch.float64), "cpu")
+    record = next(done for done in lowered.log if done.name == "lower-cpu")
+    said = {str(each.at): each.reason for each in record.refused}
+    assert said[WHOLE].startswith("the kernel takes float32 and heads of up to 1024 channels, not float64 of")
+    assert len(list(lowered.calls("qattention"))) == 1
+
+
 def test_bits_are_told_as_what_they_are() -> None:
     for program in (quantized(), lower(quantized(), "cpu")):
         bits = site_bits(program, QUERY)
         assert (bits.got, bits.asked_bits, bits.as_asked, bits.asked) == (8, 8, True, None)
         told = why(program, WHOLE)
         assert "asked  8 bit, by step quantize-attention" in told
-        assert "got    8 bit, codes of its own, made at every call" in told
+        assert "got    8 bit, dynamic codes, made at every call" in told
+    altered = edited("kernel_attention", with_a_bit_less)("lower-cpu").run(
+        lower(quantized(), "reference"), PassContext()
+    )
+    bits = site_bits(altered, QUERY)
+    assert (bits.got, bits.asked_bits, bits.as_asked) == (7, 8, False)
     fewer = run_step(
         create("quantize-attention", {"bits": 7, "keys": 1}),
         program_before("quantize-attention", "attended"),

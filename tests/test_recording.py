@@ -375,6 +375,17 @@ def test_a_tape_keeps_inputs_as_they_came() -> None:
     assert [batch["sample"].unique().item() for batch in tape.calibration().batches(1)] == [0, 7]
 
 
+def test_recorded_rows_hold_no_gradients_of_a_caller_who_left_them_on() -> None:
+    unet = model("conditional")
+    sample = torch.randn(1, 4, 8, 8, requires_grad=True)
+    with recording(unet) as tape:
+        unet(sample * 2, 900, torch.randn(1, 5, 16) * torch.ones(16, requires_grad=True))
+    columns = tape.calibration().groups[0].columns
+    held = [column.values if hasattr(column, "values") else column for column in columns.values()]
+    assert held
+    assert not any(values.requires_grad for values in held)
+
+
 def test_a_context_that_stays_the_same_is_kept_once() -> None:
     unet, context = model("conditional"), torch.randn(2, 5, 16)
     with recording(unet) as tape, torch.no_grad():

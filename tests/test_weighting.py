@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmqfx.numbers.weighting import TimestepWeights, Weighting
+from dmqfx.policy.setting import PartialSpec
+from dmqfx.runtime.operators import OPS
 
 KINDS: tuple[Weighting, ...] = ("uniform", "linear", "quadratic", "adaptive", "focal", "published")
 
@@ -27,6 +29,28 @@ def test_the_mended_weights_have_mean_one_and_favour_groups_of_small_loss(
     by_group = torch.tensor([float(found[group == k][0]) for k in present])
     average = weights.average[present]
     assert bool((by_group[average.argsort()].diff() <= 1e-6).all())
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    trained=st.sampled_from((37, 50, 1000, 4000)),
+    groups=st.integers(1, 20),
+    whole=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_timestep_of_any_schedule_has_a_weight(
+    kind: Weighting, trained: int, groups: int, whole: bool, seed: int
+) -> None:
+    """The first and the last one too, whatever the number of training steps, and where timesteps are no whole numbers."""
+    drawn = torch.rand(30, generator=torch.Generator().manual_seed(seed)) * (trained - 1)
+    times = torch.cat([torch.tensor([0.0, trained - 1.0]), drawn.round() if whole else drawn])
+    edges = torch.tensor(PartialSpec(groups=groups).boundaries(trained))
+    group = OPS.timestep_group(times, edges)
+    assert int(group.min()) == 0
+    assert int(group.max()) == groups - 1
+    found = TimestepWeights(kind, groups)(torch.rand(32) + 0.1, group)
+    assert bool(found.isfinite().all())
+    assert bool((found >= 0).all())
 
 
 def test_without_renormalisation_the_weights_are_the_same_by_a_factor_and_at_most_one() -> None:

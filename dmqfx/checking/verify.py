@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -207,7 +208,9 @@ def _trials(program: Program, step: Pass, ctx: PassContext, float64: bool) -> li
     """The programs to look at and their judges, the float64 twin first (last for a lossy pass)."""
     if step.preserves is Preserves.LOSSY:
         signal = _Trial(program, step, ctx, Signal(program, _rows(program, ctx), _floor(ctx)), False)
-        seconds = [kind for fact, kind in ((QDQ, Planlike), (ATTENDED, Attended)) if fact in step.provides]
+        attended = partial(Attended, bits=getattr(step, "bits", 8))
+        opinions = ((QDQ, Planlike), (ATTENDED, attended))
+        seconds = [kind for fact, kind in opinions if fact in step.provides]
         return [signal, *((_twin if float64 else _trial)(program, step, ctx, kind) for kind in seconds)]
     if step.preserves is Preserves.BITWISE:  # one that fits ranges makes them anew, of the quantized network
         kinds = (Equal,) if FITTED in step.provides else (Equal, Headroom)

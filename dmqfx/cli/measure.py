@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from dmqfx.cli.terminal import Commands, bars, command, whole
 
 if TYPE_CHECKING:
     from dmqfx.runtime.costs import Cost
-    from dmqfx.runtime.timing import Layer
+    from dmqfx.runtime.timing import Kind
 
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -33,7 +34,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "--size", type=_size, metavar="HxW", help="of the sample, as the UNet gets it [the model's example]"
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.2, help="for each kind of layer, both forms together [0.2]"
+        "--seconds", type=_seconds, default=0.2, help="for each kind of layer, both forms together [0.2]"
     )
 
 
@@ -44,18 +45,27 @@ def _size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text} seconds are no time to measure in: a number above 0, as 0.2"
+        )
+    return seconds
+
+
 def bench(options: argparse.Namespace) -> int:
     """dmqfx bench."""
     from dmqfx.runtime import timing
-    from dmqfx.runtime.costs import Costs, machine
+    from dmqfx.runtime.costs import keep, machine
 
     program = sources.load_stored(options.compiled).program
     sizes = {"B": options.batch} if options.batch else {}
     if options.size is not None:
         sizes |= dict(zip("HW", options.size, strict=True))
-    kinds = timing.layers(timing.resized(program, **sizes))
-    found = timing.timed(kinds, options.seconds, bars=bars())
-    path = Costs.here().and_(found).save()
+    kinds = timing.kinds(timing.resized(program, **sizes))
+    found = timing.measured(kinds, options.seconds, bars=bars())
+    path = keep(found)
     rows = [(kind, found[kind.name, kind.size]) for kind in kinds]
     text = (
         f"{_table(rows)}\n\n{_said(rows)}\nkept in {path}: models that are lowered for `cpu` here follow it"
@@ -79,7 +89,7 @@ def _form(cost: Cost) -> str:
     return "simulated" if cost.simulated_is_faster else "native"
 
 
-def _table(rows: list[tuple[Layer, Cost]]) -> str:
+def _table(rows: list[tuple[Kind, Cost]]) -> str:
     from dmqfx.seeing import wording
 
     lines = [["layer", "input", "times", "native", "simulated", "", "form"]]
@@ -89,7 +99,7 @@ def _table(rows: list[tuple[Layer, Cost]]) -> str:
     return wording.columns(lines, right=frozenset({2, 3, 4, 5}))
 
 
-def _said(rows: list[tuple[Layer, Cost]]) -> str:
+def _said(rows: list[tuple[Kind, Cost]]) -> str:
     every = [cost for kind, cost in rows for _ in kind.addresses]
     native, simulated = sum(cost.native for cost in every), sum(cost.simulated for cost in every)
     best = sum(cost.simulated if cost.simulated_is_faster else cost.native for cost in every)

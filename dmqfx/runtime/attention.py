@@ -7,13 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["attention_average", "attention_softmax", "check", "default_scale", "qattention"]
+__all__ = ["attention_average", "attention_softmax", "check", "qattention"]
 
 TOGETHER = 256
 """Keys whose codes are relative to the greatest score among them."""
 
 STEPS = 32
 """Steps of a power of two that a softmax has."""
+
+TINY = 1e-30
+"""What is smaller counts as 0: one over it could be infinite."""
 
 
 def attention_softmax(
@@ -43,21 +46,21 @@ def attention_average(softmax: Tensor, value: Tensor) -> Tensor:
     return softmax @ value
 
 
-def default_scale(query: Tensor, scale: float | None) -> float:
-    """What scores are multiplied by: 1 / sqrt(E) if it is None."""
-    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+def check(query: Tensor, key: Tensor, value: Tensor, scale: float | None, bits: int) -> float:
+    """What scores are multiplied by: 1 / sqrt(E) if the scale is None.
 
-
-def check(query: Tensor, key: Tensor, value: Tensor, scale: float, bits: int) -> None:
-    """Raises: ValueError for what qattention does not take."""
-    fits = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[-1]
+    Raises: ValueError for what qattention does not take.
+    """
+    fits = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[-1] > 0
     if not fits or key.shape != value.shape:
         shapes = ", ".join(str(list(each.shape)) for each in (query, key, value))
         raise ValueError(f"attention of {shapes}: need [B, heads, T, E] and twice [B, heads, S, E]")
-    if not 2 <= bits <= 8 or not scale >= 0:
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if not 2 <= bits <= 8 or not factor >= 0:
         raise ValueError(
-            f"attention in codes of {bits} bits with scale {scale:g}: need 2 to 8, and none below 0"
+            f"attention in codes of {bits} bits with scale {factor:g}: need 2 to 8, and none below 0"
         )
+    return factor
 
 
 def qattention(
@@ -70,12 +73,14 @@ def qattention(
     head, queries for each row, values for each channel, and the softmax for each row and `TOGETHER` keys. Products are
     sums of integers; the softmax is one of powers of two, in steps of 1 / `STEPS`.
 
+    Source: centred keys and a scale for each row, SageAttention (arXiv 2410.02367); the running maximum, Milakov and
+    Gimelshein (arXiv 1805.02867); powers of two, Softermax (arXiv 2103.09301).
+
     Shapes: query [B, heads, T, E], key and value [B, heads, S, E]; returns [B, heads, T, E], in memory as [B, T, heads, E].
     Units: codes of queries and of the softmax have `bits`, 2..8, those of keys and values 8.
     Raises: ValueError for other shapes or bits, or a negative scale.
     """
-    factor = default_scale(query, scale)
-    check(query, key, value, factor, bits)
+    factor = check(query, key, value, scale, bits)
     if key.shape[-2] == 0 or query.numel() == 0:
         return torch.zeros_like(query.transpose(1, 2).contiguous().transpose(1, 2))
     real = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -102,7 +107,7 @@ def _span(x: Tensor) -> tuple[Tensor, Tensor]:
     """Middle of each channel's range and half its width, which is no number where one of them is not finite."""
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
     half = (high - low) * 0.5
-    return (high + low) * 0.5, half + half * 0
+    return (high + low) * 0.5, torch.where(half < TINY, 0, half) + half * 0
 
 
 def _coded_scores(q: Tensor, k: Tensor, scale: float, reach: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,11 +115,11 @@ def _coded_scores(q: Tensor, k: Tensor, scale: float, reach: float) -> tuple[Ten
     middle, half = _span(k)
     balance = torch.exp2((half.frexp().exponent // 2).clamp(-60, 60).to(q.dtype))
     widest = (half / balance).amax(-1, keepdim=True)
-    k_scale = torch.where(widest > 0, widest / 127, 1)
+    k_scale = torch.where(widest >= TINY, widest / 127, 1)
     k_codes = ((k - middle) * (1 / (balance * k_scale))).round().clamp(-127, 127)
     balanced = q * balance
     most = balanced.abs().amax(-1, keepdim=True)
-    inverse = torch.where(most > 0, torch.full_like(most, reach) / most, 0)
+    inverse = torch.where(most >= TINY, torch.full_like(most, reach) / most, 0)
     q_codes = (balanced * inverse).round().clamp(-reach, reach)
     step = torch.tensor(scale * STEPS * math.log2(math.e), dtype=q.dtype, device=q.device)
     return q_codes, most / reach * ((k_scale + widest * 0) * step), k_codes

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,8 +19,9 @@ from dmqfx.graph import ops
 from dmqfx.machine import processor
 from dmqfx.runtime.kernels.native import library
 from dmqfx.storage.atomic import replacing_file
+from dmqfx.storage.lock import locked
 
-__all__ = ["Cost", "Costs", "file", "layer_of", "machine", "size_of"]
+__all__ = ["Cost", "Costs", "file", "keep", "layer_of", "machine", "size_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,47 +52,33 @@ class Costs:
 
     Example:
         >>> found = {("linear 4x8 w4 a8", "2x77x8"): Cost(1.0, 2.0), ("linear 4x8 w4 a8", "2x1x8"): Cost(2.0, 1.5)}
-        >>> costs = Costs().and_(found)
-        >>> costs.of("linear 4x8 w4 a8")
+        >>> costs = Costs(found)
+        >>> costs.of("linear 4x8 w4 a8", "2x77x8")
+        Cost(native=1.0, simulated=2.0)
+        >>> costs.of("linear 4x8 w4 a8", "4x9x8")  # of a size that was not measured, all that were
         Cost(native=3.0, simulated=3.5)
-        >>> costs.of("conv2d 8x8x3x3 w4 a8") is None
+        >>> costs.of("conv2d 8x8x3x3 w4 a8", "2x8x4x4") is None
         True
     """
 
     found: Mapping[tuple[str, str], Cost] = field(default_factory=dict)
 
-    def of(self, layer: str) -> Cost | None:
-        """The sum over all sizes that were measured, or None."""
+    def of(self, layer: str, size: str) -> Cost | None:
+        """The cost at a size; if that was not measured the sum over all that were, or None."""
         those = [cost for (name, _), cost in self.found.items() if name == layer]
-        return Cost(sum(c.native for c in those), sum(c.simulated for c in those)) if those else None
-
-    def and_(self, more: Mapping[tuple[str, str], Cost]) -> Costs:
-        """With others, which take the place of older ones."""
-        return replace(self, found={**self.found, **more})
-
-    def save(self) -> Path:
-        """Write the file of this machine, whole or not at all; returns where it is."""
-        rows = [
-            {"layer": layer, "input": size, "native": cost.native, "simulated": cost.simulated}
-            for (layer, size), cost in sorted(self.found.items())
-        ]
-        target = file()
-        with replacing_file(target) as half:
-            half.write_text(
-                json.dumps({"format": FORMAT, "machine": machine(), "layers": rows}, indent=1) + "\n"
-            )
-        return target
+        known = self.found.get((layer, size))
+        if known is not None or not those:
+            return known
+        return Cost(sum(c.native for c in those), sum(c.simulated for c in those))
 
     @staticmethod
     def here() -> Costs:
         """What was measured on this machine with this many threads; of a damaged file nothing, which is logged."""
         try:
             said = json.loads(file().read_text())
-            rows = {
-                (each["layer"], each["input"]): Cost(float(each["native"]), float(each["simulated"]))
-                for each in said["layers"]
-            }
-            return Costs(rows)
+            if said["format"] != FORMAT or said["machine"] != machine():
+                raise ValueError(f"it is not {FORMAT} of this machine")
+            return Costs({(each["layer"], each["input"]): _cost(each) for each in said["layers"]})
         except FileNotFoundError:
             return Costs()
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -97,6 +86,31 @@ class Costs:
                 "%s is no file of costs (%s); mend: delete it, or run dmqfx bench again", file(), error
             )
             return Costs()
+
+
+def keep(found: Mapping[tuple[str, str], Cost]) -> Path:
+    """Add what was measured to the file of this machine, in place of what was measured before; returns where it is.
+
+    Raises: StoreError where another process writes at this moment.
+    """
+    target = file()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.parent):
+        rows = [
+            {"layer": layer, "input": size, "native": cost.native, "simulated": cost.simulated}
+            for (layer, size), cost in sorted({**Costs.here().found, **found}.items())
+        ]
+        said = {"format": FORMAT, "machine": machine(), "layers": rows}
+        with replacing_file(target) as half:
+            half.write_text(json.dumps(said, indent=1) + "\n")
+    return target
+
+
+def _cost(row: Mapping[str, object]) -> Cost:
+    native, simulated = float(str(row["native"])), float(str(row["simulated"]))
+    if not (0 < native < math.inf and 0 < simulated < math.inf):
+        raise ValueError(f"{row['layer']} costs {native:g} and {simulated:g} ms")
+    return Cost(native, simulated)
 
 
 def machine() -> dict[str, str | int]:
@@ -107,10 +121,17 @@ def machine() -> dict[str, str | int]:
     return {
         "processor": processor(),
         "instruction set": native.chosen if native is not None else "none",
+        "kernels": _digest(native.file) if native is not None else "none",
+        "torch's instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "dmqfx": str(__version__),
     }
+
+
+@cache
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def file() -> Path:
@@ -140,6 +161,8 @@ def layer_of(layer: fx.Node) -> str | None:
     of_weight, of_input = ops.args(unpacked), ops.args(codes)
     bits = (int(str(of_input["qmax"])) - int(str(of_input["qmin"]))).bit_length()
     words = [ops.name(layer), _by(of_weight["shape"]), f"w{of_weight['bits']}", f"a{bits}"]
+    words += ["signed"] * (int(str(of_input["qmin"])) < 0)
+    words += [dtype for dtype in (_dtype(real),) if dtype != "float32"]
     words += ["shifted"] * (ops.args(real)["shift"] is not None)
     if ops.is_call(layer, "conv2d"):
         named = ops.args(layer)
@@ -150,6 +173,10 @@ def layer_of(layer: fx.Node) -> str | None:
 def size_of(layer: fx.Node) -> str:
     """The size of a layer's input at the program's example sizes."""
     return _by(ops.tensor(layer, "input").meta["val"].shape)
+
+
+def _dtype(node: fx.Node) -> str:
+    return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
 def _codes(real: fx.Node) -> fx.Node | None:

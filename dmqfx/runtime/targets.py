@@ -32,7 +32,7 @@ TARGETS: Final = (
     Target(
         "cpu",
         ("choose-forms", "lower-reference", "lower-cpu", "fuse", "hoist-invariants"),
-        "exact integer arithmetic by native kernels; what they cannot take as in reference",
+        "exact integer arithmetic by native kernels; what they cannot take as in reference, what is slower so simulated",
     ),
 )
 """What a program can be lowered for."""

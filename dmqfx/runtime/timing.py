@@ -3,132 +3,153 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
+from dmqfx.errors import DmqfxError
 from dmqfx.graph import ops
+from dmqfx.graph.address import Address
 from dmqfx.graph.modules import clone, constant_of, is_fixed, propagate
 from dmqfx.graph.program import Program
 from dmqfx.runtime.costs import Cost, layer_of, size_of
+from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 from dmqfx.runtime.targets import Target, lower
 
-__all__ = ["Layer", "layers", "resized", "timed"]
+__all__ = ["Kind", "kinds", "measured", "resized"]
 
 Run = Callable[[], object]
 NATIVE = Target("native", ("lower-reference", "lower-cpu"), "integer layers alone")
 FEWEST = 3
 
 
-class Layer:
-    """A kind of layer at one size, and its two forms, ready to run on the same random numbers.
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """Layers that are alike at one size of their input; `name` and `size` are those of costs.layer_of and size_of."""
 
-    Units: `addresses` has every layer of the kind; `name` and `size` are those of costs.layer_of and size_of.
-    """
+    name: str
+    size: str
+    nodes: Sequence[fx.Node]
+    program: Program
+    native: Program
 
-    def __init__(self, program: Program, native: Program, nodes: list[fx.Node]) -> None:
-        first = nodes[0]
-        self.name, self.size = str(layer_of(first)), size_of(first)
-        self.addresses = [node.meta["address"] for node in nodes]
-        self._weights = program.weights()
-        self.simulated = self._simulation(first)
-        self.native = self._kernel(native, native.node(first.meta["address"]))
+    @property
+    def addresses(self) -> list[Address]:
+        """Where such layers stand."""
+        return [node.meta["address"] for node in self.nodes]
 
-    def _simulation(self, layer: fx.Node) -> Run:
+    def forms(self) -> tuple[Run, Run]:
+        """The first of them, natively and simulated, on the same random numbers: quantize and the layer."""
+        layer = self.nodes[0]
         real = ops.tensor(layer, "input")
         codes = ops.tensor(real, "codes")
-        x, values = ops.tensor(codes, "x"), self._values(codes, real, layer)
-        values[x] = _like(x)
-        steps = (codes, real, layer)
+        kernel = self.native.node(layer.meta["address"])
+        return self._natively(kernel), self._of(self.program, (codes, real, layer))
+
+    def _natively(self, layer: fx.Node) -> Run:
+        """quantize by the kernels, as fuse has it, and the layer."""
+        codes, conv = ops.tensor(layer, "x_codes"), ops.is_call(layer, "kernel_conv2d")
+        values = _values(self.native, (codes, layer))
+        read = {arg: values[x] if isinstance(x, fx.Node) else x for arg, x in ops.args(codes).items()}
+        axis = 1 if conv else ops.tensor(codes, "x").meta["val"].dim() - 1
+        more = {"channels_last": True} if conv else {}
 
         def run() -> object:
-            made: dict[fx.Node, object] = dict(values)
-            for node in steps:
+            made: object = OPS.kernel_quantize(**{**read, "axis": axis})
+            return _call(layer, {**values, codes: made}, **more)
+
+        return run
+
+    def _of(self, program: Program, nodes: Sequence[fx.Node]) -> Run:
+        """Operations one after the other; the last one's result."""
+        values = _values(program, nodes)
+
+        def run() -> object:
+            made = dict(values)
+            for node in nodes:
                 made[node] = _call(node, made)
-            return made[layer]
+            return made[nodes[-1]]
 
         return run
-
-    def _kernel(self, program: Program, layer: fx.Node) -> Run:
-        self._weights = program.weights()
-        codes = ops.tensor(layer, "x_codes")
-        x, values = ops.tensor(codes, "x"), self._values(codes, layer)
-        values[x] = _like(x)
-        how = {
-            arg: values.get(read, read) if isinstance(read, fx.Node) else read
-            for arg, read in ops.args(codes).items()
-        }
-        conv = ops.is_call(layer, "kernel_conv2d")
-        how["axis"] = 1 if conv else x.meta["val"].dim() - 1  # as fuse has it
-        last = {"channels_last": True} if conv else {}
-
-        def run() -> object:
-            made: dict[fx.Node, object] = {**values, codes: OPS.kernel_quantize(**how)}
-            return _call(layer, made, **last)
-
-        return run
-
-    def _values(self, *nodes: fx.Node) -> dict[fx.Node, object]:
-        """Constants that operations read, and the first timestep group for every sample."""
-        found: dict[fx.Node, object] = {}
-        for node in nodes:
-            for read in node.all_input_nodes:
-                if read not in nodes and is_fixed(read):
-                    found[read] = constant_of(read, self._weights.__getitem__)
-                elif ops.args(node).get("group") is read:
-                    found[read] = torch.zeros(read.meta["val"].shape, dtype=torch.int64)
-        return found
 
     def measure(self, seconds: float) -> Cost:
         """The least time of each form, by turns, over about so many seconds for both."""
-        best = [float("inf"), float("inf")]
-        started, rounds = time.perf_counter(), 0
+        forms, best, started, rounds = self.forms(), [float("inf")] * 2, time.perf_counter(), 0
         with torch.no_grad():
             while rounds <= FEWEST or time.perf_counter() - started < seconds:
-                for k, run in enumerate((self.native, self.simulated)):
+                for k, run in enumerate(forms):
                     before = time.perf_counter()
                     run()
                     spent = time.perf_counter() - before
-                    best[k] = min(best[k], spent if rounds else float("inf"))  # the first call warms up
+                    best[k] = min(best[k], spent) if rounds else best[k]  # the first call warms up
                 rounds += 1
         return Cost(*(1e3 * each for each in best))
 
 
-def layers(program: Program) -> list[Layer]:
-    """The kinds of layers between quantize and dequantize that have a native form, at the program's example sizes."""
-    native, kinds = lower(program, NATIVE), dict[tuple[str, str], list[fx.Node]]()
+def kinds(program: Program) -> list[Kind]:
+    """The kinds of layers between quantize and dequantize that have a native form, at the program's example sizes.
+
+    Raises: DmqfxError where there are no native kernels, or the program is not on the CPU.
+    """
+    if why := absent():
+        raise DmqfxError(why)
+    if program.device.type != "cpu":
+        raise DmqfxError(f"the program is on {program.device}, kernels are of the CPU; move it there")
+    native, found = lower(program, NATIVE), dict[tuple[str, str], list[fx.Node]]()
     for node in program.calls("conv2d", "linear"):
         name = layer_of(node)
         if name is not None and ops.is_call(
             native.node(node.meta["address"]), "kernel_conv2d", "kernel_linear"
         ):
-            kinds.setdefault((name, size_of(node)), []).append(node)
-    return [Layer(program, native, nodes) for nodes in kinds.values()]
+            found.setdefault((name, size_of(node)), []).append(node)
+    return [Kind(*key, nodes, program, native) for key, nodes in found.items()]
 
 
-def timed(found: list[Layer], seconds: float, *, bars: bool) -> Mapping[tuple[str, str], Cost]:
+def measured(found: Sequence[Kind], seconds: float, *, bars: bool) -> Mapping[tuple[str, str], Cost]:
     """The cost of each kind, about so many seconds for each, perhaps behind a progress bar."""
     shown = tqdm(found, desc="layers", unit="kind", disable=not bars, leave=False)
     return {(each.name, each.size): each.measure(seconds) for each in shown}
 
 
 def resized(program: Program, **sizes: int) -> Program:
-    """The program at other example sizes: batch B, height H, width W, length of the context T."""
+    """The program at other example sizes: batch B, height H, width W, length of the context T.
+
+    Raises: DmqfxError for sizes that it does not take.
+    """
     inputs = replace(program.inputs, sizes={**program.inputs.sizes, **sizes})
     gm = clone(program.gm)
-    propagate(gm, inputs)
+    try:
+        propagate(gm, inputs)
+    except RuntimeError as error:
+        said = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+        multiple = program.inputs.multiple_of
+        hint = f"height and width must be multiples of {multiple}" if multiple > 1 else "use others"
+        raise DmqfxError(f"the model does not take {said}: {hint}") from error
     return replace(program, gm=gm, inputs=inputs)
 
 
-def _like(node: fx.Node) -> Tensor:
-    """Random numbers of a value's size, channels last as layers make them."""
-    shape = node.meta["val"].shape
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return made.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else made
+def _values(program: Program, nodes: Sequence[fx.Node]) -> dict[fx.Node, object]:
+    """What operations read from elsewhere: constants, the first timestep group for every sample, and random numbers."""
+    found: dict[fx.Node, object] = {}
+    weights = program.weights()
+    for read in {read for node in nodes for read in node.all_input_nodes} - set(nodes):
+        if is_fixed(read):
+            found[read] = constant_of(read, weights.__getitem__)
+        elif read.meta["val"].is_floating_point():
+            found[read] = _random(read.meta["val"])
+        else:
+            found[read] = torch.zeros(read.meta["val"].shape, dtype=read.meta["val"].dtype)
+    return found
+
+
+def _random(like: Tensor) -> Tensor:
+    """Numbers of a size and dtype, channels last as layers make them."""
+    made = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like.dtype)
+    return made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made
 
 
 def _call(node: fx.Node, values: Mapping[fx.Node, object], **more: object) -> object:

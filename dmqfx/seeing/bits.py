@@ -27,8 +27,8 @@ RUN_TIME = ("qattention", "kernel_attention")
 BY_STEP = "step quantize-attention"
 KEY_BITS = 8
 _ARGUMENTS = frozenset(arg for operands in OPERANDS.values() for arg in operands)
-# Operators between a dequantize and its reader that only move numbers.
-_LAYOUT = ("view", "reshape", "transpose", "permute", "contiguous", "clone", "expand", "flatten", "unflatten")
+LAYOUT = ("view", "reshape", "transpose", "permute", "contiguous", "clone", "expand", "flatten", "unflatten")
+"""Operators between a dequantize and its reader that only move numbers."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SiteBits:
     `asked` is None for float and `rule` the deciding one ("" where there is no plan); `got` is None for float
     and `how` says what stands in the graph; `refused` holds "pass: reason" where that is not what was asked;
     `notes` say what else a reader of bits should know: the arm of a skip that it is, the shifts that it has.
-    With `run_time` scales and codes are made anew at every call, which a step asked for and not the plan.
+    Where codes are made anew at every call, `run_time` has the bits that a step asked for, which the plan does not know.
     """
 
     site: Site
@@ -48,12 +48,12 @@ class SiteBits:
     how: str
     refused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    run_time: bool = False
+    run_time: int | None = None
 
     @property
     def asked_bits(self) -> int | None:
         """The bits that were asked for, None for float."""
-        return self.got if self.run_time else self.asked.bits if self.asked else None
+        return self.run_time or (self.asked.bits if self.asked else None)
 
     @property
     def as_asked(self) -> bool:
@@ -86,7 +86,8 @@ def site_bits(program: Program, site: Site) -> SiteBits:
     """
     if ops.is_call(node := program.node(site.at), *RUN_TIME):
         bits = _integer(ops.args(node)["bits"]) if site.arg == "query" else KEY_BITS
-        return SiteBits(site, None, BY_STEP, bits, "codes of its own, made at every call", run_time=True)
+        wanted = _asked_by_step(program, site) or bits
+        return SiteBits(site, None, BY_STEP, bits, "dynamic codes, made at every call", run_time=wanted)
     planned = program.table.get(site, Planned)
     asked = planned.spec if planned is not None else None
     got, how = _got(program, site)
@@ -94,6 +95,15 @@ def site_bits(program: Program, site: Site) -> SiteBits:
     differs = planned is not None and (asked.bits if asked else None) != got
     refused = own or (others if differs else ())
     return SiteBits(site, asked, planned.rule if planned else "", got, how, refused, _notes(program, site))
+
+
+def _asked_by_step(program: Program, site: Site) -> int | None:
+    """The bits that the step has in its record, if that is at hand."""
+    records = (
+        done for record in program.log if record.name == "quantize-attention" for done in record.applied
+    )
+    words = next((done.what for done in records if done.at == site.at), "")
+    return None if not words else int(words.split()[0]) if site.arg == "query" else KEY_BITS
 
 
 def _notes(program: Program, site: Site) -> tuple[str, ...]:
@@ -135,7 +145,7 @@ def _upwards(value: object) -> Iterator[fx.Node]:
         yield value
         if ops.is_call(value, "dequantize"):
             value = ops.args(value)["codes"]
-        elif ops.is_call(value, *_LAYOUT):
+        elif ops.is_call(value, *LAYOUT):
             value = value.all_input_nodes[0]
         else:
             return

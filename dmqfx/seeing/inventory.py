@@ -11,7 +11,7 @@ from dmqfx.graph import ops
 from dmqfx.graph.address import Address
 from dmqfx.graph.program import Program
 from dmqfx.seeing import wording
-from dmqfx.seeing.bits import SiteBits, layers, site_bits, sites
+from dmqfx.seeing.bits import RUN_TIME, SiteBits, layers, site_bits, sites
 from dmqfx.seeing.selection import select
 
 __all__ = ["Item", "inventory", "listing", "macs", "weight_shape"]
@@ -59,7 +59,7 @@ def macs(node: fx.Node) -> int:
         return math.prod(_shape(node)) * _shape(named["query"])[-1]
     if ops.is_call(node, "attention_average"):
         return math.prod(_shape(node)) * _shape(named["softmax"])[-1]
-    if ops.is_call(node, "scaled_dot_product_attention", "qattention", "kernel_attention"):
+    if ops.is_call(node, "scaled_dot_product_attention", *RUN_TIME):
         query, key, value = (_shape(named[arg]) for arg in ("query", "key", "value"))
         return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     weight, outputs = weight_shape(node), math.prod(_shape(node))

@@ -89,7 +89,7 @@ def _site(program: Program, site: Site) -> Iterator[str]:
 
 def _bits(program: Program, bits: SiteBits) -> Iterator[str]:
     by = bits.rule if bits.run_time else f"rule {bits.rule!r}"
-    yield f"asked  {bits.asked or (f'{bits.got} bit' if bits.run_time else 'float')}, by {by}"
+    yield f"asked  {bits.asked or (f'{bits.run_time} bit' if bits.run_time else 'float')}, by {by}"
     yield f"got    {f'{bits.got} bit, ' if bits.got else ''}{bits.how}"
     if is_quantized(program) and not bits.as_asked:
         yield from (f"       refused by {reason}" for reason in bits.refused)

@@ -153,13 +153,12 @@ struct Avx2Scores {
 bool run_middle(const DmqfxLayer& layer, int64_t, int threads) { return run<Middle>(layer, INT64_MAX, threads); }
 bool run_wide(const DmqfxLayer& layer, int64_t, int threads) { return run<Wide>(layer, INT64_MAX, threads); }
 double peak_narrow(double (*seconds)()) { return peak<Narrow>(32, seconds); }
-double peak_middle(double (*seconds)()) { return peak<Middle>(INT64_MAX, seconds); }
 double peak_wide(double (*seconds)()) { return peak<Wide>(INT64_MAX, seconds); }
 
 }  // namespace
 
 const InstructionSet kAvx2{run<Narrow>, peak_narrow, code, nullptr};
-const InstructionSet kAvx2Middle{run_middle, peak_middle, code, attend<Middle, Avx2Scores>};
+const InstructionSet kAvx2Middle{run_middle, nullptr, code, attend<Middle, Avx2Scores>};
 const InstructionSet kAvx2Wide{run_wide, peak_wide, code, attend<Wide, Avx2Scores>};
 #else
 const InstructionSet kAvx2{nullptr, nullptr, nullptr, nullptr};

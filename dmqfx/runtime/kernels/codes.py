@@ -78,10 +78,18 @@ def _of_norm(
     """Weight and bias of a norm, where it has none too, and room for the moments of groups."""
     if norm == "none":
         return {}
-    room = {"moments": torch.empty(2 * batch * channels)} if norm == "group" else {}
+    room = (
+        {"moments": torch.empty(2 * batch * channels, dtype=torch.float32, device="cpu")}
+        if norm == "group"
+        else {}
+    )
     return room | {
-        "gammas": torch.ones(channels) if weight is None else weight.expand(channels).contiguous(),
-        "betas": torch.zeros(channels) if bias is None else bias.expand(channels).contiguous(),
+        "gammas": torch.ones(channels, dtype=torch.float32, device="cpu")
+        if weight is None
+        else weight.expand(channels).contiguous(),
+        "betas": torch.zeros(channels, dtype=torch.float32, device="cpu")
+        if bias is None
+        else bias.expand(channels).contiguous(),
     }
 
 

@@ -92,7 +92,9 @@ def _placed(
         layer.steps[axis] = size / virtual[axis] if factors is None else 1 / factors[axis]
     layer.out_height, layer.out_width = sizes = _out_sizes(virtual, taps, window)
     layer.planes = not x.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty((batch, made[0], *sizes), dtype=made[1], memory_format=torch.channels_last)
+    return torch.empty(
+        (batch, made[0], *sizes), dtype=made[1], device=x.device, memory_format=torch.channels_last
+    )
 
 
 def _plain_sums(
@@ -148,9 +150,9 @@ def linear(
     wide, lead = weight_shape[0], x_codes.shape[:-1]
     in_kernel = coded if operands.real and coded is not None and coded.fits(wide) else None
     if in_kernel is None:
-        out = torch.empty((*lead, wide), dtype=operands.dtype)
+        out = x_codes.new_empty((*lead, wide), dtype=operands.dtype)
     else:
-        out = torch.empty((*lead, in_kernel.channels(wide)), dtype=in_kernel.dtype)
+        out = x_codes.new_empty((*lead, in_kernel.channels(wide)), dtype=in_kernel.dtype)
     if added is not None and operands.real:
         added = added.float().expand((*lead, wide)).contiguous()
         layer.added, layer.added_image, layer.added_position = added.data_ptr(), rows * wide, wide

@@ -140,11 +140,17 @@ class Library:
 
         Raises: DmqfxError for an instruction set that is not there or no memory.
         """
-        number = INSTRUCTION_SETS.index(instruction_set or self.chosen)
+        chosen = instruction_set or self.chosen
+        number = INSTRUCTION_SETS.index(chosen)
         status = self.handle.dmqfx_attend(ctypes.byref(attention), number, torch.get_num_threads())
-        if status != 0:
+        if status == 1:
             raise DmqfxError(
-                {1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status))
+                f"this machine and build have no {chosen} kernels; there is {', '.join(self.instruction_sets)}"
+            )
+        if status != 0:
+            heads = f"{attention.batch} x {attention.heads} heads of {attention.keys} keys"
+            raise DmqfxError(
+                f"no memory left for the codes of {heads}; mend: fewer rows at a time, or a smaller image"
             )
 
     def pack(self, packing: Packing) -> int:
