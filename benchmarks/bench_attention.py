@@ -1,10 +1,9 @@
 """What integer attention brings: `quantize-attention`'s kernel beside torch's float32 one, shape by shape.
 
     python benchmarks/bench_attention.py
-    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \\
-        python benchmarks/bench_attention.py --set avx2
+    python benchmarks/bench_attention.py --avx2
 
-The second command holds torch to AVX2 too, where 7 bits for queries and softmax are faster than 8. Both compute on one
+The second command holds both to AVX2, where 7 bits for queries and softmax are faster than 8. Both compute on one
 thread from what linear layers make, [B, T, heads * d], rounding included; times are the least processor time of many
 calls. Errors are relative to float64 on normal random numbers: of the kernel, whose codes have scales of their own for each
 row of Q, head of K and channel of V, and of codes with one scale for a tensor and a fixed step of 1/255 for the softmax.
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from machine import write
+from machine import held_to_avx2, write
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -116,19 +115,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    native = library()
-    there = native.instruction_sets[1:] if native is not None else ()
-    if not there:
-        raise SystemExit("no kernels for AVX2 or more on this machine")
-    parser.add_argument("--set", choices=there, default=there[-1], help="instructions of the kernel")
+    parser.add_argument("--avx2", action="store_true", help="as on a machine without AVX-512 and VNNI")
     given = parser.parse_args()
+    if given.avx2:
+        held_to_avx2()
+    native = library()
+    if native is None:
+        raise SystemExit("there are no native kernels to measure")
     torch.set_num_threads(1)
     result = {
-        "what": f"attention of UNets on one thread, {given.set}",
+        "what": f"attention of UNets on one thread, {native.chosen}",
         "torch": torch.backends.cpu.get_cpu_capability(),
-        "shapes": {name: row(shape, given.set) for name, shape in SHAPES.items()},
+        "shapes": {name: row(shape, native.chosen) for name, shape in SHAPES.items()},
     }
-    write("attention" if given.set == "avx512vnni" else f"attention_{given.set}", result)
+    write("attention" + "_avx2" * given.avx2, result)
 
 
 if __name__ == "__main__":

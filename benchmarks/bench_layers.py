@@ -1,12 +1,13 @@
 """The distinct convolutions and linear layers of SD1.5 at 512 x 512: native kernels beside torch, batch 1.
 
-python benchmarks/bench_layers.py [--repeats 5] [--least 0.2] [--processor-time]
+python benchmarks/bench_layers.py [--repeats 5] [--least 0.2] [--processor-time] [--avx2]
 
 All ways of one layer are timed in one turn, one after the other, and a turn is repeated: `ratio` is the median over turns
 of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's linear
 and convolution where this torch still has them. `peak_gops` is
 the rate of the innermost instructions on data in the first cache, times the threads, measured in the same run, and `of_peak`
-a layer's share of it. On a machine that runs other programs too, --processor-time counts what one thread really got.
+a layer's share of it. With --avx2 all compute as on a machine without AVX-512 and VNNI. On a machine that runs other
+programs too, --processor-time counts what one thread really got.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from machine import write
+from machine import held_to_avx2, write
 from models import sd15
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,7 +157,8 @@ def measure(
     """One layer, every way."""
     ways = float32(shape)
     for name, bits in FORMATS.items():
-        ways |= {f"{name} {each}": native(shape, *bits, each) for each in found.instruction_sets[1:]}
+        sets = [found.chosen] if found.chosen != found.instruction_sets[-1] else found.instruction_sets[1:]
+        ways |= {f"{name} {each}": native(shape, *bits, each) for each in sets}
     if (theirs := onednn(shape)) is not None:
         ways["oneDNN int8"] = theirs
     for way in ways.values():
@@ -188,7 +190,7 @@ def peaks(found: Library) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, write results/layers_sd15.json."""
+    """Measure, write results/layers_sd15.json, or layers_sd15_avx2.json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,7 +200,10 @@ def main() -> None:
         "--first", type=int, default=None, metavar="N", help="only the N layers with most work"
     )
     parser.add_argument("--processor-time", action="store_true", help="of one thread")
+    parser.add_argument("--avx2", action="store_true", help="as on a machine without AVX-512 and VNNI")
     options = parser.parse_args()
+    if options.avx2:
+        held_to_avx2()
     if options.processor_time:
         torch.set_num_threads(1)
     clock = time.process_time if options.processor_time else time.perf_counter
@@ -213,7 +218,8 @@ def main() -> None:
             for shape, count in counted
         ]
     what = (__doc__ or "").partition("\n")[0]
-    write("layers_sd15", {"what": what, "clock": clock.__name__, "peak_gops": rates, "layers": rows})
+    told = {"what": what, "clock": clock.__name__, "peak_gops": rates, "layers": rows}
+    write("layers_sd15" + "_avx2" * options.avx2, told)
 
 
 if __name__ == "__main__":

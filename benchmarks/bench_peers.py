@@ -18,9 +18,7 @@ import argparse
 import copy
 import importlib.util
 import itertools
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,18 +27,11 @@ from typing import Any
 
 import torch
 from bench_unet import MODELS, draw
-from machine import write
+from machine import held_to_avx2, write
 from torch import Tensor, nn
 
 import dmqfx
 
-AVX2 = {
-    "DMQFX_ISA": "avx2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "DNNL_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
 Call = Callable[[Mapping[str, Tensor]], object]
 Engine = tuple[tuple[str, ...], Callable[..., Call]]
 """The packages that it needs, and what makes it."""
@@ -170,13 +161,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--without", action="append", default=[], help="an engine to leave out")
     parser.add_argument("--avx2", action="store_true", help="as on a machine without AVX-512 and VNNI")
     return parser.parse_args()
-
-
-def held_to_avx2() -> None:
-    """Begin anew with what engines read from the environment when they are loaded."""
-    if os.environ.items() >= AVX2.items():
-        return
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ SOURCES = [*CORE, *PASS_FILES, *sorted((ROOT / "policies").glob("*.py"))]
 BUILT_IN = {
     point.name: point for point in entry_points(group=GROUP) if point.module.startswith("dmqfx.passes.")
 }
+KERNELS = ROOT / "dmqfx" / "runtime" / "kernels"
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PUBLIC_NAMES = 320, 40, 40
 
 UNFINISHED = re.compile(
@@ -224,6 +225,11 @@ def test_a_file_has_one_idea(file: Path) -> None:
     length = len(file.read_text().splitlines())
     assert length <= LONGEST_FILE
     assert long_functions(file.read_text()) == []
+
+
+@pytest.mark.parametrize("file", sorted(KERNELS.glob("*.[ch]*")), ids=relative)
+def test_a_kernel_has_one_idea(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= LONGEST_FILE
 
 
 def vague_names(source: str) -> list[str]:
