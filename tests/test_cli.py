@@ -165,8 +165,8 @@ def test_verify_names_every_pass_and_its_drift(made: dict[str, Answer]) -> None:
     assert answer.code == 0
     drifts = {each["name"]: each["drift"] for each in answer.data["passes"]}
     assert list(drifts) == [
-        "canonicalize", "plan-sites", "round-weights", "insert-qdq", "lower-simulate", "lower-reference",
-        "lower-cpu", "fuse", "hoist-invariants",
+        "canonicalize", "plan-sites", "round-weights", "insert-qdq", "lower-simulate", "choose-forms",
+        "lower-reference", "lower-cpu", "fuse", "hoist-invariants",
     ]  # fmt: skip
     assert drifts["canonicalize"] == 0
     assert 0 < drifts["insert-qdq"] < 0.1
@@ -572,7 +572,7 @@ def examples_of(parser: argparse.ArgumentParser) -> Sequence[str]:
 
 def test_there_are_these_commands() -> None:
     assert set(COMMANDS) == set(
-        "demo inspect calibrate compile eval show diff why explain verify passes policies env".split()
+        "demo inspect calibrate compile eval show diff why explain verify bench passes policies env".split()
     )
 
 

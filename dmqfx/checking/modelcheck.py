@@ -113,9 +113,13 @@ def _calibration(unet: UNet, seed: int, progress: bool) -> Calibration:
 
 
 def _lowerings() -> list[tuple[str, ...]]:
-    """The lists of lowering passes of all targets, without those that another begins with."""
+    """The lists of lowering passes of all targets, without those that another has in a row."""
     every = [target.passes for target in TARGETS]
-    return [a for a in every if not any(a != b and b[: len(a)] == a for b in every)]
+    return [a for a in every if not any(a != b and _within(a, b) for b in every)]
+
+
+def _within(some: tuple[str, ...], more: tuple[str, ...]) -> bool:
+    return any(more[k : k + len(some)] == some for k in range(len(more)))
 
 
 def _lowered(program: Program, names: tuple[str, ...], ctx: PassContext) -> tuple[PassRecord, ...]:

@@ -25,7 +25,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         (
             ("dmqfx bench unet-w4a8/", "at the model's example sizes"),
             ("dmqfx bench unet-w4a8/ --batch 2 --size 96x64", "a guided pair of 768 x 512 pixels"),
-            ("OMP_NUM_THREADS=4 dmqfx bench unet-w4a8/", "costs are kept for each number of threads"),
+            ("dmqfx bench unet-w4a8/ --seconds 1", "longer, where other programs run too"),
         ),
     )
     parser.add_argument("compiled", metavar="COMPILED", help="folder of `dmqfx compile`")

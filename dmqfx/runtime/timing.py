@@ -120,15 +120,13 @@ def resized(program: Program, **sizes: int) -> Program:
 
     Raises: DmqfxError for sizes that it does not take.
     """
+    multiple = program.inputs.multiple_of
+    for name, size in sizes.items():
+        if name in "HW" and size % multiple:
+            raise DmqfxError(f"the model does not take {name} = {size}: it must be a multiple of {multiple}")
     inputs = replace(program.inputs, sizes={**program.inputs.sizes, **sizes})
     gm = clone(program.gm)
-    try:
-        propagate(gm, inputs)
-    except RuntimeError as error:
-        said = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-        multiple = program.inputs.multiple_of
-        hint = f"height and width must be multiples of {multiple}" if multiple > 1 else "use others"
-        raise DmqfxError(f"the model does not take {said}: {hint}") from error
+    propagate(gm, inputs)
     return replace(program, gm=gm, inputs=inputs)
 
 
