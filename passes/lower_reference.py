@@ -46,7 +46,7 @@ def integer_linear(rw: Rewriter, root: fx.Node, x: fx.Node, weight: fx.Node, unp
 
 @rule(p.one_of("scaled_dot_product_attention", "attention_softmax", "attention_average"))
 def float_attention(rw: Rewriter, root: fx.Node) -> Outcome:
-    """attention(dequantize(x), ...)  stays: there is no integer product of two activations."""
+    """attention(dequantize(x), ...)  stays: on grids of the plan it computes in float."""
     quantized = [arg for arg, value in ops.args(root).items() if ops.is_call(value, "dequantize")]
     if not quantized:
         return None
@@ -57,7 +57,7 @@ def float_attention(rw: Rewriter, root: fx.Node) -> Outcome:
 class LowerReference(RewritePass):
     """dequantize -> layer  ->  integer layer on the codes, with weights packed in memory.
 
-    Attention has no integer form: what is quantized of it is dequantized at every call.
+    Attention whose operands the plan quantizes computes in float: they are dequantized at every call.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})

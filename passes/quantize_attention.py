@@ -33,7 +33,7 @@ class QuantizeAttention(Pass):
 
     Units: bits, 2 to 8, of queries and of the softmax; keys and values have 8. On AVX2 without VNNI 7 bits are faster than
     8. `at` is a glob of addresses; where there are fewer than `keys` at the example sizes, attention stays float: making
-    codes takes about as long as they save (benchmarks/bench_attention.py).
+    codes takes longer than they save (benchmarks/bench_attention.py).
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})

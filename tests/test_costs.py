@@ -127,6 +127,13 @@ def test_costs_come_back_from_their_file_and_newer_ones_take_the_place_of_older(
     assert {p.name for p in own_folder.iterdir()} == {path.name, "lock"}
 
 
+def test_env_tells_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    keep({("a", "1"): Cost(1.0, 2.0), ("b", "1"): Cost(2.0, 1.0)})
+    assert main(["env", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["layer costs"]
+    assert told == f"2 kinds of layers, 1 of them faster simulated: {costs.file()}"
+
+
 def test_other_threads_have_other_costs() -> None:
     keep({("a", "1"): Cost(1.0, 2.0)})
     threads = torch.get_num_threads()

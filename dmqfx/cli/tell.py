@@ -113,7 +113,22 @@ def kernels() -> dict[str, object]:
         return {"kernels": f"none: {absent()}"}
     threads = "OpenMP" if found.has_threads else "one thread: its compiler had no OpenMP"
     others = f" (of {', '.join(found.instruction_sets)})"
-    return {"kernels": f"{found.chosen}{others}, {threads}", "kernel library": str(found.file)}
+    return {
+        "kernels": f"{found.chosen}{others}, {threads}",
+        "kernel library": str(found.file),
+        "layer costs": costs(),
+    }
+
+
+def costs() -> str:
+    """What `dmqfx bench` found with this number of threads, in words."""
+    from dmqfx.runtime.costs import Costs, file
+
+    known = Costs.here().found.values()
+    slow = sum(cost.simulated_is_faster for cost in known)
+    if not known:
+        return "none measured, all layers are native (dmqfx bench)"
+    return f"{len(known)} kinds of layers, {slow} of them faster simulated: {file()}"
 
 
 def version_of(package: str) -> str:
