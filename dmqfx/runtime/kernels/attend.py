@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dmqfx.runtime.attention import check, qattention
-from dmqfx.runtime.kernels.native import Attention, library
+from dmqfx.runtime.kernels.native import Attention, library, readable
 
 __all__ = ["WIDEST", "attend"]
 
@@ -32,7 +31,7 @@ def attend(
     native, operands = library(), (query, key, value)
     batch, heads, queries, width = query.shape
     empty = query.numel() == 0 or key.numel() == 0
-    if native is None or empty or width > WIDEST or any(not _readable(each) for each in operands):
+    if native is None or empty or width > WIDEST or any(not readable(each) for each in operands):
         return qattention(query, key, value, scale, bits)
     found = Attention(batch, heads, queries, key.shape[2], width, bits, factor)
     kept = [each if each.stride(3) == 1 else each.contiguous() for each in operands]
@@ -43,7 +42,3 @@ def attend(
     found.out, found.of_out[:] = out.data_ptr(), out.stride()[:3]
     native.attend(found, instruction_set)
     return out
-
-
-def _readable(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32

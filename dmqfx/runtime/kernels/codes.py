@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmqfx.numbers import quant
-from dmqfx.runtime.kernels.native import Coding, Library, library
+from dmqfx.runtime.kernels.native import Coding, Library, library, readable
 
 __all__ = ["ACTIVATIONS", "NORMS", "check_grid", "laid_out", "quantize"]
 
@@ -53,7 +53,7 @@ def quantize(
     planes, channels = _layout(x, axis, norm, activation, norm_groups, more)
     check_grid(scale, zero_point, channels, None if group is None else group.shape[0], x.shape[0])
     native, real = library(), (x, scale, norm_weight, norm_bias)
-    if native is None or not all(each is None or _readable(each) for each in real):
+    if native is None or not all(each is None or readable(each) for each in real):
         real_codes = _plain(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, activation)
         codes = quant.quantize(real_codes, scale, zero_point, group, axis, qmin, qmax)
         return codes.contiguous(memory_format=_format(planes))
@@ -115,15 +115,11 @@ def _side_by_side(x: Tensor, beside: Tensor, axis: int) -> bool:
     fits = x.dim() == beside.dim() == 4 and axis == 1
     if not fits or x.shape[0] != beside.shape[0] or x.shape[2:] != beside.shape[2:]:
         raise ValueError(f"{list(x.shape)} and {list(beside.shape)} do not lie beside each other on axis 1")
-    return _is_last(x) and _is_last(beside) and _readable(x) and _readable(beside)
+    return _is_last(x) and _is_last(beside) and readable(x) and readable(beside)
 
 
 def _is_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _readable(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _coded(

@@ -24,6 +24,10 @@ const InstructionSet& named(int instruction_set) {
   return instruction_set == kOfAvx2 ? kAvx2 : kScalar;
 }
 
+bool here(int instruction_set) {
+  return instruction_set >= 0 && instruction_set <= kOfAvx512Vnni && ((dmqfx_instruction_sets() >> instruction_set) & 1) != 0;
+}
+
 bool known(const int64_t* group, int64_t batch, int64_t rows) {
   for (int64_t k = 0; group != nullptr && k < batch; ++k)
     if (group[k] < 0 || group[k] >= rows) return false;
@@ -79,8 +83,7 @@ int64_t dmqfx_coding_size(void) { return sizeof(DmqfxCoding); }
 int64_t dmqfx_layer_size(void) { return sizeof(DmqfxLayer); }
 
 int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
-  if (instruction_set < 0 || instruction_set > kOfAvx512Vnni || !((dmqfx_instruction_sets() >> instruction_set) & 1))
-    return kNotHere;
+  if (!here(instruction_set)) return kNotHere;
   const DmqfxCoding* coding = layer->coding;
   if (!known(layer->group, layer->batch, layer->timestep_groups)) return kBadGroup;
   if (coding != nullptr && !known(coding->group, layer->batch, coding->timestep_groups)) return kBadGroup;
@@ -103,8 +106,7 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
 }
 
 int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads) {
-  if (instruction_set < 0 || instruction_set > kOfAvx512Vnni || !((dmqfx_instruction_sets() >> instruction_set) & 1))
-    return kNotHere;
+  if (!here(instruction_set)) return kNotHere;
   if (!known(coding->group, coding->batch, coding->timestep_groups)) return kBadGroup;
   named(instruction_set).code(*coding, threads);
   return kDone;
@@ -113,8 +115,7 @@ int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads) {
 int64_t dmqfx_attention_size(void) { return sizeof(DmqfxAttention); }
 
 int dmqfx_attend(const DmqfxAttention* attention, int instruction_set, int threads) {
-  if (instruction_set < 0 || instruction_set > kOfAvx512Vnni || !((dmqfx_instruction_sets() >> instruction_set) & 1))
-    return kNotHere;
+  if (!here(instruction_set)) return kNotHere;
   const InstructionSet* chosen = &named(instruction_set);
   if (instruction_set == kOfAvx2)  // two products of a code with 127 and -127 fit 16 bits, of 7 bits alone
     chosen = attention->bits < 8 ? &kAvx2Middle : &kAvx2Wide;
@@ -122,6 +123,6 @@ int dmqfx_attend(const DmqfxAttention* attention, int instruction_set, int threa
 }
 
 double dmqfx_peak(int instruction_set, int widening) {
-  if (!((dmqfx_instruction_sets() >> instruction_set) & 1)) return 0;
+  if (!here(instruction_set)) return 0;
   return (instruction_set == kOfAvx2 && widening ? kAvx2Wide : named(instruction_set)).peak(seconds);
 }

@@ -11,11 +11,22 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dmqfx.errors import DmqfxError
 from dmqfx.words import suggest
 
-__all__ = ["INSTRUCTION_SETS", "Attention", "Coding", "Layer", "Library", "Packing", "absent", "library"]
+__all__ = [
+    "INSTRUCTION_SETS",
+    "Attention",
+    "Coding",
+    "Layer",
+    "Library",
+    "Packing",
+    "absent",
+    "library",
+    "readable",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +203,11 @@ def library() -> Library | None:
         return None
     there = tuple(name for k, name in enumerate(INSTRUCTION_SETS) if found >> k & 1)
     return Library(file, handle, there, _chosen(there))
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the kernels can read a tensor of real numbers: float32 on the CPU."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _no_group(there: int) -> ValueError:
