@@ -2,7 +2,7 @@
 
     python benchmarks/bench_estimate.py [--case emoji] [--policy w4a6] [--budget 1min] [--processor]
 
-The first two may be repeated; with a budget, which holds for each sweep, what it has room for is estimated and made.
+The first two may be repeated; with a budget for all sweeps together, what it has room for is estimated and made.
 What was measured of other cases, policies and budgets stays in the file. `--processor` counts processor seconds in
 place of the clock's, for a machine that is shared; run it with one thread. The peak of memory is that of the process
 above what it was when the estimate was made.
@@ -31,7 +31,7 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.numbers import speeds
 from dmqfx.policy.policy import Policy
-from dmqfx.sweep.budget import seconds_of
+from dmqfx.sweep.budget import Budget, seconds_of
 
 POLICIES = ("w4a6-quick", "w4a6", "w4a8")
 CASES = ("emoji", "sd15-narrow")
@@ -81,7 +81,6 @@ def main() -> None:
     logging.getLogger("dmqfx").addHandler(seen)
     logging.getLogger("dmqfx").setLevel(logging.INFO)
     counted = "processor seconds" if options.processor else "seconds"
-    budget = None if options.budget is None else seconds_of(options.budget)
     path = RESULTS / "estimate.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for case in options.case or CASES:
@@ -89,6 +88,8 @@ def main() -> None:
         for name in options.policy or POLICIES:
             seen.found.clear()
             policy = Policy.load(name, check_step=registry.problems_with)
+            steps = registry.pipeline((step.name, step.keywords()) for step in policy.pipeline).steps
+            budget = None if options.budget is None else Budget.over(seconds_of(options.budget), steps)
             quantize(program, PassContext(policy=policy, calibration=data, budget=budget))
             key = {"case": case, "policy": name, "budget": options.budget, "counted": counted}
             rows = [row for row in rows if any(row.get(each) != value for each, value in key.items())]

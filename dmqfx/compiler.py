@@ -30,7 +30,7 @@ from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.report import Report
 from dmqfx.storage.provenance import fingerprint, provenance, weights_digest
-from dmqfx.sweep.budget import bytes_of, seconds_of
+from dmqfx.sweep.budget import Budget, bytes_of, seconds_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ def compile(
 
     The UNet is not changed. `policy` is a shipped name (with or without .yaml), a path, a dict or a Policy;
     `overrides` are `a.b=c` strings. Without `calibration`, trajectories are made from the model itself.
-    `verify` checks every pass as it runs. `budget` is a time such as 90s, 5min, 1h or overnight that each
-    sweep of the policy should take, by what this machine is measured to need: it gets fewer rows, or more
+    `verify` checks every pass as it runs. `budget` is a time such as 90s, 5min, 1h or overnight that all
+    passes should take together, by what this machine is measured to need: they get fewer rows, or more
     iterations. `memory` is what a sweep may take beside the model; what is beyond goes to disk. In `run_dir`
     finished parts of sweeps are kept: the same call, made again after a kill, goes on behind them to the same
     bits. `target` says what the layers run as, see `TARGETS`.
@@ -88,12 +88,13 @@ def compile(
     lowered = targets.resolve(target)
     chosen = Policy.load(policy, overrides, check_step=registry.problems_with)
     _check(unet, chosen, calibration)
+    budgeted = None if seconds is None else Budget.over(seconds, _steps(chosen).steps)
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
         data = Calibration.synthesize(unet, seed=seed, progress=bars)
     before = _captured(unet, data)
     ctx = PassContext(
-        chosen, data, seed, bars, train_timesteps(unet, data), memory=room, budget=seconds, run_dir=folder
+        chosen, data, seed, bars, train_timesteps(unet, data), memory=room, budget=budgeted, run_dir=folder
     )
     scaled, after = quantize(before, ctx, verify=verify)
     report = Report.measure(

@@ -26,6 +26,7 @@ from dmqfx.numbers.adaround import Annealing
 from dmqfx.passes import reconstruct_blocks
 from dmqfx.sweep.blocktrial import BlockTrial
 from dmqfx.sweep.blockwalk import Arrival, BlockWalk
+from dmqfx.sweep.budget import Budget
 from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.run import Written, packed, unpacked
 
@@ -114,13 +115,13 @@ def test_a_budget_takes_rows_and_iterations_and_the_record_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "dmqfx"):
-        little = learned(ready(tmp_path, budget=1e-3), iterations=32)
+        little = learned(ready(tmp_path, budget=Budget(1e-3)), iterations=32)
     assert "rows=1, batch=4, iterations=2," in little.log[-1].note
-    assert "more than the budget of 0.0 s, and the least there is" in caplog.text
-    again = learned(ready(tmp_path, budget=1e-3), iterations=32)
+    assert "more than its share of the budget of 0.0 s, 0.0 s, and the least there is" in caplog.text
+    again = learned(ready(tmp_path, budget=Budget(1e-3)), iterations=32)
     assert again.log[-1].note == little.log[-1].note
     assert bits(again.table) == bits(little.table)
-    much = learned(ready(budget=3600.0), iterations=2)
+    much = learned(ready(budget=Budget(3600.0)), iterations=2)
     assert "rows=8, batch=4, iterations=8," in much.log[-1].note
 
 

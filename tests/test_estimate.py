@@ -10,18 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sweeping import chain, context, planned, recorded, swept
 
 from dmqfx import emoji
 from dmqfx.cli import main
 from dmqfx.compiler import compile as compile_unet
 from dmqfx.evaluation import emoji_calibration
-from dmqfx.graph.registry import pipeline
+from dmqfx.graph.registry import create, pipeline
 from dmqfx.numbers import effort, speeds
 from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.quant import QuantSpec
 from dmqfx.numbers.rounding import Reconstruction
 from dmqfx.numbers.speeds import Speeds
+from dmqfx.sweep.budget import Budget
 from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.estimate import Costs, duration
 from dmqfx.sweep.schedule import Schedule
@@ -220,6 +223,38 @@ def test_a_stream_of_rows_is_estimated_from_its_first_batch(
 # --- the budget
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.floats(1, 1e5),
+    st.lists(st.tuples(st.integers(1, 3), st.floats(0, 1)), min_size=1, max_size=5),
+    st.floats(0, 0.9),
+)
+def test_who_takes_no_more_than_his_share_leaves_the_rest_to_the_others(
+    clock: Clock, seconds: float, sweeps: list[tuple[int, float]], before: float
+) -> None:
+    """Each pass has at least an equal part of what there was; the last may have all that is left."""
+    steps = [create("fit-ranges"), create("vote-shifts"), create("learn-steps")]
+    idle = [create("canonicalize"), create("insert-qdq")]
+    every = [step for count, _ in sweeps for step in [*idle, *steps[:count]]]
+    budget, started = Budget.over(seconds, every), clock.now
+    clock.now += before * seconds
+    equal = (1 - before) * seconds / sum(count for count, _ in sweeps)
+    for count, used in sweeps:
+        budget.allot(idle)
+        budget.allot(steps[:count])
+        assert budget.share >= count * equal * (1 - 1e-6)
+        clock.now += used * budget.share
+    assert clock.now - started <= seconds * (1 + 1e-6)
+    assert budget.share >= (started + seconds - clock.now) * (1 - 1e-6)
+
+
+def test_a_budget_that_is_over_leaves_nothing(clock: Clock) -> None:
+    budget = Budget.over(60, [create("learn-steps")] * 2)
+    clock.now += 61
+    budget.allot([create("learn-steps")])
+    assert budget.share == 0
+
+
 def test_a_budget_reaches_the_sweep_from_compile(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "dmqfx"):
         q = compile_unet(
@@ -230,7 +265,7 @@ def test_a_budget_reaches_the_sweep_from_compile(caplog: pytest.LogCaptureFixtur
             report_rows=0,
             budget="0.001s",
         )
-    assert "more than the budget of 0.0 s" in caplog.text
+    assert "more than its share of the budget of 0.0 s" in caplog.text
     notes = {record.name: record.note for record in q.program.log}
     assert "rows=512" in notes["round-weights"]
 

@@ -30,6 +30,7 @@ from dmqfx.graph.table import Bias, Codes, Shift
 from dmqfx.numbers.quant import QParams, QuantSpec, params_from_range
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep import stepsweep
+from dmqfx.sweep.budget import Budget
 from dmqfx.sweep.chunks import Chunk
 from dmqfx.sweep.deploy import _Input, deployed_input
 from dmqfx.sweep.endtoend import FARTHEST, Descent, Steps, _like_neighbours
@@ -277,9 +278,9 @@ def test_time_and_memory_are_told_before_and_the_time_after(caplog: pytest.LogCa
 
 
 def test_a_budget_takes_rows_and_iterations_and_the_record_says_so(tmp_path: Path) -> None:
-    little = learned(ready(tmp_path, budget=1e-3), iterations=32)
+    little = learned(ready(tmp_path, budget=Budget(1e-3)), iterations=32)
     assert "rows=1, batch=4, iterations=2," in little.log[-1].note
-    much = learned(ready(budget=3600.0), iterations=2)
+    much = learned(ready(budget=Budget(3600.0)), iterations=2)
     assert much.log[-1].note == ""  # more iterations learn the rows by heart
 
 

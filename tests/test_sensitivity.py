@@ -24,6 +24,7 @@ from dmqfx.graph.registry import create, pipeline
 from dmqfx.graph.table import Planned, Sensitivity
 from dmqfx.passes import round_weights
 from dmqfx.sweep import sensitivitysweep
+from dmqfx.sweep.budget import Budget
 from dmqfx.sweep.chunks import Chunk, chunked
 from dmqfx.sweep.network import Network
 from dmqfx.sweep.sensitivity import Measurement
@@ -187,8 +188,8 @@ def test_a_run_that_goes_on_in_less_memory_counts_its_looks_as_it_began(
 
 
 def test_a_budget_takes_rows_and_the_record_says_so() -> None:
-    assert "MeasureSensitivity(rows=5, groups=20)" in ran(budget=1e-3).log[-1].note
-    assert ran(budget=3600.0).log[-1].note == ""
+    assert "MeasureSensitivity(rows=5, groups=20)" in ran(budget=Budget(1e-3)).log[-1].note
+    assert ran(budget=Budget(3600.0)).log[-1].note == ""
 
 
 @pytest.mark.parametrize("option", ["rows", "groups"])

@@ -188,7 +188,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=_time,
         metavar="TIME",
-        help="what a sweep may take: 90s, 5min, 1h, overnight; fits rows and iterations [as the policy says]",
+        help="what all passes may take: 90s, 5min, 1h, overnight; fits rows and iterations [as the policy says]",
     )
     parser.add_argument(
         "--memory",

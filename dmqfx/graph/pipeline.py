@@ -25,6 +25,7 @@ from dmqfx.graph.program import Program
 if TYPE_CHECKING:
     from dmqfx.calibration.calibration import Calibration
     from dmqfx.policy.policy import Policy
+    from dmqfx.sweep.budget import Budget
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class PassContext:
     """What a pass may read besides the program.
 
     Units: seed starts every generator; a sweep takes at most `chunk` calibration rows at a time, `memory`
-    bytes beside the model and about `budget` seconds (None: what it takes), and keeps its finished turns in
+    bytes beside the model and about its share of the `budget` (None: what it takes), and keeps its finished turns in
     `run_dir`; the journal's fuel is the number of applications still allowed (None: no limit).
     Example:
         >>> PassContext(seed=3).generator().initial_seed()
@@ -61,7 +62,7 @@ class PassContext:
     train_timesteps: int = 1000
     memory: int = 6 * 2**30
     chunk: int = 16
-    budget: float | None = None
+    budget: Budget | None = None
     run_dir: Path | None = None
     journal: Journal = field(default_factory=Journal)
 
@@ -104,6 +105,11 @@ class Pass(ABC):
     def needs_calibration(self) -> bool:
         """Whether it reads calibration rows and fails without."""
         return CALIBRATED in self.provides
+
+    @property
+    def budgeted(self) -> frozenset[str]:
+        """The fields that a time budget multiplies, of `rows` and `iterations`."""
+        return frozenset()
 
     @abstractmethod
     def run(self, program: Program, ctx: PassContext) -> Program:
@@ -261,6 +267,8 @@ def run_steps(
 
 def _run_alone_or_jointly(steps: Sequence[tuple[Pass, PassContext]], program: Program) -> Program:
     first, ctx = steps[0]
+    if ctx.budget is not None:
+        ctx.budget.allot([step for step, _ in steps])
     with processes.together():
         if isinstance(first, JointPass) and len(steps) > 1:
             return first.run_jointly([(s, c) for s, c in steps if isinstance(s, JointPass)], program)

@@ -1,13 +1,16 @@
-"""A budget of time: how many calibration rows, rows of local problems and iterations it has room for."""
+"""A budget of time: who gets how much of it, and how many rows and iterations that has room for."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Final, TypeVar
 
-__all__ = ["bytes_of", "fitting", "scaled", "seconds_of"]
+from dmqfx.graph.pipeline import Pass
+from dmqfx.numbers import speeds
+
+__all__ = ["Budget", "bytes_of", "fitting", "scaled", "seconds_of"]
 
 FACTORS: Final = (4.0, 2.0, 1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 """What a policy's own numbers may be multiplied by; more than 1 for iterations alone."""
@@ -47,6 +50,39 @@ def bytes_of(memory: str | int) -> int:
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"a memory budget is a size such as 800MB or 6GB, not {memory!r}")
     return size
+
+
+@dataclass(eq=False)
+class Budget:
+    """Time for all that looks at calibration rows: passes get equal shares, and share what those before them left over.
+
+    Units: seconds of the whole, counted since `begun`; `share` is what those have that run now, in seconds; `coming`
+    counts the passes that have had none yet.
+    """
+
+    seconds: float
+    coming: int = 1
+    begun: float = field(default_factory=lambda: speeds.clock())
+    share: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.share = self.seconds
+
+    @staticmethod
+    def over(seconds: float, steps: Iterable[Pass]) -> Budget:
+        """One that begins now, for the passes of a pipeline."""
+        return Budget(seconds, sum(map(_partakes, steps)))
+
+    def allot(self, steps: Iterable[Pass]) -> None:
+        """Give passes that run together their shares of what is left."""
+        if own := sum(map(_partakes, steps)):
+            left = max(0.0, self.seconds - (speeds.clock() - self.begun))
+            self.share = left * own / max(own, self.coming)
+            self.coming = max(0, self.coming - own)
+
+
+def _partakes(step: Pass) -> bool:
+    return step.needs_calibration and bool(step.budgeted)
 
 
 def scaled(step: _Step, factor: float) -> _Step:

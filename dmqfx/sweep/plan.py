@@ -147,9 +147,9 @@ def planned(
 
 
 def settled(factor: float | None, ctx: PassContext, seconds: Callable[[float], float]) -> float:
-    """The factor that a run had settled before, else the one that the time budget has room for, else 1."""
+    """The factor that a run had settled before, else the one that the time budget has a share for, else 1."""
     if factor is None and ctx.budget is not None:
-        factor = fitting(seconds, ctx.budget)
+        factor = fitting(seconds, ctx.budget.share)
     return 1.0 if factor is None else factor
 
 
@@ -163,8 +163,9 @@ def tell_plan(
     budget, told = steps[0][1].budget, told_options(steps, factor)
     numbers = {"memory": estimate.memory, "seconds": estimate.seconds}
     _log.info("%s, %s%s", title, estimate, told, extra=numbers)
-    if budget is not None and (estimate.seconds if whole is None else whole) > budget:
-        _log.warning("that is more than the budget of %s, and the least there is", duration(budget))
+    if budget is not None and (estimate.seconds if whole is None else whole) > budget.share:
+        words = "that is more than its share of the budget of %s, %s, and the least there is"
+        _log.warning(words, duration(budget.seconds), duration(budget.share))
 
 
 def warn_of_memory(nbytes: int, step: Named, ctx: PassContext) -> None:

@@ -94,6 +94,6 @@ def kept(program: Program, data: Calibration | None, steps: Passes) -> AbstractC
     if ctx.run_dir is None or any(own.journal.fuel is not None for _, own in steps):
         return nullcontext(NoRun())
     names = "+".join(step.name() for step, _ in steps)
-    settings = {"seed": ctx.seed, "chunk": ctx.chunk, "budget": ctx.budget}
+    settings = {"seed": ctx.seed, "chunk": ctx.chunk, "budget": None if ctx.budget is None else ctx.budget.seconds}
     key = key_of(program, data, [step for step, _ in steps], settings)
     return running(ctx.run_dir, f"{len(program.log):02d}-{names}", key, program.device)
