@@ -1,13 +1,15 @@
-"""A full calibration of SD1.5's configuration: what is told before, and what the part of it that is run takes.
+"""A full calibration of SD1.5's configuration: what is told of the whole, and what layers of many shapes take of it.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_full.py [--policy w4a6] [--minutes 20] [--budget overnight] [--calls 8]
+    OMP_NUM_THREADS=1 python benchmarks/bench_full.py [--policy w4a6] [--rows 320] [--budget overnight] [--calls 8]
         [--part learn-scaling] [--part rounding] [--part learn-steps]
 
-860 M random parameters, 64 x 64 latents. Each of the two sweeps, that of `learn-scaling` and that in which ranges, shifts
-and codes are found (`rounding`, behind a measured sensitivity), is stopped after so many minutes; its turns so far are
-compared with what was told of each, and the rest is counted by their ratio. For `learn-steps` all weights are rounded
-to nearest, and it makes --steps of its iterations, each of a batch as the policy has it. Seconds are those of the
-processor, memory is the peak beside the model and the calibration data. Parts that are not asked for stay in the file.
+860 M random parameters, 64 x 64 latents. The whole is told for --rows calibration rows, without a budget of time and with
+one for all passes together. What is told of the two sweeps, that of `learn-scaling` and that in which ranges, shifts and
+codes are found (`rounding`, behind a measured sensitivity), is held against what they take where all layers but LAYERS
+stay in float, on the rows of --calls guided calls and with as many iterations as the budget leaves; the whole is counted
+by that ratio. For `learn-steps` all weights are rounded to nearest, and it makes --steps of its iterations, each of a
+batch as the policy has it. Seconds are those of the processor, memory is the peak beside the model and the
+calibration data. Parts that are not asked for stay in the file.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import ClassVar, NamedTuple
 from unittest.mock import patch
 
 import torch
-from bench_estimate import Seen, peak
+from bench_estimate import Seen
 from machine import RESULTS, header, write
 from models import sd15
 
@@ -37,15 +39,26 @@ from dmqfx.graph.program import Program
 from dmqfx.numbers import speeds
 from dmqfx.policy.policy import Policy, Step
 from dmqfx.sweep import joint
-from dmqfx.sweep.budget import seconds_of
+from dmqfx.sweep.budget import Budget, scaled, seconds_of
 from dmqfx.sweep.progress import Progress
 
 PARTS = ("learn-scaling", "rounding", "learn-steps")
 SCALING = ("pair-layers", "learn-scaling", "apply-scaling", "absorb-scaling")
+BLOCK = "attentions.0.transformer_blocks.0"
+LAYERS = (
+    "down_blocks.0.resnets.0.conv1/*", f"down_blocks.0.{BLOCK}.attn1.to_q/*", f"down_blocks.0.{BLOCK}.ff.net.0.proj/*",
+    f"down_blocks.0.{BLOCK}.attn2.to_k/*", "down_blocks.1.resnets.0.conv1/*", f"down_blocks.1.{BLOCK}.ff.net.2/*",
+    "down_blocks.2.resnets.1.conv2/*", "mid_block.resnets.0.conv1/*", "up_blocks.0.resnets.0.conv1/*",
+    "up_blocks.1.resnets.2.conv1/*", "up_blocks.2.resnets.0.conv1/*", "up_blocks.3.resnets.0.conv1/*",
+    "up_blocks.3.resnets.0.conv_shortcut/*",
+)  # fmt: skip
+"""Convolutions and linears at every size of the images, 320 to 2560 channels; skips have two arms."""
+LITTLE = "pipeline.measure-sensitivity.rows=1"
+"""The metrics that it leaves cost as much whatever rows they are from."""
 
 
 class EnoughError(Exception):
-    """The time for the sweep is over."""
+    """What was asked is known."""
 
 
 class Turn(NamedTuple):
@@ -57,15 +70,13 @@ class Turn(NamedTuple):
 
 
 class Timed(Progress):
-    """Keeps what each turn was told to take and what it took; stops after `limit` seconds."""
+    """Keeps what each turn was told to take and what it took."""
 
-    limit = 0.0
     turns: ClassVar[list[Turn]] = []
-    told: Sequence[float] = ()
 
     def __init__(self, title: str, seconds: Sequence[float], *, shown: bool) -> None:
         super().__init__(title, seconds, shown=shown)
-        Timed.told, self._since, self._at = list(seconds), self.elapsed, ""
+        self._told, self._since, self._at = list(seconds), self.elapsed, ""
 
     def begin(self, site: Site) -> None:
         """A turn begins, whose values were computed since the one before ended."""
@@ -73,28 +84,38 @@ class Timed(Progress):
         self._at = str(site)
 
     def end(self, loss: float | None) -> None:
-        """Note the turn.
-
-        Raises: EnoughError when the time is over.
-        """
+        """Note the turn."""
         super().end(loss)
-        Timed.turns.append(Turn(self._at, self.told[len(self.turns)], self.elapsed - self._since))
+        Timed.turns.append(Turn(self._at, self._told[len(self.turns)], self.elapsed - self._since))
         self._since = self.elapsed
-        if self.elapsed > self.limit:
+
+
+class Told(logging.Handler):
+    """Takes the first estimate that is told, and stops what it is of."""
+
+    seconds, memory, factor = 0.0, 0, 1.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note the estimate.
+
+        Raises: EnoughError behind it.
+        """
+        if "memory" in (said := vars(record)):
+            self.seconds, self.memory, self.factor = said["seconds"], said["memory"], said["factor"]
             raise EnoughError
 
 
 def main() -> None:
-    """Measure both parts, write results/calibrate_sd15_POLICY.json."""
+    """Measure the parts, write results/calibrate_sd15_POLICY.json."""
     options = parser().parse_args()
     torch.set_num_threads(1)
-    speeds.clock, Timed.limit = time.process_time, 60 * options.minutes
+    speeds.clock = time.process_time
     warnings.simplefilter("ignore")
     seen = Seen()
     logging.getLogger("dmqfx").addHandler(seen)
     logging.getLogger("dmqfx").setLevel(logging.INFO)
     unet = sd15()
-    data = Calibration.synthesize(unet, steps=options.calls, trajectories=1)
+    data = Calibration.synthesize(unet, steps=options.calls, trajectories=2)
     program = capture(unet)
     found: dict[str, object] = {"what": (__doc__ or "").partition("\n")[0]}
     path = RESULTS / f"calibrate_sd15_{options.policy}.json"
@@ -102,11 +123,8 @@ def main() -> None:
     found |= {part: kept[part] for part in PARTS if part in kept}
     for part in options.part or PARTS:
         measure = learn_steps if part == "learn-steps" else sweep
-        found[part] = {
-            **header(),
-            "calibration_rows": len(data),
-            **measure(program, data, options, seen, part),
-        }
+        measured = measure(program, data, options, seen, part)
+        found[part] = {**header(), "calibration_rows_run": len(data), **measured}
         write(path.stem, found)
 
 
@@ -114,9 +132,11 @@ def parser() -> argparse.ArgumentParser:
     """Options."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--policy", default="w4a6", choices=["w4a6", "w4a8"])
-    made.add_argument("--minutes", type=float, default=20, help="of the processor, for the sweep")
-    made.add_argument("--budget", default="overnight", help="for each part, as of `dmqfx compile`")
-    made.add_argument("--calls", type=int, default=8, help="of the UNet, to calibrate on")
+    made.add_argument("--rows", type=int, default=320, help="of calibration, that the whole is told for")
+    made.add_argument("--budget", default="overnight", help="of the whole, as of `dmqfx compile`")
+    made.add_argument(
+        "--calls", type=int, default=8, help="of the UNet, two rows each, that the parts run on"
+    )
     made.add_argument("--part", action="append", choices=PARTS, help="may be repeated; all, unless said")
     made.add_argument("--steps", type=int, default=1, help="of learn-steps")
     return made
@@ -125,34 +145,80 @@ def parser() -> argparse.ArgumentParser:
 def sweep(
     program: Program, data: Calibration, options: argparse.Namespace, seen: Seen, part: str
 ) -> dict[str, object]:
-    """As much of a sweep as there is time for, and the whole by what was told of it."""
+    """The sweep over some layers, and that over all by what is told of both."""
+    first = "learn-scaling" if part == "learn-scaling" else "fit-ranges"
+    skipped = SCALING if part == "rounding" else ()  # which changes no cost
+    whole = Policy.load(options.policy, [LITTLE], check_step=registry.problems_with)
+    told = asked(*before(program, whole, data, first, skipped), data, options)
+    some = only(options.policy)
+    ready, own = before(program, some, data, first, skipped)
+    shorter = [scaled(step, told["budget"].factor) for step in own.steps]
     seen.found.clear()
     Timed.turns.clear()
-    policy = Policy.load(options.policy, check_step=registry.problems_with)
-    names = [step.name for step in policy.pipeline]
-    first = names.index("learn-scaling" if part == "learn-scaling" else "fit-ranges")
-    context = PassContext(policy=policy, calibration=data, budget=seconds_of(options.budget))
-    skipped = SCALING if part == "rounding" else ()  # which changes no cost
-    before = [step for step in policy.pipeline[:first] if step.name not in skipped]
-    program = pipeline(before).run(program, replace(context, budget=None))
-    with patch.object(joint, "Progress", Timed), suppress(EnoughError):
-        pipeline(policy.pipeline[first:]).run(program, context)
-    told, took = sum(turn.told for turn in Timed.turns), sum(turn.took for turn in Timed.turns)
+    with patch.object(joint, "Progress", Timed):
+        Pipeline(tuple(shorter)).run(ready, PassContext(policy=some, calibration=data))
+    (took,) = seen.found
     return {
+        **{f"{name}_{key}": value for name, each in told.items() for key, value in hours(each, took).items()},
         "budget": options.budget,
-        "hours_told": round(sum(Timed.told) / 3600, 2),
-        "turns": len(Timed.told),
-        "turns_run": len(Timed.turns),
-        "their_seconds_told": round(told, 1),
-        "their_seconds_taken": round(took, 1),
-        "took_over_estimated": round(took / told, 2),
-        "hours_by_that_ratio": round(sum(Timed.told) * took / told / 3600, 2),
-        "megabytes_estimated": round(seen.memory / 2**20),
-        "megabytes_taken": round((peak() - seen.before) / 2**20),
+        "rows_told": options.rows,
+        "options_times": told["budget"].factor,
+        "layers_run": len(LAYERS),
+        **took,
         "each": [
             {"at": each.at, "told": round(each.told, 1), "took": round(each.took, 1)} for each in Timed.turns
         ],
-        "before": list(seen.found),
+    }
+
+
+def before(
+    program: Program, policy: Policy, data: Calibration, first: str, skipped: Sequence[str]
+) -> tuple[Program, Pipeline]:
+    """The program as the sweep that begins with a pass gets it, and that sweep's passes."""
+    names = [step.name for step in policy.pipeline]
+    start = names.index(first)
+    end = start + (1 if first == "learn-scaling" else 3)
+    steps = [step for step in policy.pipeline[:start] if step.name not in skipped]
+    context = PassContext(policy=policy, calibration=data)
+    return pipeline(steps).run(program, context), pipeline(policy.pipeline[start:end])
+
+
+def only(name: str) -> Policy:
+    """A policy for LAYERS alone: what it says of all sites, but only for them."""
+    default = Policy.load(name).default
+    bits = {"weight": {"bits": default.weight.bits}, "input": {"bits": default.input.bits}}
+    rules = [{"name": "rest", "at": "**", "keep": "float"}, {"name": "some", "at": list(LAYERS), **bits}]
+    return Policy.load(
+        {"schema": "dmqfx.policy/1", "name": "some", "extends": name, "rules": rules},
+        [LITTLE],
+        check_step=registry.problems_with,
+    )
+
+
+def asked(ready: Program, steps: Pipeline, data: Calibration, options: argparse.Namespace) -> dict[str, Told]:
+    """What is told of a sweep over all layers and --rows calibration rows, without a budget and with its share of one."""
+    whole = Policy.load(options.policy, check_step=registry.problems_with)
+    full = data.merge(*[data] * (-(-options.rows // len(data)) - 1)).select(
+        options.rows, torch.Generator().manual_seed(0)
+    )
+    share = Budget.over(seconds_of(options.budget), pipeline(whole.pipeline).steps)
+    found = {}
+    for name, budget in (("whole", None), ("budget", share)):
+        logging.getLogger("dmqfx").addHandler(told := Told())
+        with suppress(EnoughError):
+            steps.run(ready, PassContext(policy=whole, calibration=full, budget=budget))
+        logging.getLogger("dmqfx").removeHandler(told)
+        found[name] = told
+    return found
+
+
+def hours(told: Told, took: dict[str, object]) -> dict[str, float]:
+    """What was told of a whole, and what it comes to by what a part of it took."""
+    ratio = float(str(took["took"])) / float(str(took["estimated"]))
+    return {
+        "hours_told": round(told.seconds / 3600, 2),
+        "hours_by_ratio": round(told.seconds * ratio / 3600, 2),
+        "megabytes_told": round(told.memory / 2**20),
     }
 
 
@@ -162,45 +228,31 @@ def learn_steps(
     """So many iterations of learn-steps behind nearest codes, and all of them by the ratio."""
     policy = Policy.load(options.policy, ["pipeline.round-weights.method=nearest"])
     names = [step.name for step in policy.pipeline]
-    before, own = policy.pipeline[: names.index(part)], policy.pipeline[names.index(part)]
-    quick = [step for step in before if step.name not in ("measure-sensitivity", *SCALING)]
-    context = PassContext(policy=policy, calibration=data, budget=seconds_of(options.budget))
-    rounded = pipeline(quick).run(program, context)
-    logging.getLogger("dmqfx").addHandler(stop := Told())
-    with suppress(EnoughError):
-        pipeline([own]).run(rounded, context)
-    logging.getLogger("dmqfx").removeHandler(stop)
+    own = policy.pipeline[names.index(part)]
+    left = [
+        step
+        for step in policy.pipeline[: names.index(part)]
+        if step.name not in ("measure-sensitivity", *SCALING)
+    ]
+    context = PassContext(policy=policy, calibration=data)
+    rounded = pipeline(left).run(program, context)
+    told = asked(rounded, pipeline([own]), data, options)
     seen.found.clear()
     few = {**own.keywords(), "iterations": options.steps}
     registry.pipeline([(own.name, few)]).run(rounded, replace(context, budget=None))
     (took,) = seen.found
-    ratio = float(str(took["took"])) / float(str(took["estimated"]))
-    hours = {
-        "budget": options.budget,
-        "hours_told": round(stop.seconds / 3600, 2),
-        "hours_by_that_ratio": round(stop.seconds * ratio / 3600, 2),
+    found = {
+        f"{name}_{key}": value for name, each in told.items() for key, value in hours(each, took).items()
     }
-    return {"iterations_run": options.steps, **took, **hours}
+    return {
+        **found, "budget": options.budget, "rows_told": options.rows, "options_times": told["budget"].factor,
+        "iterations_run": options.steps, **took,
+    }  # fmt: skip
 
 
 def pipeline(steps: Sequence[Step]) -> Pipeline:
     """The passes of some steps of a policy."""
     return registry.pipeline((step.name, step.keywords()) for step in steps)
-
-
-class Told(logging.Handler):
-    """Takes the first estimate that is told, and stops what it is of."""
-
-    seconds = 0.0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Note the estimate.
-
-        Raises: EnoughError behind it.
-        """
-        if "memory" in vars(record):
-            self.seconds = vars(record)["seconds"]
-            raise EnoughError
 
 
 if __name__ == "__main__":

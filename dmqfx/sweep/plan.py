@@ -161,7 +161,7 @@ def tell_plan(
     Units: whole in seconds of all of it, where the estimate is of what is left.
     """
     budget, told = steps[0][1].budget, told_options(steps, factor)
-    numbers = {"memory": estimate.memory, "seconds": estimate.seconds}
+    numbers = {"memory": estimate.memory, "seconds": estimate.seconds, "factor": factor}
     _log.info("%s, %s%s", title, estimate, told, extra=numbers)
     if budget is not None and (estimate.seconds if whole is None else whole) > budget.share:
         words = "that is more than its share of the budget of %s, %s, and the least there is"
