@@ -64,7 +64,7 @@ class RoundWeights(SweepPass):
         **dict.fromkeys(SOLVING, ("method", ("gptq", "adaround"))),
         **dict.fromkeys(("strength", "groups"), ("weighting", UNEVEN)),
     }
-    method: Literal["nearest", "gptq", "adaround"] = "nearest"
+    method: Literal["nearest", "gptq", "adaround"] = "gptq"
     where: Literal["all", "outside-blocks"] = "all"
     rows: int = 8192
     norm: float = 2.0

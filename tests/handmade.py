@@ -106,7 +106,7 @@ def quantized_program() -> Program:
     )
     table = table.put(Site(SECOND, "input"), ChannelScale(program.weights()["gamma"].flatten()))
     planned_program = replace(program, table=table, facts=frozenset({CANONICAL, PLANNED, SCALED}))
-    steps = registry.pipeline([("round-weights", {}), ("insert-qdq", {})])
+    steps = registry.pipeline([("round-weights", {"method": "nearest"}), ("insert-qdq", {})])
     return steps.run(planned_program, PassContext())
 
 

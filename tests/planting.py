@@ -27,6 +27,8 @@ Function = Callable[..., object]
 Plant = Callable[[str], Pass]
 Spoil = Callable[[Program, Program], Program]
 
+NEAREST: Mapping[str, object] = {"method": "nearest"}
+"""Options of round-weights that need no calibration rows."""
 ORDER = (
     "canonicalize flag-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
     "apply-scaling absorb-scaling round-weights insert-qdq"
@@ -71,7 +73,8 @@ def _policy(
         "weight": {"bits": 4, "grid": "symmetric", "per": "channel", "range": "minmax"},
         "input": {"bits": 8, "grid": "affine", "per": "tensor", "groups": 4},
     }
-    whole = {"schema": "dmqfx.policy/1", "name": name, "default": default, "rules": rules, "pipeline": order}
+    steps = [{step: NEAREST} if step == "round-weights" else step for step in order]
+    whole = {"schema": "dmqfx.policy/1", "name": name, "default": default, "rules": rules, "pipeline": steps}
     return Policy.load(whole)
 
 
@@ -120,16 +123,24 @@ def context(policy: str = "layers") -> PassContext:
     return PassContext(policy={**POLICIES, **PROMPTED_POLICIES}[policy], calibration=data)
 
 
+def bare(name: str) -> Pass:
+    """A pass as it is by default, but for weights, which go to their nearest codes."""
+    return create(name, options(name))
+
+
+def options(name: str) -> Mapping[str, object]:
+    """What `bare` asks of a pass."""
+    return NEAREST if name == "round-weights" else {}
+
+
 @cache
 def program_before(step: str, policy: str = "layers") -> Program:
     """The toy as a pass of the pipeline, or a lowering behind it, meets it; late: after round-weights."""
     if step == "absorb-scaling late":
-        return run_step(
-            passes()["round-weights"](), program_before("absorb-scaling", policy), context(policy)
-        )
+        return run_step(bare("round-weights"), program_before("absorb-scaling", policy), context(policy))
     if step in AFTER:
         last = AFTER[step]
-        return run_step(passes()[last](), program_before(last, policy), context(policy))
+        return run_step(bare(last), program_before(last, policy), context(policy))
     steps = {**POLICIES, **PROMPTED_POLICIES}[policy].pipeline
     order = [each.name for each in steps]
     index = order.index(step) if step in order else len(order)
@@ -159,7 +170,7 @@ class Mutant:
 
     def honest(self) -> Pass:
         """The pass without it."""
-        return passes()[self.pass_name]()
+        return bare(self.pass_name)
 
     def program(self) -> Program:
         """What both are run on."""
@@ -179,7 +190,7 @@ def derived(**changed: object) -> Plant:
     def plant(step: str) -> Pass:
         honest = passes()[step]
         made: type[Pass] = type(honest.__name__, (honest,), changed)
-        return made()
+        return made(**options(step))
 
     return plant
 

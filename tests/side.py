@@ -31,7 +31,7 @@ from dmqfx.sweep.turn import Turn
 
 BLOCKS = (
     ("fit-ranges", {}),
-    ("round-weights", {}),
+    ("round-weights", {"method": "nearest"}),
     ("reconstruct-blocks", {"rows": 8, "batch": 4, "iterations": 40, "rate": 0.1}),
 )
 

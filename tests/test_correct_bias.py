@@ -23,7 +23,7 @@ from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.turn import Turn
 from dmqfx.sweep.walk import Walk
 
-BEFORE = (("fit-ranges", {}), ("round-weights", {}))
+BEFORE = (("fit-ranges", {}), ("round-weights", {"method": "nearest"}))
 AFTER = (*BEFORE, ("correct-bias", {}))
 
 
@@ -93,7 +93,7 @@ def test_fuel_bounds_the_layers() -> None:
 
 def test_rounding_again_to_the_nearest_takes_a_correction_back() -> None:
     ctx = sweep_context(recorded(chain(), 9))
-    after = swept(chain(), ctx, (*AFTER, ("round-weights", {})))
+    after = swept(chain(), ctx, (*AFTER, ("round-weights", {"method": "nearest"})))
     for site, entry in after.table.of(Bias).items():
         assert torch.equal(entry.value, after.constant_at(site))
     assert "corrected" not in map(str, after.facts)

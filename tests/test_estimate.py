@@ -202,7 +202,7 @@ def test_a_sweep_says_before_what_it_will_take_and_after_what_it_took(
 
 def test_a_sweep_without_forward_pass_is_estimated_too(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "dmqfx"):
-        swept(chain(), context(recorded(chain(), 6)), (("round-weights", {}),))
+        swept(chain(), context(recorded(chain(), 6)), (("round-weights", {"method": "nearest"}),))
     assert told(caplog)[0].estimated > 0
     assert "no forward pass, about" in caplog.text
 

@@ -20,7 +20,11 @@ from dmqfx.numbers.quant import QParams, RangeMethod
 from dmqfx.policy.policy import Policy, explain
 
 MODEL = "plain"
-STEPS = (("measure-sensitivity", {"rows": 8}), ("fit-ranges", {"rows": 512}), ("round-weights", {}))
+STEPS = (
+    ("measure-sensitivity", {"rows": 8}),
+    ("fit-ranges", {"rows": 512}),
+    ("round-weights", {"method": "nearest"}),
+)
 
 
 def asked(method: RangeMethod, bits: int = 4) -> Program:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from planting import ORDER, PLAIN, program_before
+from planting import ORDER, PLAIN, bare, program_before
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import PROMPTED, SPEC, Prompted, PromptedWrapper, TimeEmbedding, Wrapper, program_of_model, rows
@@ -71,7 +71,7 @@ def to_itself(parts: Parts, x: Tensor, timestep: Tensor) -> Tensor:
 
 def quantized(program: Program, ctx: PassContext) -> Program:
     for name in ORDER:
-        program = run_step(create(name), program, ctx)
+        program = run_step(bare(name), program, ctx)
     return program
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from mutants import MUTANTS
 from mutants_kernels import folded
-from planting import ORDER, SPLIT, SWEPT, context, program_before
+from planting import ORDER, SPLIT, SWEPT, context, options, program_before
 
 from dmqfx.graph.pipeline import Pass, run_step
-from dmqfx.graph.registry import passes
+from dmqfx.graph.registry import create
 from dmqfx.seeing.show import diff
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -47,7 +47,7 @@ def made(name: str) -> Pass:
     """The pass, and for choose-forms layers that are all faster in float."""
     if name == "choose-forms":
         return folded(lambda weight: weight)(name)
-    return passes()[name](**OPTIONS.get(name, {}))
+    return create(name, OPTIONS.get(name, options(name)))
 
 
 OTHERS = ("learn-steps", "quantize-attention", "choose-forms")

@@ -61,7 +61,7 @@ def learned(folder: Path, pause: float) -> list[Program]:
         rows = recorded(layers, 6)
         ctx = context(rows, run_dir=folder / "run")
         steps = Pipeline((*pipeline((("pair-layers", {}), *LEARNING)).steps, tell))
-        nearest = swept(layers, context(rows), (("fit-ranges", {}), ("round-weights", {})))
+        nearest = swept(layers, context(rows), (("fit-ranges", {}), ("round-weights", {"method": "nearest"})))
         return [steps.run(layers, ctx), swept(nearest, ctx, [BLOCKS])]
 
 

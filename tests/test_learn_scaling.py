@@ -39,7 +39,7 @@ def learned(method: str) -> Program:
 
 def noise(program: Program) -> float:
     data = recorded(program, 16)
-    rounded = swept(program, context(data), [("fit-ranges", {}), ("round-weights", {})])
+    rounded = swept(program, context(data), [("fit-ranges", {}), ("round-weights", {"method": "nearest"})])
     return output_noise(rounded, recorded(program, 16, seed=1))
 
 

@@ -297,7 +297,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 
 
 def test_steps_stay_learned_when_codes_are_made_anew() -> None:
-    again = run_step(create("round-weights"), after(), context("shifts"))
+    again = run_step(create("round-weights", {"method": "nearest"}), after(), context("shifts"))
     assert STEPPED in again.facts
     assert list(broken_claims(again)) == []
 

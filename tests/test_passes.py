@@ -13,7 +13,7 @@ import torch
 from handmade import program_of
 from hypothesis import given
 from hypothesis import strategies as st
-from planting import ORDER, POLICIES, context, edited, program_before
+from planting import ORDER, POLICIES, bare, context, edited, program_before
 from torch import fx
 from toys import rows, toy
 
@@ -452,7 +452,7 @@ def test_only_a_divisor_per_channel_joins_the_quantize_step() -> None:
     for shape, joins in (((4, 1, 1), True), ((4, 6, 1), False)):
         program = scaled(lambda graph, x: x, torch.rand(shape) + 0.5)
         ctx = PassContext(replace(POLICIES["layers"], rules=()), rows(spec=program.inputs))
-        result = Pipeline(tuple(map(create, names))).run(program, ctx)
+        result = Pipeline(tuple(map(bare, names))).run(program, ctx)
         assert any(result.calls("div")) != joins
 
 
@@ -492,7 +492,7 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
     spoiled = replace(program, gm=clone(program.gm, weights))
     told = rf"mid\.to_v\.weight, read by mid\.to_v/linear, holds {bad} at \[3, 0\]"
     with pytest.raises(CalibrationError, match=told):
-        run_step(create("round-weights"), spoiled, context())
+        run_step(create("round-weights", {"method": "nearest"}), spoiled, context())
 
 
 @pytest.mark.parametrize(
@@ -563,7 +563,7 @@ def test_lower_reference_says_which_layers_stay_float_and_why() -> None:
     ctx = PassContext(replace(weights_only, rules=()))
     program = toy()
     for name in ("canonicalize", "plan-sites", "round-weights", "insert-qdq", "lower-reference"):
-        program = run_step(create(name), program, ctx)
+        program = run_step(bare(name), program, ctx)
     assert set(refusals(program).values()) == {
         "the input is float: weight-only layers are dequantized at every call"
     }
@@ -650,7 +650,7 @@ def test_a_convolution_padded_by_a_word_stays_float() -> None:
     names = (
         "canonicalize plan-sites insert-observers freeze-observers round-weights insert-qdq lower-reference"
     )
-    result = Pipeline(tuple(map(create, names.split()))).run(program, ctx, observe=checking())
+    result = Pipeline(tuple(map(bare, names.split()))).run(program, ctx, observe=checking())
     assert refusals(result) == {"block/conv2d": "its padding is the word 'same', not a number for each side"}
 
 

@@ -229,7 +229,7 @@ def test_the_mistakes_in_the_reference_are_those_that_dmqfx_reports() -> None:
     [
         (
             "round-weights",
-            {"iterations": 40},
+            {"method": "nearest", "iterations": 40},
             "iterations has no effect with method nearest; it belongs to adaround",
         ),
         ("round-weights", {"method": "gptq", "rows": 5, "rate": 0.1}, "rate has no effect with method gptq"),

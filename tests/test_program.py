@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from planting import POLICIES, program_before
+from planting import POLICIES, bare, program_before
 from tiny import IN, OUT, plain, planned
 from torch import fx
 from toys import rows, toy
@@ -24,7 +24,6 @@ from dmqfx.graph.journal import Journal
 from dmqfx.graph.modules import build, fixed_nodes, is_fixed, propagate
 from dmqfx.graph.pipeline import PassContext, Pipeline
 from dmqfx.graph.program import Program
-from dmqfx.graph.registry import create
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.graph.table import Codes, Planned, Range, Table
 from dmqfx.graph.timesteps import GroupIndex
@@ -184,7 +183,7 @@ def test_nothing_to_observe_or_to_quantize_breaks_no_fact() -> None:
     names = (
         "canonicalize plan-sites insert-observers freeze-observers pair-layers learn-scaling apply-scaling"
     )
-    steps = tuple(map(create, [*names.split(), "absorb-scaling", "round-weights", "insert-qdq"]))
+    steps = tuple(map(bare, [*names.split(), "absorb-scaling", "round-weights", "insert-qdq"]))
     after = Pipeline(steps).run(toy(), PassContext(quiet, rows()))
     assert not any(ops.is_call(node, "quantize", "dequantize") for node in after.calls())
 

@@ -50,7 +50,7 @@ POLICY: dict[str, object] = {
         "learn-scaling",
         "apply-scaling",
         "absorb-scaling",
-        "round-weights",
+        {"round-weights": {"method": "nearest"}},
         "insert-qdq",
     ],
 }
@@ -328,7 +328,7 @@ def test_bytes_count_codes_scales_and_bias_of_a_layer_and_every_constant_of_the_
 def test_only_weights_quantized_is_memory_only_and_claims_no_speed() -> None:
     assert not Report.measure(plain(), quantized(), None).memory_only
     table = planned().table.put(Site(IN, "input"), Planned(None, "weights only"))
-    steps = registry.pipeline([("round-weights", {}), ("insert-qdq", {})])
+    steps = registry.pipeline([("round-weights", {"method": "nearest"}), ("insert-qdq", {})])
     report = Report.measure(plain(), steps.run(planned().with_table(table), PassContext()), None)
     assert report.memory_only
     assert "only weights are quantized: memory only, no speed claim" in report.summary()

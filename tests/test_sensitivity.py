@@ -246,5 +246,5 @@ def test_a_convolution_in_groups_says_that_it_is_rounded_to_nearest(method: str)
         assert rule == method
         assert "a convolution in 2 groups" in reason
         assert reason.endswith("rounded to nearest")
-    nearest = run_step(create("round-weights"), program, context("shifts")).log[-1]
+    nearest = run_step(create("round-weights", {"method": "nearest"}), program, context("shifts")).log[-1]
     assert nearest.refused == ()

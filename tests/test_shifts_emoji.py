@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planting import options
 from torch import Tensor
 
 from dmqfx import emoji
@@ -41,7 +42,7 @@ def ctx(data: Calibration) -> PassContext:
 @pytest.fixture(scope="module")
 def planned(ctx: PassContext) -> Program:
     """The UNet with everything known that insert-qdq wants."""
-    return registry.pipeline((name, {}) for name in STEPS).run(capture(emoji.load_unet()), ctx)
+    return registry.pipeline((name, options(name)) for name in STEPS).run(capture(emoji.load_unet()), ctx)
 
 
 def test_every_long_skip_is_split_and_most_arms_have_channels_with_finer_steps(planned: Program) -> None:

@@ -245,7 +245,7 @@ WEIGHTS_ONLY: dict[str, object] = {
         {"name": "ends", "at": "conv_in/*", "keep": "float"},
         {"name": "first", "at": "conv_in/*", "weight": {"bits": 8}},
     ],
-    "pipeline": ["canonicalize", "plan-sites", "round-weights", "insert-qdq"],
+    "pipeline": ["canonicalize", "plan-sites", {"round-weights": {"method": "nearest"}}, "insert-qdq"],
 }
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import captured
 from mutants_attention import AVERAGE, WHOLE
-from planting import POLICIES, context, edited, program_before
+from planting import POLICIES, bare, context, edited, program_before
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.nn import functional as F
@@ -256,7 +256,7 @@ def test_every_range_of_a_softmax_is_searched_for_and_learned_on(found: str) -> 
     ctx = PassContext(per_tensor(found), context().calibration)
     program = program_before("plan-sites", "softmax")
     for name in ("plan-sites", "fit-ranges", "round-weights"):
-        program = run_step(create(name), program, ctx)
+        program = run_step(bare(name), program, ctx)
     fitted = program.table.get(SOFTMAX, QParams)
     assert fitted is not None
     assert (fitted.axis, tuple(fitted.scale.shape), bool(fitted.zero_point.any())) == (None, (4, 1), False)

@@ -295,7 +295,7 @@ def test_both_arms_learn_their_codes_under_the_regulariser_alike(monkeypatch: py
     before, ctx = program_before("round-weights", "shifts"), context("shifts")
     after = run_step(create("round-weights", options), before, ctx)
     learned, ways = after.table, {each.at: each.rule for each in after.log[-1].applied}
-    nearest = run_step(create("round-weights"), before, ctx).table
+    nearest = run_step(create("round-weights", {"method": "nearest"}), before, ctx).table
     assert len(seen) == list(ways.values()).count("adaround")
     assert {how for _, how in seen} == {Annealing(iterations=30, rate=0.1)}
     arms = [Site(site.at, "weight") for site in before.table.of(SkipArm)]
@@ -328,7 +328,9 @@ def test_an_arc_is_drawn_from_where_the_skip_is_made_also_when_it_is_quantized()
         if site.arg == "input":
             channels = program.source(site).meta["val"].shape[1]
             table = table.put(site, _range(channels))
-    steps = registry.pipeline([("round-weights", {}), ("insert-qdq", {}), ("lower-reference", {})])
+    steps = registry.pipeline(
+        [("round-weights", {"method": "nearest"}), ("insert-qdq", {}), ("lower-reference", {})]
+    )
     ready = replace(program, table=table, facts=program.facts | {PLANNED})
     (before,), (after,) = u_shape(program).arcs, u_shape(steps.run(ready, PassContext())).arcs
     assert (before.source.name, before.target.name) == (after.source.name, after.target.name)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import MODELS
 from mutants import MUTANTS
-from planting import ORDER, POLICIES, context, program_before
+from planting import ORDER, POLICIES, bare, context, program_before
 from torch import fx
 from toys import SPEC, toy
 
@@ -134,7 +134,7 @@ def test_edges_that_float32_cannot_hold_are_no_fault_of_a_pass(groups: int | tup
         POLICIES["layers"], default=replace(default, input=replace(default.input, groups=groups))
     )
     names = "canonicalize plan-sites insert-observers freeze-observers round-weights insert-qdq".split()
-    steps = tuple(passes()[name]() for name in names)
+    steps = tuple(bare(name) for name in names)
     after = Pipeline(steps).run(toy(), replace(context(), policy=policy), observe=checking())
     assert QDQ in after.facts
 

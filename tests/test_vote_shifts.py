@@ -371,7 +371,7 @@ def test_a_shift_needs_scales() -> None:
 
 def finished(program: Program, ctx: PassContext) -> Program:
     """Rounded and quantized."""
-    return registry.pipeline([("round-weights", {}), ("insert-qdq", {})]).run(program, ctx)
+    return registry.pipeline([("round-weights", {"method": "nearest"}), ("insert-qdq", {})]).run(program, ctx)
 
 
 def test_readers_of_one_tensor_with_other_shifts_do_not_share_a_quantize() -> None:

@@ -74,7 +74,9 @@ def planned() -> Program:
 
 def quantized() -> Program:
     """The same, quantized by the built-in passes."""
-    return registry.pipeline([("round-weights", {}), ("insert-qdq", {})]).run(planned(), PassContext())
+    return registry.pipeline([("round-weights", {"method": "nearest"}), ("insert-qdq", {})]).run(
+        planned(), PassContext()
+    )
 
 
 def changed(program: Program, **weights: torch.Tensor) -> Program:
