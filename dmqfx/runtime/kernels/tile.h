@@ -215,6 +215,7 @@ struct Cut {
 template <class Isa>
 bool run(const DmqfxLayer& layer, int64_t room, int threads) {
   constexpr int64_t kBlocks = Isa::kBlocks > 1 ? Isa::kBlocks : 2;  // of a part with gates
+  static_assert(kChunk % (int64_t{1} << (kRuns - 1)) == 0);  // runs are counted from the first step of a chunk
   static_assert(kWhole % Isa::kRows == 0 && kStrip % kWhole == 0 && kBlocks <= kMostBlocks && kBlocks % 2 == 0);
   const bool gated = layer.coding != nullptr && layer.coding->activation == kGeglu;
   const int64_t blocks = pieces(layer.out_channels, kLane) / (gated ? 2 : 1), together = gated ? kBlocks / 2 : Isa::kBlocks;
