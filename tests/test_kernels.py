@@ -159,6 +159,27 @@ def test_sums_as_long_and_large_as_they_can_be_do_not_overflow_on_the_way(
         assert torch.equal(found, expected), each
 
 
+@given(
+    st.integers(2, 8), st.integers(4, 8), st.sampled_from((63, 1030, 4099)), st.sampled_from((0.1, 0.5, 1.0)),
+    st.integers(0, 2**31),
+)  # fmt: skip
+def test_codes_that_meet_only_weights_of_one_sign_go_as_far_as_the_weights_allow_and_no_further(
+    weight_bits: int, activation_bits: int, depth: int, width: float, seed: int
+) -> None:
+    """Weights mostly far from their bounds: 16 bit sums hold more steps than of the worst ones, and here come near their end."""
+    generator, greatest = torch.Generator().manual_seed(seed), 2**activation_bits - 1
+    high = 2 ** (weight_bits - 1)
+    w = (torch.randn(19, depth, generator=generator) * width * high / 2).round().clamp(-high, high - 1)
+    x = torch.cat([w > 0, w < 0, (w > 0)[:, torch.randperm(depth, generator=generator)]]) * greatest
+    x, w = x.to(torch.uint8), w.to(torch.int8)
+    expected, blob = integer.linear_accumulators(x, ZERO, None, w, ZERO), weights.pack(w, 1)
+    assert torch.equal(weights.unpack(blob, w.shape, 1), w)
+    for each in here():
+        assert torch.equal(layers.linear(x, None, ZERO, None, blob, w.shape, ZERO, None, each), expected), (
+            each
+        )
+
+
 @pytest.mark.parametrize("activation_bits", [4, 6, 8])
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("sign", [-1, 1])
