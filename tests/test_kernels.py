@@ -463,11 +463,13 @@ def spoiled(at: int, value: int) -> Tensor:
         (blob()[:8].clone(), "does not start with the header"),
         (blob().view(torch.int8), "does not start with the header"),
         (spoiled(0, 0), "does not start with the header"),
-        (spoiled(4, 99), "does not start with the header of version 2"),
+        (spoiled(4, 99), "does not start with the header of version 3"),
         (spoiled(8, 0), r"it has \d+ bytes"),
         (spoiled(12, 2), "where the layer has"),
         (spoiled(33, 77), "where the layer has"),
-        (spoiled(36, 8), "where the layer has"),
+        (spoiled(32, 8), "where the layer has"),
+        (spoiled(39, 1), "where the layer has"),
+        (spoiled(40, 0), "where the layer has"),
     ],
 )
 def test_malformed_weights_are_refused_before_the_kernel_sees_them(wrong: Tensor, told: str) -> None:
@@ -476,7 +478,7 @@ def test_malformed_weights_are_refused_before_the_kernel_sees_them(wrong: Tensor
         layers.linear(x, None, ZERO, None, wrong, (4, 20), ZERO, None)
 
 
-@pytest.mark.parametrize(("at", "value"), [(32, 3), (36, 3), (64, 200), (-1, 0x10), (80, 0x77)])
+@pytest.mark.parametrize(("at", "value"), [(32, 3), (36, 14), (76, 200), (128, 200), (-1, 0x10), (144, 0x77)])
 def test_numbers_that_do_not_follow_from_the_codes_are_found(at: int, value: int) -> None:
     assert torch.equal(
         weights.unpack(blob(), (4, 20), 1).flatten(), torch.arange(-8, 8, dtype=torch.int8).repeat(5)
