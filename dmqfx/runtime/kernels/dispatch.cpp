@@ -55,6 +55,17 @@ int64_t greatest_shift(const DmqfxLayer& layer) {
   return greatest;
 }
 
+// How many steps 16 bit sums surely hold: a run of them that does not go over with these weights and activations.
+int64_t room_of(const DmqfxLayer& layer, int64_t shift) {
+  const int64_t within = shift < layer.headroom ? shift : layer.headroom;  // the sums take the rest
+  const int64_t most = greatest_code(layer) << within;
+  if (most == 0) return INT64_MAX;
+  int64_t room = layer.runs[0] > 0 ? INT16_MAX / (layer.runs[0] * most) : INT64_MAX;
+  for (int k = 0; k < kRuns && layer.runs[k] * most <= INT16_MAX; ++k)
+    if (room < int64_t{1} << k) room = int64_t{1} << k;
+  return room;
+}
+
 double seconds() {
   timespec now;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);  // other programs may run beside this one
@@ -97,9 +108,7 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
   int64_t room = INT64_MAX;
   const InstructionSet* chosen = &named(instruction_set);
   if (instruction_set == kOfAvx2) {
-    const int64_t within = shift < layer->headroom ? shift : layer->headroom;  // the sums take the rest
-    const int64_t most = (layer->pair << within) * greatest_code(*layer);
-    if (most > 0) room = INT16_MAX / most;
+    room = room_of(*layer, shift);
     if (room < kFew) chosen = room == 0 ? &kAvx2Wide : &kAvx2Middle;
   }
   return chosen->run(*layer, room, threads) ? kDone : kNoMemory;

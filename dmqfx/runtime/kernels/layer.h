@@ -8,6 +8,8 @@ extern "C" {
 
 struct DmqfxCoding;
 
+enum { kRuns = 11 };  // lengths of runs of steps that are bounded: 1, 2, 4, ... 1024
+
 // A convolution of codes with packed codes; a linear layer is one of a single tap over rows of height 1.
 struct DmqfxLayer {
   int64_t batch, height, width;       // of the input
@@ -19,7 +21,8 @@ struct DmqfxLayer {
   float steps[2];                     // how far apart those lie in the input
   int64_t out_height, out_width;
   int64_t nibbles;                    // whether two weights share a byte
-  int64_t pair;                       // what two neighbouring weights can make of codes of 1, at most
+  int64_t runs[kRuns];                // what two neighbouring weights in every step of a run make of codes of 1, at most;
+                                      // a run of 2^k steps begins at a multiple of 2^k
   int64_t headroom;                   // bits by which every weight can be shifted within its 8
   int64_t planes;                     // whether `raw` has its channels outside, [batch, groups * given, height, width]
   int64_t flip;                       // 128 to make signed codes unsigned, else 0
@@ -76,6 +79,7 @@ struct DmqfxPacking {
   const int8_t* raw;                   // [groups * out_channels, channels, taps]
   uint8_t* weights;                    // as DmqfxLayer has them
   int32_t* sums;
+  int32_t* runs;                       // DmqfxLayer's
 };
 
 // softmax(q k^T * scale) v in codes, head by head; the channels of a head lie side by side.
@@ -104,7 +108,7 @@ DMQFX_EXPORT int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int 
 DMQFX_EXPORT int64_t dmqfx_packing_size(void);
 DMQFX_EXPORT int64_t dmqfx_attention_size(void);
 DMQFX_EXPORT int dmqfx_attend(const DmqfxAttention* attention, int instruction_set, int threads);
-DMQFX_EXPORT int64_t dmqfx_pack(const DmqfxPacking* packing, int threads);  // DmqfxLayer's pair
+DMQFX_EXPORT void dmqfx_pack(const DmqfxPacking* packing, int threads);
 // 10^9 multiply-adds a second of the innermost instructions alone, on one thread: what a layer is measured against.
 DMQFX_EXPORT double dmqfx_peak(int instruction_set, int widening);
 }

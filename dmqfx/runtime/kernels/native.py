@@ -18,6 +18,7 @@ from dmqfx.words import suggest
 
 __all__ = [
     "INSTRUCTION_SETS",
+    "RUNS",
     "Attention",
     "Coding",
     "Layer",
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512vnni")
 """What the kernels are compiled for, the slowest first."""
 
+RUNS = 11
+"""Lengths of runs of steps whose sums are bounded: 1, 2, 4, ... 1024."""
+
 _FILE = Path(__file__).with_name("libdmqfx.so")
 _MEND = "install a C++ compiler (g++ or clang++), then `pip install --force-reinstall --no-deps` dmqfx"
 
@@ -47,7 +51,9 @@ class Layer(ctypes.Structure):
         ("upsampled", c_int64 * 2),
         ("steps", c_float * 2),
         *((name, c_int64) for name in ("out_height", "out_width")),
-        *((name, c_int64) for name in ("nibbles", "pair", "headroom", "planes", "flip")),
+        *((name, c_int64) for name in ("nibbles",)),
+        ("runs", c_int64 * RUNS),
+        *((name, c_int64) for name in ("headroom", "planes", "flip")),
         *((name, c_void_p) for name in ("raw", "codes")),
         ("timestep_groups", c_int64),
         *((name, c_void_p) for name in ("group", "zero_points", "input_scales", "shifts")),
@@ -79,7 +85,7 @@ class Packing(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("groups", "out_channels", "channels", "taps", "nibbles")),
-        *((name, c_void_p) for name in ("raw", "weights", "sums")),
+        *((name, c_void_p) for name in ("raw", "weights", "sums", "runs")),
     )
 
 
@@ -164,9 +170,9 @@ class Library:
                 f"no memory left for the codes of {heads}; mend: fewer rows at a time, or a smaller image"
             )
 
-    def pack(self, packing: Packing) -> int:
-        """Lay out weights; what two neighbouring ones can make of activation codes of 1, at most."""
-        return int(self.handle.dmqfx_pack(ctypes.byref(packing), torch.get_num_threads()))
+    def pack(self, packing: Packing) -> None:
+        """Lay out weights, with what their runs of steps can make of activation codes of 1, at most."""
+        self.handle.dmqfx_pack(ctypes.byref(packing), torch.get_num_threads())
 
     def peak(self, instruction_set: str, *, widening: bool = False) -> float:
         """The rate of the innermost instructions alone; `widening` for what W8A8 takes on AVX2."""
@@ -191,7 +197,7 @@ def library() -> Library | None:
         handle.dmqfx_code.argtypes = (POINTER(Coding), c_int, c_int)
         handle.dmqfx_attend.argtypes = (POINTER(Attention), c_int, c_int)
         handle.dmqfx_peak.argtypes, handle.dmqfx_peak.restype = (c_int, c_int), c_double
-        handle.dmqfx_pack.argtypes, handle.dmqfx_pack.restype = (POINTER(Packing), c_int), c_int64
+        handle.dmqfx_pack.argtypes, handle.dmqfx_pack.restype = (POINTER(Packing), c_int), None
         for name, structure in _STRUCTURES.items():
             size = getattr(handle, f"dmqfx_{name}_size")
             size.restype = c_int64

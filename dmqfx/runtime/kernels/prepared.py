@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dmqfx.runtime.kernels.native import Layer
+from dmqfx.runtime.kernels.native import RUNS, Layer
 from dmqfx.runtime.kernels.weights import QUAD, Weights
 
 __all__ = ["Operands", "Prepared", "Window", "prepare"]
@@ -109,9 +109,10 @@ def _layer(weights: Weights, window: Window) -> Layer:
     """Sizes alone."""
     layer = Layer(
         groups=weights.groups, out_channels=weights.out_channels, given=weights.channels,
-        channels=weights.channels + -weights.channels % QUAD, nibbles=weights.nibbles, pair=weights.pair,
+        channels=weights.channels + -weights.channels % QUAD, nibbles=weights.nibbles,
         headroom=weights.headroom,
     )  # fmt: skip
+    layer.runs = (c_int64 * RUNS)(*weights.runs)
     layer.taps, layer.stride, layer.padding, layer.dilation = (
         (c_int64 * 2)(*pair) for pair in (weights.taps, window.stride, window.padding, window.dilation)
     )

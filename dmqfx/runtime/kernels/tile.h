@@ -211,15 +211,19 @@ struct Cut {
   }
 };
 
+constexpr int64_t kFewSteps = 256;  // of a layer whose results take as long as its sums: wider parts write longer lines
+
 // All of a layer; false if there is no memory.
 template <class Isa>
 bool run(const DmqfxLayer& layer, int64_t room, int threads) {
-  constexpr int64_t kBlocks = Isa::kBlocks > 1 ? Isa::kBlocks : 2;  // of a part with gates
+  constexpr int64_t kBlocks = kMostBlocks;
+  static_assert(kChunk % (int64_t{1} << (kRuns - 1)) == 0);  // runs are counted from the first step of a chunk
   static_assert(kWhole % Isa::kRows == 0 && kStrip % kWhole == 0 && kBlocks <= kMostBlocks && kBlocks % 2 == 0);
   const bool gated = layer.coding != nullptr && layer.coding->activation == kGeglu;
-  const int64_t blocks = pieces(layer.out_channels, kLane) / (gated ? 2 : 1), together = gated ? kBlocks / 2 : Isa::kBlocks;
+  const int64_t taps = layer.taps[0] * layer.taps[1], steps = taps * layer.channels / kQuad;
+  const int64_t wide = steps > kFewSteps ? Isa::kBlocks : kMostBlocks;
+  const int64_t blocks = pieces(layer.out_channels, kLane) / (gated ? 2 : 1), together = gated ? (wide > 1 ? wide / 2 : 1) : wide;
   const int64_t panels = pieces(blocks, together);
-  const int64_t taps = layer.taps[0] * layer.taps[1];
   const Cut cut(layer, panels, threads);
   const int64_t pieces_of_work = layer.groups * cut.bundles * panels;
   bool failed = false;
