@@ -126,7 +126,9 @@ def _planned(
 def _look(found: Measurement, plan: _Plan, own: NoRun, begun: int, ctx: PassContext) -> None:
     """Both looks at all rows of this process, but for what it saw before."""
     looks = [partial(look, part) for look in (found.look, found.look_again) for part in plan.parts]
-    before, total = processes.summed(torch.tensor([begun, len(looks)])).tolist()  # nobody looks ahead of the run's plan
+    before, total = processes.summed(
+        torch.tensor([begun, len(looks)])
+    ).tolist()  # nobody looks ahead of the run's plan
     if before:
         _log.info("%d of %d looks were taken before", before, total)
     saved = speeds.clock()
