@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -41,8 +42,7 @@ from dmqfx.numbers.speeds import Speeds
 from dmqfx.passes import learn_scaling
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime.targets import lower
-from dmqfx.sweep import sensitivitysweep
-from dmqfx.sweep.chunks import Chunk
+from dmqfx.sweep import sensitivitysweep, stepsweep
 from dmqfx.sweep.sensitivity import Measurement
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Turn
@@ -63,8 +63,9 @@ FEW = {
 }
 """Options of passes of a policy that make it a matter of seconds."""
 FELT = ("measure-sensitivity", {"rows": 12, "groups": 4})
-DEATHS: tuple[dict[int, int], ...] = ({1: 1}, {0: 4, 1: 5}, {})
-"""After how many looks each process is killed, in its first life, its second, and its last."""
+LEARN = ("learn-steps", {"rows": 12, "batch": 4, "iterations": 8, "groups": 4})
+DEATHS: tuple[dict[int, int], ...] = ({1: 1}, {0: 4, 1: 5}, {0: 9}, {})
+"""After how many looks and iterations each process is killed, in its first life, its second, ... and its last."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,10 @@ def work(kind: str, folder: Path) -> Table | dict[str, Tensor]:
         return swept(chain(), ctx, steps).table
     if kind == "felt":
         return swept(chain(), ctx, (FELT,)).table
+    if kind == "alive":
+        return felt(data)
     if kind.startswith("mortal"):
-        return mortal(int(kind[-1]), replace(ctx, run_dir=folder / "mortal"), folder)
+        return mortal(int(kind[-1]), data, folder)
     if kind in ("les", "surrogate"):
         scale = LES if kind == "les" else {"method": "surrogate", "rows": 64}
         steps = (("pair-layers", {}), ("learn-scaling", scale), *LEARNING)
@@ -123,9 +126,8 @@ def work(kind: str, folder: Path) -> Table | dict[str, Tensor]:
         kept = replace(ctx, run_dir=folder / "run")
         return swept(chain(4, residual=True), kept, BLOCKS).table
     if kind == "steps":
-        learn = ("learn-steps", {"rows": 12, "batch": 4, "iterations": 8, "groups": 4})
         ctx = replace(ctx, run_dir=folder / "run", calibration=in_samples(data))
-        return swept(chain(4, residual=True), ctx, (*SWEEP, learn)).table
+        return swept(chain(4, residual=True), ctx, (*SWEEP, LEARN)).table
     if kind in ("raise", "die"):
         return swept(chain(), ctx, SWEEP, Break("conv4/conv2d:input", kind)).table
     if kind == "few":
@@ -135,29 +137,34 @@ def work(kind: str, folder: Path) -> Table | dict[str, Tensor]:
     return Table()
 
 
-def mortal(life: int, ctx: PassContext, folder: Path) -> Table:
-    """Measures sensitivity and keeps every look; is killed in each life but the last, before the look that is told."""
+def felt(data: Calibration, run: Path | None = None) -> Table:
+    """Measured, rounded and learned."""
+    ctx = context(in_samples(data), chunk=2, run_dir=run)
+    return swept(chain(4, residual=True), ctx, (FELT, *SWEEP, LEARN)).table
+
+
+def mortal(life: int, data: Calibration, folder: Path) -> Table:
+    """The same; all is kept, and who is not in the last life is killed before a look or an iteration."""
     last = DEATHS[life].get(processes.rank())
-    file = folder / f"looks-{processes.rank()}"
+    file = folder / f"done-{processes.rank()}"
 
-    def seen(name: str) -> Callable[[Measurement, Chunk], None]:
-        honest = getattr(Measurement, name)
-
-        def look(self: Measurement, chunk: Chunk) -> None:
+    def counted(honest: Callable[..., object]) -> Callable[..., object]:
+        def work(*given: object) -> object:
             if file.exists() and len(file.read_text().splitlines()) == last:
                 os.kill(os.getpid(), signal.SIGKILL)
-            honest(self, chunk)
+            found = honest(*given)
             with file.open("a") as told:
-                told.write(f"{name} at {list(chunk.timestep)}, {list(chunk.inputs['sample'].shape)}\n")
+                told.write(f"{honest.__name__}\n")
+            return found
 
-        return look
+        return work
 
-    with (
-        patch.object(sensitivitysweep, "_OFTEN", 0.0),
-        patch.object(Measurement, "look", seen("look")),
-        patch.object(Measurement, "look_again", seen("look_again")),
-    ):
-        return swept(chain(), ctx, (FELT,)).table
+    with ExitStack() as patches:
+        for owner, name in ((Measurement, "look"), (Measurement, "look_again"), (stepsweep, "_slopes")):
+            patches.enter_context(patch.object(owner, name, counted(getattr(owner, name))))
+        for module in (sensitivitysweep, stepsweep):
+            patches.enter_context(patch.object(module, "_OFTEN", -1.0))
+        return felt(data, folder / "mortal")
 
 
 def whole() -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import relative, unconditional
-from side import BLOCKS, FELT, chain, context, error, found, named, recorded, started, untimed, whole, work
+from side import BLOCKS, chain, context, error, felt, found, named, recorded, started, untimed, whole, work
 from sweeping import SWEEP, swept
 
 from dmqfx import load, processes
@@ -23,10 +23,10 @@ from dmqfx.numbers.speeds import Speeds
 FAILING = ("raise", "few", "other")
 SHARED = (
     *FAILING, "minmax", "mse", "percentile", "ema", "observed", "felt", "blocks", "steps", "les", "surrogate", "whole",
-    "resumed",
+    "alive", "resumed",
 )  # fmt: skip
-DYING = ("mortal0", ",", "mortal1", ",", "mortal2", "die")
-CODES = [[0, -9], [-9, -9], [0, 9]]
+DYING = ("mortal0", ",", "mortal1", ",", "mortal2", ",", "mortal3", "die")
+CODES = [[0, -9], [-9, -9], [-9, 0], [0, 9]]
 
 
 @pytest.fixture(scope="module")
@@ -129,30 +129,28 @@ def test_all_that_w4a6_does_ends_with_the_same_output_but_for_a_twentieth_of_its
     assert relative(shared[0]["quantized"], alone["quantized"]) < 0.05 * noise
 
 
-def test_killed_processes_go_on_behind_what_each_saw_and_end_with_the_bits_of_a_whole_run(both: Path) -> None:
-    """Both are killed in the middle of their looks, one of them twice, the other once while it waited in vain."""
-    assert error("mortal0", both, 0).startswith("ProcessError: process 0 of 2 lost another one")
+def test_killed_processes_go_on_behind_what_they_did_and_end_with_the_bits_of_a_whole_run(both: Path) -> None:
+    """One is killed while it measures, then both, then one that learns; who waits for a dead one ends, too."""
+    for life, survivor in ((0, 0), (2, 1)):
+        told = error(f"mortal{life}", both, survivor)
+        assert told.startswith(f"ProcessError: process {survivor} of 2 lost another one")
     for rank, parts in enumerate((3, 4)):
-        looks = (both / f"looks-{rank}").read_text().splitlines()
-        assert len(looks) == len(set(looks))  # none was taken twice
-        assert [line.split()[0] for line in looks] == ["look"] * parts + ["look_again"] * parts
-        once, again = found("felt", both, rank), found("mortal2", both, rank)
-        assert once.keys() == again.keys()
-        assert all(torch.equal(value, again[name]) for name, value in once.items())
+        done = (both / f"done-{rank}").read_text().splitlines()
+        assert done == ["look"] * parts + ["look_again"] * parts + ["_slopes"] * 8  # nothing twice
+        whole, torn = found("alive", both, rank), found("mortal3", both, rank)
+        assert whole.keys() == torn.keys()
+        assert all(torch.equal(value, torn[name]) for name, value in whole.items())
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_sums_of_so_many_processes_are_not_those_of_another_number(
+def test_sums_that_two_processes_keep_are_not_those_of_one(
     both: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (run,) = (both / "mortal").iterdir()
+    (run,) = (both / "mortal").glob("*-measure-sensitivity-*")
     kept = sorted(str(path.relative_to(run)) for path in run.glob("**/state-*"))
     assert kept == ["process-1/state-0000008", "state-0000006"]
-    ctx = context(recorded(chain(), 9, 4), chunk=2, run_dir=both / "mortal")
-    alone = named(swept(chain(), ctx, (FELT,)).table)
+    felt(recorded(chain(), 9, 4), both / "mortal")
     assert f"the run in {run} had other numbers of processes; it is not used" in caplog.text
-    shared = found("felt", both, 0)
-    assert all(torch.allclose(value, shared[name], rtol=1e-3, atol=1e-5) for name, value in alone.items())
 
 
 def test_one_process_that_works_on_half_of_the_rows_has_another_result(both: Path) -> None:
