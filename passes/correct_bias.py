@@ -86,7 +86,8 @@ def lacking(turn: Turn, reader: Reader) -> Tensor:
         assert isinstance(got, Tensor)
         differences.append(_row_means(want, axis) - _row_means(got, axis))
         timesteps.append(batch.timestep)
-    return _uniform(torch.cat(differences), torch.cat(timesteps)).to(program.dtype)
+    rows, timestep = (turn.batches.gather(torch.cat(each)) for each in (differences, timesteps))
+    return _uniform(rows, timestep).to(program.dtype)
 
 
 def _row_means(out: Tensor, axis: int) -> Tensor:

@@ -65,6 +65,10 @@ class NoRun:
     def keep(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep them, instead of those before."""
 
+    def own(self) -> NoRun:
+        """Where each of several processes keeps a state of its own."""
+        return self
+
 
 class Run(NoRun):
     """The finished turns of one sweep in a folder of their own.
@@ -168,6 +172,13 @@ class OtherRun(Run):
     def keep(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """The first process keeps them."""
 
+    def own(self) -> Run:
+        """A folder beside what the first process keeps, for this one alone."""
+        folder = self._folder / f"process-{processes.rank()}"
+        _made(folder, self._folder)
+        _clear(folder)
+        return Run(folder, self._key, self._device)
+
 
 @contextmanager
 def running(directory: Path, title: str, key: Mapping[str, str], device: torch.device) -> Iterator[Run]:
@@ -179,10 +190,7 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
     """
     whole: dict[str, Json] = dict(key.items())
     folder = directory / f"{title}-{hashlib.sha256(dump(whole).encode()).hexdigest()[:12]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot keep a run in {directory}: {error}") from error
+    _made(folder, directory)
     if not processes.is_first():
         yield OtherRun(folder, whole, device)
         return
@@ -190,9 +198,21 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
         if other != folder:
             _log.warning("the run in %s %s; it is not used", other, _difference(other, whole))
     with locked(folder):
-        for torn in folder.glob(".*"):
-            shutil.rmtree(torn)
+        _clear(folder)
         yield Run(folder, whole, device)
+
+
+def _made(folder: Path, directory: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot keep a run in {directory}: {error}") from error
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a process that was killed had half written."""
+    for torn in folder.glob(".*"):
+        shutil.rmtree(torn)
 
 
 def packed(written: Written) -> bytes:

@@ -51,6 +51,8 @@ class Measurer(Named, Protocol):
 def measure(program: Program, step: Measurer, ctx: PassContext) -> dict[Site, Sensitivity]:
     """The sensitivity of every layer with planned weights, at the site of its output.
 
+    Where there are several processes each looks at its rows and keeps its own sums, which are joined when all are there.
+
     Raises: CalibrationError without calibration data, for data that do not fit, for weights that are not finite;
         StoreError for a run directory or a disk.
     """
@@ -61,14 +63,15 @@ def measure(program: Program, step: Measurer, ctx: PassContext) -> dict[Site, Se
     found = Measurement(Network(program), program, edges, ctx.generator())
     if not found.watched:
         return {}
-    with kept(program, data, [(step, ctx)]) as run:
-        known = run.state() if processes.count() == 1 else None
+    with kept(program, data, [(step, ctx)], own=True) as run:
+        own = run.own()
+        known = own.state()
         begun, sums = (0, None) if known is None else known
         plan = _planned(found, program, step, ctx, data, run, None if sums is None else int(sums[_PORTION]))
         started = speeds.clock()
         if sums is not None:
             found.resume(sums)
-        _look(found, plan, run, begun, ctx)
+        _look(found, plan, own, begun, ctx)
         tell(step.name(), speeds.clock() - started, plan.seconds)
     entries = found.entries()
     processes.same("sensitivities", of_table(Table().put_all(entries)))
@@ -120,16 +123,19 @@ def _planned(
     return _Plan(parts, portion, estimate.seconds)
 
 
-def _look(found: Measurement, plan: _Plan, run: NoRun, begun: int, ctx: PassContext) -> None:
-    """Both looks at all rows, but for what was seen before."""
+def _look(found: Measurement, plan: _Plan, own: NoRun, begun: int, ctx: PassContext) -> None:
+    """Both looks at all rows of this process, but for what it saw before."""
     looks = [partial(look, part) for look in (found.look, found.look_again) for part in plan.parts]
-    if begun:
-        _log.info("%d of %d looks were taken before", begun, len(looks))
+    before, total = processes.summed(
+        torch.tensor([begun, len(looks)])
+    ).tolist()  # nobody looks ahead of the run's plan
+    if before:
+        _log.info("%d of %d looks were taken before", before, total)
     saved = speeds.clock()
     with tqdm(total=len(looks), initial=begun, desc="measure-sensitivity", disable=not ctx.progress) as bar:
         for number, look in enumerate(looks[begun:], begun + 1):
             look()
             bar.update()
-            if processes.count() == 1 and (number == len(looks) or speeds.clock() - saved > _OFTEN):
-                run.keep(number, {**found.state(), _PORTION: torch.tensor(plan.portion)})
+            if number == len(looks) or speeds.clock() - saved > _OFTEN:
+                own.keep(number, {**found.state(), _PORTION: torch.tensor(plan.portion)})
                 saved = speeds.clock()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
+from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.graph.address import Site
 from dmqfx.graph.journal import Journal
@@ -88,12 +89,19 @@ def taken(written: Written, table: Table, journals: Sequence[Journal]) -> Table:
     return table
 
 
-def kept(program: Program, data: Calibration | None, steps: Passes) -> AbstractContextManager[NoRun]:
-    """The run directory's part for passes, if there is a directory and everything may be written."""
+def kept(
+    program: Program, data: Calibration | None, steps: Passes, *, own: bool = False
+) -> AbstractContextManager[NoRun]:
+    """The run directory's part for passes, if there is a directory and everything may be written.
+
+    Where processes keep states of their `own`, another number of processes is another run.
+    """
     ctx = steps[0][1]
-    if ctx.run_dir is None or any(own.journal.fuel is not None for _, own in steps):
+    if ctx.run_dir is None or any(each.journal.fuel is not None for _, each in steps):
         return nullcontext(NoRun())
     names = "+".join(step.name() for step, _ in steps)
     settings = {"seed": ctx.seed, "chunk": ctx.chunk, "budget": None if ctx.budget is None else ctx.budget.seconds}
     key = key_of(program, data, [step for step, _ in steps], settings)
+    if own:
+        key["numbers of processes"] = str(processes.count())
     return running(ctx.run_dir, f"{len(program.log):02d}-{names}", key, program.device)
