@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -135,14 +135,18 @@ def _empty(name: str) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: _labelled(make(*args, **kwargs | {"device": torch.device("cpu")}), _THERE)
 
 
-def _convolution(x: Tensor, weight: Tensor, *rest: object) -> object:
-    for name, each in (("weight", weight), ("input", x), ("bias", rest[0])):
-        _refuse_mixture(aten.convolution.default, name, each, 0)
-    return _on_the_cpu(aten.convolution, x, weight, *rest)
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> object:
+    return _fallback(aten.convolution.default, x, weight, bias, *rest)
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: object) -> object:
-    return _on_the_cpu(aten.convolution_backward, gradient, x, weight, weight.shape[:1], *rest)
+    return _fallback(aten.convolution_backward.default, gradient, x, weight, weight.shape[:1], *rest)
+
+
+def _clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """A copy of memory; torch, for want of an allocator, would crash at it."""
+    held = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return held.clone().untyped_storage()
 
 
 _KERNELS: Mapping[str, Callable[..., object]] = {
@@ -151,8 +155,11 @@ _KERNELS: Mapping[str, Callable[..., object]] = {
     "empty_strided": _empty("empty_strided"),
     "convolution_overrideable": _convolution,
     "convolution_backward_overrideable": _convolution_backward,
+    "native_group_norm": partial(_fallback, aten.native_group_norm.default),  # what torch makes of others ...
+    "native_layer_norm": partial(_fallback, aten.native_layer_norm.default),  # ... takes not every layout, as CUDA does
 }
 _LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL", "PrivateUse1")
 _LIBRARIES[0].fallback(_fallback, "PrivateUse1")
 for _name, _kernel in _KERNELS.items():
     _LIBRARIES[1].impl(_name, _kernel)
+torch.UntypedStorage.clone = _clone
