@@ -40,12 +40,16 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes
 def _labelled(x: Tensor, kind: int) -> Tensor:
     """A tensor over the same memory that says it is on another kind of device."""
     capsule = torch._C._to_dlpack(x)
-    place = _pointer(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p)  # of DLTensor.device, behind its data
+    place = _pointer(capsule, b"dltensor") + ctypes.sizeof(
+        ctypes.c_void_p
+    )  # of DLTensor.device, behind its data
     ctypes.c_int32.from_address(place).value = kind
     made: Tensor = torch._C._from_dlpack(capsule)
     if made.stride() == x.stride():
         return made
-    return _by_form(aten.as_strided.default, made, x.shape, x.stride())  # DLPack forgets strides of sides of 1
+    return _by_form(
+        aten.as_strided.default, made, x.shape, x.stride()
+    )  # DLPack forgets strides of sides of 1
 
 
 def _by_form(op: OpOverload, *args: object, **kwargs: object) -> Tensor:
@@ -63,7 +67,9 @@ def _fallback(op: OpOverload, *args: object, **kwargs: object) -> object:
         value = args[position] if position < len(args) else kwargs.get(name)
         if isinstance(value, (Tensor, list, tuple)):
             _refuse_mixture(op, name, value, may_differ)
-        elif is_tensor and isinstance(value, (int, float)):  # torch shows tensors that it made of numbers as numbers
+        elif is_tensor and isinstance(
+            value, (int, float)
+        ):  # torch shows tensors that it made of numbers as numbers
             given[position] = _tensor_of(value, args)
         elif isinstance(value, torch.Generator):
             raise RuntimeError(f"{op}: expected a generator of {NAME}, found one of {value.device}")
@@ -126,7 +132,10 @@ def _each(change: Callable[[Tensor], Tensor], value: object) -> object:
 
 
 def _copy(source: Tensor, destination: Tensor, non_blocking: bool = False) -> Tensor:
-    _on_the_cpu(lambda a, b: [b.copy_(a)] and None, source, destination)
+    def copy(source: Tensor, destination: Tensor) -> None:
+        destination.copy_(source)
+
+    _on_the_cpu(copy, source, destination)
     return destination
 
 
@@ -156,7 +165,9 @@ _KERNELS: Mapping[str, Callable[..., object]] = {
     "convolution_overrideable": _convolution,
     "convolution_backward_overrideable": _convolution_backward,
     "native_group_norm": partial(_fallback, aten.native_group_norm.default),  # what torch makes of others ...
-    "native_layer_norm": partial(_fallback, aten.native_layer_norm.default),  # ... takes not every layout, as CUDA does
+    "native_layer_norm": partial(
+        _fallback, aten.native_layer_norm.default
+    ),  # ... takes not every layout, as CUDA does
 }
 _LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL", "PrivateUse1")
 _LIBRARIES[0].fallback(_fallback, "PrivateUse1")
