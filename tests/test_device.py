@@ -21,12 +21,15 @@ import dmqfx
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.modelcheck import verify_saved
 from dmqfx.checking.shrink import randomize
+from dmqfx.frontend.capture import capture
+from dmqfx.frontend.signature import UNet
 from dmqfx.graph import registry
 from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime.unet import CompiledUNet
+from dmqfx.sweep.scratch import Scratch
 
 CPU = torch.device("cpu")
 
@@ -163,15 +166,27 @@ def test_constants_that_stay_on_the_cpu_are_found(monkeypatch: pytest.MonkeyPatc
 
 
 @cache
-def unet(device: torch.device) -> nn.Module:
+def unet(device: torch.device) -> UNet:
     made = one_level(block_out_channels=(8,), norm_num_groups=4)
     randomize(made)
-    return made.eval().to(device)
+    made.eval().to(device)
+    return made
 
 
 @cache
 def rows() -> Calibration:
     return Calibration.synthesize(unet(DEVICE), steps=3, trajectories=2, progress=False)
+
+
+@cache
+def captured(unet: UNet, *, residuals: bool = False) -> Program:
+    return capture(unet, residuals=residuals)
+
+
+@pytest.fixture(autouse=True)
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture takes longer than a short compilation; a program is never changed."""
+    monkeypatch.setattr("dmqfx.compiler.capture", captured)
 
 
 def made(device: torch.device, policy: str | dict[str, object], **options: Any) -> CompiledUNet:
@@ -205,11 +220,19 @@ def test_it_is_about_what_a_cpu_makes_of_it() -> None:
 
 
 def test_whatever_passes_learn_they_learn_there(tmp_path: Path) -> None:
-    """In little memory, so that much goes to disk; the second time all of it comes back from the run directory."""
-    q, again = (made(DEVICE, EVERYTHING, run_dir=tmp_path, memory=100_000) for _ in range(2))
+    """The second time, what they learned comes back from the run directory."""
+    q, again = (made(DEVICE, EVERYTHING, run_dir=tmp_path) for _ in range(2))
     assert all(tensor.device == DEVICE for tensor in q.state_dict().values())
     assert relative(output(q, DEVICE), output(unet(CPU), CPU)) < 0.5
     assert torch.equal(output(again, DEVICE), output(q, DEVICE))
+
+
+def test_what_is_set_aside_on_disk_comes_back_there() -> None:
+    scratch = Scratch()
+    back = scratch.read(scratch.write(there(4, 6)[1:].t()))
+    scratch.close()
+    assert back.device == DEVICE
+    assert torch.equal(back.cpu(), here(4, 6)[1:].t())
 
 
 @pytest.mark.parametrize("target", ["simulate", "reference", "cpu"])
