@@ -1,16 +1,16 @@
-"""A device that is not the CPU, on any machine: what goes wrong on a GPU for being elsewhere goes wrong on it, too.
+"""A device that is not the CPU, on any machine: what fails on a GPU because it is elsewhere fails on it, too.
 
 It is torch's "PrivateUse1" backend, written in Python. A tensor of it is a plain `torch.Tensor` whose device is
-`DEVICE`; its memory is the host's, and each operation is done by the CPU's kernel on that memory. All the rest is
-torch's own: autograd, optimizers, functorch, fake tensors and torch.export take it for a device like any other, and
-operators of other libraries run the kernel that they have for every device. It refuses what CUDA refuses: operands
-of two devices (but CPU tensors without dimensions, and CPU indices into one of its own), results written to
-another device, `.numpy()`, a generator of the CPU.
+`DEVICE`; its memory is the host's, and the CPU's kernels compute on that. All the rest is torch's own: autograd,
+optimizers, functorch, fake tensors and torch.export take it for a device like any other, and operators of other
+libraries run the kernel that they have for every device. It refuses what CUDA refuses: operands of two devices
+(but CPU tensors without dimensions, and CPU indices into a tensor of its own), results written to another device,
+`.numpy()`, a generator of the CPU.
 
-What it cannot show: a `data_ptr()` is an address that the host can read, so native code that forgets to ask for
-the device works here; nothing runs asynchronously or is out of memory; sums come in the CPU's order.
+What it cannot show: `data_ptr()` is an address that the host can read, so native code that forgets to ask for the
+device works here; nothing is asynchronous or out of memory; sums come in the CPU's order; torch.cuda is not called.
 
-Import it before the first backward pass of a process: then torch counts the devices that need a thread.
+Import it before the first backward pass of a process: torch counts then the devices that need a thread.
 """
 
 from __future__ import annotations
