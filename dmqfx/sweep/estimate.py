@@ -79,19 +79,19 @@ class Costs:
         differing, share = self.schedule.differing, rows / self.trial.rows
         found, waiting = list[float](), 0.0
         for segment in self.schedule.segments:
-            values = 0.0
+            if segment.source is None:  # the walk ends with the last turn
+                break
             for node in segment.nodes:
                 waiting += self.trial.forward.get(node, 0.0) * (2 if node in differing else 1) * share
-            if segment.source is not None:
-                waiting += self.trial.looking.get(segment.source, 0.0) * share
-                values = self._size(segment.source) * share / self.program.dtype.itemsize
+            waiting += self.trial.looking.get(segment.source, 0.0) * share
+            values = self._size(segment.source) * share / self.program.dtype.itemsize
             for _, readers in segment.turns:
                 asked = ((step, reader) for step in steps for reader in readers)
                 found.append(
                     waiting + sum(self._of_reader(step, reader, values, share) for step, reader in asked)
                 )
                 waiting = 0.0
-        return [*found[:-1], found[-1] + waiting] if found else []
+        return found
 
     def _of_reader(self, step: Costly, reader: Reader, values: float, share: float) -> float:
         own = step.cost(self.program, reader, values, self.speeds)
