@@ -68,22 +68,17 @@ def quantize(
     read = {"x": x if turned else x.contiguous(), "beside": beside, "scales": scale.contiguous()}
     read["zero_points"] = zero_point.to(torch.int32).contiguous()
     read["group"] = None if group is None else group.long().contiguous()
-    read |= _of_norm(norm, x.shape[0], channels, norm_weight, norm_bias)
+    read |= _of_norm(norm, channels, norm_weight, norm_bias)
     return _coded(native, coding, read, laid_out(x, axis, qmin, activation, more), instruction_set)
 
 
 def _of_norm(
-    norm: str, batch: int, channels: int, weight: Tensor | None, bias: Tensor | None
+    norm: str, channels: int, weight: Tensor | None, bias: Tensor | None
 ) -> dict[str, Tensor]:
-    """Weight and bias of a norm, where it has none too, and room for the moments of groups."""
+    """Weight and bias of a norm, where it has none too."""
     if norm == "none":
         return {}
-    room = (
-        {"moments": torch.empty(2 * batch * channels, dtype=torch.float32, device="cpu")}
-        if norm == "group"
-        else {}
-    )
-    return room | {
+    return {
         "gammas": torch.ones(channels, dtype=torch.float32, device="cpu")
         if weight is None
         else weight.expand(channels).contiguous(),

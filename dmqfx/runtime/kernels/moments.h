@@ -1,6 +1,7 @@
-// Mean and deviation of what a norm is over, for both layouts; float over short runs, double beyond.
+// Mean and deviation of what a norm is over, for both layouts, from one reading of memory: blocks that stay in the first
+// cache are added up twice, first for a number near their mean; float in a block, double beyond.
 //
-// Plain C++ in a fixed order of operations, as in code.h: every instruction set and number of threads gives the same bits.
+// Plain C++ in a fixed order of operations, as in line.h: every instruction set and number of threads gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -10,126 +11,148 @@
 
 namespace {
 
-constexpr int kLanes = 32;              // running sums of a moment
-constexpr int64_t kStretch = 2048;      // numbers that they add up in float
-constexpr int64_t kColumns = 64;        // channels of rows that are added up together
-constexpr int64_t kTall = 64;           // rows that they add up in float
+constexpr int kWide = 32;      // columns that are added up together
+constexpr int64_t kTall = 64;  // their rows in a block
 
-// Mean 0 and deviation 1, before gamma and beta: x * times + plus.
-struct Moments {
-  float times = 1, plus = 0;
-};
-
-// Sum of x - less, or of its squares; in float over short runs, in double beyond.
-template <bool kSquares>
-double total(const float* x, int64_t count, float less) {
-  double sum = 0;
-  for (int64_t from = 0; from < count; from += kStretch) {
-    const int64_t to = from + kStretch < count ? from + kStretch : count;
-    float lanes[kLanes] = {};
-    int64_t k = from;
-    for (; k + kLanes <= to; k += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const float off = x[k + lane] - less;
-        lanes[lane] += kSquares ? off * off : off;
-      }
-    for (; k < to; ++k) {
-      const float off = x[k] - less;
-      lanes[k % kLanes] += kSquares ? off * off : off;
-    }
-    double halves[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) halves[lane] = lanes[lane];
-#pragma GCC unroll 8
-    for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int lane = 0; lane < width; ++lane) halves[lane] += halves[lane + width];
-    sum += halves[0];
-  }
-  return sum;
-}
-
-// From a mean, and the mean of the squares about the float `near` it.
-inline Moments moments_from(double mean, float near, double squares, double eps) {
-  const double off = mean - near, variance = squares - off * off;
-  const double times = 1 / std::sqrt((variance > 0 ? variance : 0) + eps);
-  return {static_cast<float>(times), static_cast<float>(-mean * times)};
-}
-
-inline Moments moments_of(const float* x, int64_t count, double eps) {
-  const auto whole = static_cast<double>(count);
-  const double mean = total<false>(x, count, 0) / whole;
-  const auto near = static_cast<float>(mean);
-  return moments_from(mean, near, total<true>(x, count, near) / whole, eps);
-}
-
-// Channels first..first + count of rows: where they start and how far apart rows are. None are of both arms.
+// Rows of numbers: where they start, how far apart they are, and how many numbers lie side by side.
 struct Column {
   const float* x;
-  int64_t row;
+  int64_t row, count;
 };
 
-inline Column column(const DmqfxCoding& coding, int64_t image, int64_t first) {
-  if (coding.beside == nullptr) return {coding.x + image * coding.positions * coding.channels + first, coding.channels};
-  const int64_t other = coding.channels - coding.split;
-  if (first < coding.split) return {coding.x + image * coding.positions * coding.split + first, coding.split};
-  return {coding.beside + image * coding.positions * other + first - coding.split, other};
-}
+// Sums of x and x^2, both less a reference.
+struct Totals {
+  double sum = 0, squares = 0;
 
-// sums[c] += x - less, or its square, over all rows of a column of up to kColumns channels.
-template <bool kSquares>
-inline void add_rows(Column from, int64_t rows, int64_t count, const float* less, double* sums) {
-  for (int64_t first = 0; first < rows; first += kTall) {
-    const int64_t end = first + kTall < rows ? first + kTall : rows;
-    float lanes[kColumns] = {};
-    for (int64_t k = first; k < end; ++k) {
-      const float* x = from.x + k * from.row;
+  // More numbers: their sums of x - near and of its squares.
+  void join(double from_reference, double count, double off, double squares_off) {
+    sum += count * from_reference + off;
+    squares += squares_off + from_reference * (2 * off + count * from_reference);
+  }
+};
+
+// Mean 0 and deviation 1: x * times + plus.
+struct Moments {
+  double times = 1, plus = 0;
+  Moments() = default;
+  Moments(Totals totals, double reference, double count, double eps) {
+    const double mean = totals.sum / count, variance = totals.squares / count - mean * mean;
+    times = 1 / std::sqrt((variance > 0 ? variance : 0) + eps);
+    plus = -(reference + mean) * times;
+  }
+};
+
+// What a block adds up to, column by column.
+struct Block {
+  float near[kWide] = {}, off[kWide] = {}, squares[kWide] = {};
+
+  // `near` += x; and with that near the mean, the others += x - near and its square.
+  void add(Column from, int64_t rows) { from.count == kWide ? add_first(from, rows, kWide) : add_first(from, rows, from.count); }
+  void add_off(Column from, int64_t rows) {
+    from.count == kWide ? add_second(from, rows, kWide) : add_second(from, rows, from.count);
+  }
+
+ private:
+  inline void add_first(Column from, int64_t rows, int64_t count) {
+    for (int64_t k = 0; k < rows; ++k)
+      for (int64_t c = 0; c < count; ++c) near[c] += from.x[k * from.row + c];
+  }
+  inline void add_second(Column from, int64_t rows, int64_t count) {
+    for (int64_t k = 0; k < rows; ++k)
       for (int64_t c = 0; c < count; ++c) {
-        const float off = x[c] - less[c];
-        lanes[c] += kSquares ? off * off : off;
+        const float x = from.x[k * from.row + c] - near[c];
+        off[c] += x;
+        squares[c] += x * x;
       }
+  }
+};
+
+inline float folded(const float* lanes) {
+  float halves[kWide];
+  for (int k = 0; k < kWide; ++k) halves[k] = lanes[k];
+#pragma GCC unroll 8
+  for (int width = kWide / 2; width > 0; width /= 2)
+    for (int k = 0; k < width; ++k) halves[k] += halves[k + width];
+  return halves[0];
+}
+
+// Of numbers that lie side by side.
+inline Totals totals_of_run(const float* x, int64_t count, double reference) {
+  Totals all;
+  for (int64_t from = 0, some; from < count; from += some) {
+    some = count - from < kTall * kWide ? count - from : kTall * kWide;
+    const int64_t rows = some / kWide, left = some % kWide;
+    const Column whole{x + from, kWide, kWide}, last{x + from + rows * kWide, 0, left};
+    Block block;
+    block.add(whole, rows);
+    if (left > 0) block.add(last, 1);
+    const float near = folded(block.near) / static_cast<float>(some);
+    for (float& each : block.near) each = near;
+    block.add_off(whole, rows);
+    if (left > 0) block.add_off(last, 1);
+    all.join(near - reference, static_cast<double>(some), folded(block.off), folded(block.squares));
+  }
+  return all;
+}
+
+// Of each of up to kWide columns.
+inline void totals_of_columns(Column from, int64_t rows, double reference, Totals* all) {
+  double sums[kWide] = {}, squares[kWide] = {};
+  for (int64_t first = 0, some; first < rows; first += some) {
+    some = rows - first < kTall ? rows - first : kTall;
+    const Column next{from.x + first * from.row, from.row, from.count};
+    const auto count = static_cast<double>(some);
+    const float share = 1 / static_cast<float>(some);
+    Block block;
+    block.add(next, some);
+    for (float& each : block.near) each *= share;
+    block.add_off(next, some);
+    for (int c = 0; c < kWide; ++c) {
+      Totals more{sums[c], squares[c]};
+      more.join(block.near[c] - reference, count, block.off[c], block.squares[c]);
+      sums[c] = more.sum, squares[c] = more.squares;
     }
-    for (int64_t c = 0; c < count; ++c) sums[c] += lanes[c];
   }
+  for (int64_t c = 0; c < from.count; ++c) all[c] = {sums[c], squares[c]};
 }
 
-// sums[group] += x - mean, or its square, over channels from..to, which are whole groups.
-template <bool kSquares>
-inline void group_sums(const DmqfxCoding& coding, int64_t image, int64_t from, int64_t to, const float* means, double* sums) {
+// Channels of rows from one on, up to the end of its arm; of GEGLU without their gates.
+inline Column column(const DmqfxCoding& coding, int64_t image, int64_t first) {
+  const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, rows = image * coding.positions;
+  if (first >= split) {
+    const int64_t width = coding.channels - split;
+    return {coding.beside + rows * width + first - split, width, coding.channels - first};
+  }
+  const int64_t width = coding.activation == kGeglu ? 2 * split : split;
+  return {coding.x + rows * width + first, width, split - first};
+}
+
+// How many columns a piece of work has, and which is the last of so many pieces: no piece is of both arms.
+inline int64_t column_pieces(const DmqfxCoding& coding) {
+  const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, other = coding.channels - split;
+  return (split + kWide - 1) / kWide + (other + kWide - 1) / kWide;
+}
+
+inline void totals_of_piece(const DmqfxCoding& coding, int64_t image, int64_t piece, double reference, Totals* totals) {
+  const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, before = (split + kWide - 1) / kWide;
+  const int64_t first = piece < before ? piece * kWide : split + (piece - before) * kWide;
+  Column from = column(coding, image, first);
+  from.count = from.count < kWide ? from.count : kWide;
+  totals_of_columns(from, coding.positions, reference, totals + first);
+}
+
+// A group norm with its weight and bias: x * times + plus of each channel, from its totals.
+inline void normed_by(const DmqfxCoding& coding, double reference, const Totals* totals, float* times, float* pluses) {
   const int64_t size = coding.channels / coding.norm_groups;
-  for (int64_t first = from, count; first < to; first += count) {
-    count = to - first < kColumns ? to - first : kColumns;
-    if (coding.beside != nullptr && first < coding.split && first + count > coding.split) count = coding.split - first;
-    float less[kColumns] = {};
-    double of_channels[kColumns] = {};
-    for (int64_t c = 0; kSquares && c < count; ++c) less[c] = means[(first + c - from) / size];
-    add_rows<kSquares>(column(coding, image, first), coding.positions, count, less, of_channels);
-    for (int64_t c = 0; c < count; ++c) sums[(first + c - from) / size] += of_channels[c];
-  }
-}
-
-// Group norm of rows: moments of some groups of an image, a few at a time so that threads have work.
-inline int64_t groups_at_once(const DmqfxCoding& coding) {
-  const int64_t size = coding.channels / coding.norm_groups, many = (kColumns + size - 1) / size;
-  return many < coding.norm_groups ? many : coding.norm_groups;
-}
-
-inline void moments_of_rows(const DmqfxCoding& coding, int64_t image, int64_t first_group) {
-  const int64_t size = coding.channels / coding.norm_groups, many = groups_at_once(coding);
-  const int64_t left = coding.norm_groups - first_group, groups = left < many ? left : many;
-  const int64_t from = first_group * size, to = from + groups * size;
-  const auto whole = static_cast<double>(size * coding.positions);
-  double sums[kColumns] = {}, squares[kColumns] = {};
-  float near[kColumns];
-  group_sums<false>(coding, image, from, to, nullptr, sums);
-  for (int64_t g = 0; g < groups; ++g) near[g] = static_cast<float>(sums[g] / whole);
-  group_sums<true>(coding, image, from, to, near, squares);
-  float* times = coding.moments + image * 2 * coding.channels;
-  for (int64_t c = from; c < to; ++c) {
-    const int64_t g = (c - from) / size;
-    const Moments moments = moments_from(sums[g] / whole, near[g], squares[g] / whole, coding.eps);
-    times[c] = moments.times;
-    times[coding.channels + c] = moments.plus;
+  for (int64_t first = 0; first < coding.channels; first += size) {
+    Totals all;
+    for (int64_t c = first; c < first + size; ++c) all.sum += totals[c].sum, all.squares += totals[c].squares;
+    const Moments of(all, reference, static_cast<double>(size * coding.positions), coding.eps);
+    for (int64_t c = first; c < first + size; ++c) {
+      times[c] = static_cast<float>(of.times * coding.gammas[c]);
+      pluses[c] = static_cast<float>(of.plus * coding.gammas[c] + coding.betas[c]);
+    }
   }
 }
 
 }  // namespace
-

@@ -6,7 +6,7 @@
 struct InstructionSet {
   bool (*run)(const DmqfxLayer& layer, int64_t room, int threads);  // false: no memory
   double (*peak)(double (*seconds)());
-  void (*code)(const DmqfxCoding& coding, int threads);
+  bool (*code)(const DmqfxCoding& coding, int threads);  // false: no memory
   bool (*attend)(const DmqfxAttention& attention, int threads);  // false: no memory
 };
 
