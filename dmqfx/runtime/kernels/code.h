@@ -10,6 +10,7 @@
 #include "layer.h"
 #include "line.h"
 #include "moments.h"
+#include "sets.h"
 #include "square.h"
 
 namespace {
@@ -41,12 +42,17 @@ struct Grid {
 };
 
 inline Limits limits_of(const DmqfxCoding& coding) {
-  return {static_cast<float>(coding.least), static_cast<float>(coding.greatest)};
+  return {static_cast<float>(coding.least), static_cast<float>(coding.greatest), kLeastPower, kLeastSilu};
 }
+
+// times and pluses of a norm: of channels; of a layer norm of positions.
+struct Norm {
+  const float *times, *pluses;
+};
 
 // kRun positions of all channels of an image: lines of eight channels, then bytes transposed.
 template <int kNorm, int kActivation>
-void code_planes(const DmqfxCoding& coding, const float* moments, int64_t image, int64_t first, int64_t count) {
+void code_planes(const DmqfxCoding& coding, Norm norm, int64_t image, int64_t first, int64_t count) {
   const Grid grid(coding, image);
   const Limits limits = limits_of(coding);
   const int64_t channels = coding.channels;
@@ -59,7 +65,7 @@ void code_planes(const DmqfxCoding& coding, const float* moments, int64_t image,
       using Same = One<float>;
       const float* x = coding.x + (image * channels + c) * coding.positions + first;
       Line<Same, Same, Same, Same> line{x, nullptr, {1}, {0}, {1}, {0}, {grid.step(c)}, {grid.zero_point(c)}};
-      if constexpr (kNorm != kNoNorm) line.times = {moments[c]}, line.pluses = {moments[channels + c]};
+      if constexpr (kNorm != kNoNorm) line.times = {norm.times[c]}, line.pluses = {norm.pluses[c]};
       code_line<kNorm, kActivation>(line, limits, count, lines[k]);
     }
     const int64_t squares = high == kSquare ? count / kSquare * kSquare : 0;
@@ -69,60 +75,66 @@ void code_planes(const DmqfxCoding& coding, const float* moments, int64_t image,
   }
 }
 
-// Some positions of some channels of an image, with these steps and zero points; `moments` are of channels or of positions.
+// Some positions of some channels of an image, with these steps and zero points.
 template <int kNorm, int kActivation, class Steps, class ZeroPoints>
-void code_column(const DmqfxCoding& coding, const void* moments, Column from, int64_t channel, int64_t rows, Steps steps,
+void code_column(const DmqfxCoding& coding, Norm norm, Column from, int64_t channel, int64_t rows, Steps steps,
                  ZeroPoints zero_points, uint8_t* to) {
   const Limits limits = limits_of(coding);
   for (int64_t k = 0; k < rows; ++k, to += coding.channels) {
     const float* x = from.x + k * from.row;
     if constexpr (kNorm == kLayerNorm) {
-      const Moments& of = static_cast<const Moments*>(moments)[k];
-      const One<float> times{static_cast<float>(of.times)}, plus{static_cast<float>(of.plus)};
       const Line<One<float>, const float*, Steps, ZeroPoints> line{
-          x, nullptr, times, plus, coding.gammas + channel, coding.betas + channel, steps, zero_points};
+          x, nullptr, {norm.times[k]}, {norm.pluses[k]}, coding.gammas + channel, coding.betas + channel, steps, zero_points};
       code_line<kNorm, kActivation>(line, limits, from.count, to);
     } else {
-      const float* times = kNorm == kNoNorm ? nullptr : static_cast<const float*>(moments) + channel;
       const float* gates = kActivation == kGeglu ? x + coding.channels : nullptr;
       const Line<const float*, const float*, Steps, ZeroPoints> line{
-          x, gates, times, behind(times, coding.channels), nullptr, nullptr, steps, zero_points};
+          x, gates, behind(norm.times, channel), behind(norm.pluses, channel), nullptr, nullptr, steps, zero_points};
       code_line<kNorm, kActivation>(line, limits, from.count, to);
     }
   }
 }
 
+// The layer norm of each of up to kRun positions.
+inline void find_layer_norms(const DmqfxCoding& coding, int64_t row, int64_t rows, float* times, float* pluses) {
+  const int64_t channels = coding.channels;
+  const float* x = coding.x + row * channels;
+  double sums[kRun], squares[kRun], of_times[kRun], of_pluses[kRun];
+  totals_of_rows({x, channels, channels}, rows, x, channels, sums, squares);
+  find_moments(sums, squares, rows, x, channels, static_cast<double>(channels), coding.eps, of_times, of_pluses);
+  for (int64_t k = 0; k < rows; ++k) times[k] = static_cast<float>(of_times[k]), pluses[k] = static_cast<float>(of_pluses[k]);
+}
+
 // Up to kRun positions of an image whose channels lie side by side, from one arm or two.
 template <int kNorm, int kActivation>
-void code_rows(const DmqfxCoding& coding, const float* moments, int64_t image, int64_t first, int64_t rows) {
+void code_rows(const DmqfxCoding& coding, Norm norm, int64_t image, int64_t first, int64_t rows) {
   const Grid grid(coding, image);
   const One<float> step{grid.step(0)}, zero_point{grid.zero_point(0)};
   uint8_t* to = coding.codes + (image * coding.positions + first) * coding.channels;
-  Moments of_rows[kNorm == kLayerNorm ? kRun : 1];
-  for (int64_t k = 0; kNorm == kLayerNorm && k < rows; ++k) {
-    const float* x = coding.x + (image * coding.positions + first + k) * coding.channels;
-    of_rows[k] = Moments(totals_of_run(x, coding.channels, *x), *x, static_cast<double>(coding.channels), coding.eps);
+  float times[kRun], pluses[kRun];
+  if constexpr (kNorm == kLayerNorm) {
+    find_layer_norms(coding, image * coding.positions + first, rows, times, pluses);
+    norm = {times, pluses};
   }
-  const void* known = kNorm == kLayerNorm ? static_cast<const void*>(of_rows) : moments;
   for (int64_t channel = 0, count; channel < coding.channels; channel += count) {
     Column from = column(coding, image, channel);
     from.x += first * from.row;
     if (kNorm == kNoNorm && !grid.wide() && from.row == coding.channels) {  // all rows are one
       from.count = rows * from.row;
-      return code_column<kNorm, kActivation>(coding, known, from, 0, 1, step, zero_point, to);
+      return code_column<kNorm, kActivation>(coding, norm, from, 0, 1, step, zero_point, to);
     }
-    float steps[kPart], zero_points[kPart];
     from.count = count = from.count < kPart || !grid.wide() ? from.count : kPart;
     if (!grid.wide()) {
-      code_column<kNorm, kActivation>(coding, known, from, channel, rows, step, zero_point, to + channel);
+      code_column<kNorm, kActivation>(coding, norm, from, channel, rows, step, zero_point, to + channel);
       continue;
     }
+    float steps[kPart], zero_points[kPart];
     for (int64_t k = 0; k < count; ++k) steps[k] = grid.step(channel + k), zero_points[k] = grid.zero_point(channel + k);
     const float *of_steps = steps, *of_zero_points = zero_points;
     if (grid.wide_zero_points)
-      code_column<kNorm, kActivation>(coding, known, from, channel, rows, of_steps, of_zero_points, to + channel);
+      code_column<kNorm, kActivation>(coding, norm, from, channel, rows, of_steps, of_zero_points, to + channel);
     else
-      code_column<kNorm, kActivation>(coding, known, from, channel, rows, of_steps, zero_point, to + channel);
+      code_column<kNorm, kActivation>(coding, norm, from, channel, rows, of_steps, zero_point, to + channel);
   }
 }
 
@@ -140,39 +152,32 @@ inline void code_results(const DmqfxCoding& coding, const float* x, const float*
   }
 }
 
-// Room for what is known of some images before they are coded: totals of their channels, then times and pluses of those.
+// Room for what is known of channels of some images before they are coded: sums for a group norm, then that.
 struct Desks {
-  int64_t channels;
-  Totals* totals;
-  float* moments;
-  Desks(int64_t images, int64_t channels_of_one)
-      : channels(channels_of_one),
-        totals(static_cast<Totals*>(std::malloc(static_cast<size_t>(images * channels) * (sizeof(Totals) + 2 * sizeof(float))))),
-        moments(reinterpret_cast<float*>(totals + images * channels)) {}
+  int64_t images, channels;
+  double* sums;
+  Desks(int64_t of_images, int64_t of_channels)
+      : images(of_images), channels(of_channels),
+        sums(static_cast<double*>(std::malloc(static_cast<size_t>(images * channels) * 2 * (sizeof(double) + sizeof(float))))) {}
   Desks(const Desks&) = delete;
-  ~Desks() { std::free(totals); }
-  Totals* totals_of(int64_t image) const { return totals + image * channels; }
-  float* moments_of(int64_t image) const { return moments + image * 2 * channels; }
+  ~Desks() { std::free(sums); }
+  double* sums_of(int64_t image) const { return sums + image * 2 * channels; }
+  double* squares_of(int64_t image) const { return sums_of(image) + channels; }
+  float* times_of(int64_t image) const { return reinterpret_cast<float*>(sums_of(images)) + image * 2 * channels; }
+  float* pluses_of(int64_t image) const { return times_of(image) + channels; }
 };
 
-// The moments of group norms of images first..first + count.
+// The group norms of images first..first + count.
 void prepare_moments(const DmqfxCoding& coding, const Desks& desks, int64_t first, int64_t count, int threads) {
-  const int64_t channels = coding.channels, pieces = coding.planes ? channels : column_pieces(coding);
-  const auto reference = [&](int64_t image) { return coding.x[image * coding.positions * column(coding, 0, 0).row]; };
+  const int64_t pieces = pieces_of_moments(coding);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t k = 0; k < count * pieces; ++k) {
-    const int64_t image = first + k / pieces, piece = k % pieces;
-    Totals* totals = desks.totals_of(k / pieces);
-    if (coding.planes) {
-      const float* x = coding.x + (image * channels + piece) * coding.positions;
-      totals[piece] = totals_of_run(x, coding.positions, reference(image));
-    } else {
-      totals_of_piece(coding, image, piece, reference(image), totals);
-    }
+    const int64_t image = k / pieces;
+    totals_of_piece(coding, first + image, k % pieces, desks.sums_of(image), desks.squares_of(image));
   }
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t k = 0; k < count; ++k)
-    normed_by(coding, reference(first + k), desks.totals_of(k), desks.moments_of(k), desks.moments_of(k) + channels);
+    finish_group_norm(coding, first + k, desks.sums_of(k), desks.squares_of(k), desks.times_of(k), desks.pluses_of(k));
 }
 
 template <int kNorm, int kActivation>
@@ -180,7 +185,7 @@ bool code_all(const DmqfxCoding& coding, int threads) {
   const int64_t size = coding.channels * coding.positions, fit = kInCache / size > 1 ? kInCache / size : 1;
   const int64_t together = kNorm == kGroupNorm ? (threads * fit < coding.batch ? threads * fit : coding.batch) : coding.batch;
   const Desks desks(kNorm == kGroupNorm ? together : 0, coding.channels);
-  if (kNorm == kGroupNorm && desks.totals == nullptr) return false;
+  if (kNorm == kGroupNorm && desks.sums == nullptr) return false;
   const int64_t run = kNorm != kLayerNorm || coding.channels < 2 * kRun ? kRun : kRun * 2 * kRun / coding.channels + 1;
   const int64_t runs = (coding.positions + run - 1) / run;
   for (int64_t from = 0, images; from < coding.batch; from += images) {
@@ -190,7 +195,8 @@ bool code_all(const DmqfxCoding& coding, int threads) {
     for (int64_t k = 0; k < images * runs; ++k) {
       const int64_t first = k % runs * run, left = coding.positions - first, image = k / runs;
       const auto one = coding.planes ? code_planes<kNorm == kLayerNorm ? kNoNorm : kNorm, kActivation> : code_rows<kNorm, kActivation>;
-      one(coding, kNorm == kGroupNorm ? desks.moments_of(image) : nullptr, from + image, first, left < run ? left : run);
+      const Norm norm{kNorm == kGroupNorm ? desks.times_of(image) : nullptr, kNorm == kGroupNorm ? desks.pluses_of(image) : nullptr};
+      one(coding, norm, from + image, first, left < run ? left : run);
     }
   }
   return true;

@@ -63,6 +63,8 @@ double seconds() {
 
 }  // namespace
 
+const float kLeastPower = -126, kLeastSilu = -88;
+
 int dmqfx_instruction_sets(void) {
   int found = 0;
   for (int k = kOfScalar; k <= kOfAvx512Vnni; ++k)

@@ -12,7 +12,7 @@
 namespace {
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to the nearest, ties to even
-constexpr int kLong = 32, kShort = 16;   // numbers that are coded at once: loops of fixed length have no slow end
+constexpr int kLong = 64, kMiddle = 32, kShort = 16;  // numbers coded at once: loops of fixed length have no slow end
 
 inline float bounded(float x, float low, float high) {
   const float below = x < high ? x : high;  // also where x is not a number
@@ -25,10 +25,16 @@ inline int32_t bits_of(float x) {
   return bits;
 }
 
+// What numbers are bounded by: codes; powers of 2; what silu is of, below which it is 0 to any grid, but e^-x would not
+// hold. The compiler does not see their values, or it would make cases of these.
+struct Limits {
+  float least, greatest, least_power, least_silu;
+};
+
 // e^x for x up to 88, to 2e-7 and 1e-7 |x|, relatively; below -87 that of -87. 2^n times 2^f, f within half, whose
 // polynomial is off by 9.2e-8 at most and has its exponent moved by n, the last bits of `shifted`.
-inline float exponential(float x) {
-  const float power = x * 1.44269504f, y = power > -126.0f ? power : -126.0f;
+inline float exponential(float x, Limits limits) {
+  const float power = x * 1.44269504f, y = power > limits.least_power ? power : limits.least_power;
   const float shifted = y + kRounder, f = y - (shifted - kRounder);
   float series = 1.32647273e-3f;
   series = series * f + 9.67151299e-3f;
@@ -42,37 +48,33 @@ inline float exponential(float x) {
   return made;
 }
 
-inline float silu(float x) {
-  const float y = x > -88.0f ? x : -88.0f;  // below, silu is 0 to any grid, but e^-y would not hold
-  return y / (1.0f + exponential(-y));
+inline float silu(float x, Limits limits) {
+  const float y = x > limits.least_silu ? x : limits.least_silu;
+  return y / (1.0f + exponential(-y, limits));
 }
 
 // x times the share of the normal distribution below it, to 1e-7 |x|: Abramowitz and Stegun, 7.1.26.
-inline float gelu(float x) {
+inline float gelu(float x, Limits limits) {
   const float z = (x > 0 ? x : -x) * 0.707106781f, t = 1.0f / (1.0f + 0.3275911f * z);
   float series = 1.061405429f;
   series = series * t - 1.453152027f;
   series = series * t + 1.421413741f;
   series = series * t - 0.284496736f;
   series = series * t + 0.254829592f;
-  const float beyond = 0.5f * (series * t * exponential(-z * z));
+  const float beyond = 0.5f * (series * t * exponential(-z * z, limits));
   return x > 0 ? x - x * beyond : x * beyond;
 }
 
 template <int kActivation>
-inline float activated(float x, float gate) {
-  if constexpr (kActivation == kSilu) return silu(x);
-  if constexpr (kActivation == kGelu) return gelu(x);
-  if constexpr (kActivation == kGeglu) return x * gelu(gate);
+inline float activated(float x, float gate, Limits limits) {
+  if constexpr (kActivation == kSilu) return silu(x, limits);
+  if constexpr (kActivation == kGelu) return gelu(x, limits);
+  if constexpr (kActivation == kGeglu) return x * gelu(gate, limits);
   return x;
 }
 
 // Where quantize is all that is done, numbers are divided by the scale, else multiplied by its reciprocal.
 constexpr bool divides(int norm, int activation) { return norm == kNoNorm && activation == kNoActivation; }
-
-struct Limits {
-  float least, greatest;
-};
 
 // One number in the place of many.
 template <class Number>
@@ -95,17 +97,19 @@ struct Line {
 template <int kNorm, int kActivation, int kCount, class Known>
 inline void code_vector(const Known& line, Limits limits, uint8_t* to) {
   int32_t codes[kCount];
+  int16_t halves[kCount];
   for (int k = 0; k < kCount; ++k) {
     float y = line.x[k];
     if constexpr (kNorm != kNoNorm) y = y * line.times[k] + line.pluses[k];
     if constexpr (kNorm == kLayerNorm) y = y * line.gammas[k] + line.betas[k];
-    y = activated<kActivation>(y, kActivation == kGeglu ? line.gates[k] : 0);
+    y = activated<kActivation>(y, kActivation == kGeglu ? line.gates[k] : 0, limits);
     y = divides(kNorm, kActivation) ? y / line.steps[k] : y * line.steps[k];
     const float zero_point = line.zero_points[k];
     const float whole = bounded(y, limits.least - zero_point, limits.greatest - zero_point) + kRounder;
     codes[k] = bits_of(whole + zero_point);  // the last byte of the sum is the code
   }
-  for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(codes[k]);
+  for (int k = 0; k < kCount; ++k) halves[k] = static_cast<int16_t>(codes[k]);  // in two steps: fewer shuffles
+  for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(halves[k]);
 }
 
 // From number n on; and a few numbers from there, with room behind the last.
@@ -127,12 +131,13 @@ inline const Number* few(const Number* from, int64_t n, int64_t left, Number* ro
 
 template <int kNorm, int kActivation, class Known>
 inline void code_line(const Known& line, Limits limits, int64_t count, uint8_t* to) {
+  const auto from = [&](int64_t n) -> Known {
+    return {line.x + n, behind(line.gates, n), behind(line.times, n), behind(line.pluses, n),
+            behind(line.gammas, n), behind(line.betas, n), behind(line.steps, n), behind(line.zero_points, n)};
+  };
   int64_t n = 0;
-  for (; n + kLong <= count; n += kLong) {
-    const Known next{line.x + n, behind(line.gates, n), behind(line.times, n), behind(line.pluses, n),
-                     behind(line.gammas, n), behind(line.betas, n), behind(line.steps, n), behind(line.zero_points, n)};
-    code_vector<kNorm, kActivation, kLong>(next, limits, to + n);
-  }
+  for (; n + kLong <= count; n += kLong) code_vector<kNorm, kActivation, kLong>(from(n), limits, to + n);
+  for (; n + kMiddle <= count; n += kMiddle) code_vector<kNorm, kActivation, kMiddle>(from(n), limits, to + n);
   for (; n < count; n += kShort) {  // arrays of everything: with `One` a loop so short is not vectorised
     const int64_t left = count - n;
     float rooms[8][kShort];

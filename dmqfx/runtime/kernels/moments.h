@@ -1,5 +1,5 @@
 // Mean and deviation of what a norm is over, for both layouts, from one reading of memory: blocks that stay in the first
-// cache are added up twice, first for a number near their mean; float in a block, double beyond.
+// cache are added up twice, first for a number near their mean; in float, blocks in double.
 //
 // Plain C++ in a fixed order of operations, as in line.h: every instruction set and number of threads gives the same bits.
 #pragma once
@@ -11,8 +11,9 @@
 
 namespace {
 
-constexpr int kWide = 32;      // columns that are added up together
-constexpr int64_t kTall = 64;  // their rows in a block
+constexpr int kWide = 32;         // numbers that are added up together
+constexpr int64_t kTall = 64;     // rows of them in a block
+constexpr int kFour = 4;          // what they are folded to, before rows are folded together
 
 // Rows of numbers: where they start, how far apart they are, and how many numbers lie side by side.
 struct Column {
@@ -20,100 +21,92 @@ struct Column {
   int64_t row, count;
 };
 
-// Sums of x and x^2, both less a reference.
-struct Totals {
-  double sum = 0, squares = 0;
-
-  // More numbers: their sums of x - near and of its squares.
-  void join(double from_reference, double count, double off, double squares_off) {
-    sum += count * from_reference + off;
-    squares += squares_off + from_reference * (2 * off + count * from_reference);
-  }
-};
-
-// Mean 0 and deviation 1: x * times + plus.
-struct Moments {
-  double times = 1, plus = 0;
-  Moments() = default;
-  Moments(Totals totals, double reference, double count, double eps) {
-    const double mean = totals.sum / count, variance = totals.squares / count - mean * mean;
-    times = 1 / std::sqrt((variance > 0 ? variance : 0) + eps);
-    plus = -(reference + mean) * times;
-  }
-};
-
-// What a block adds up to, column by column.
-struct Block {
-  float near[kWide] = {}, off[kWide] = {}, squares[kWide] = {};
-
-  // `near` += x; and with that near the mean, the others += x - near and its square.
-  void add(Column from, int64_t rows) { from.count == kWide ? add_first(from, rows, kWide) : add_first(from, rows, from.count); }
-  void add_off(Column from, int64_t rows) {
-    from.count == kWide ? add_second(from, rows, kWide) : add_second(from, rows, from.count);
-  }
-
- private:
-  inline void add_first(Column from, int64_t rows, int64_t count) {
-    for (int64_t k = 0; k < rows; ++k)
-      for (int64_t c = 0; c < count; ++c) near[c] += from.x[k * from.row + c];
-  }
-  inline void add_second(Column from, int64_t rows, int64_t count) {
-    for (int64_t k = 0; k < rows; ++k)
-      for (int64_t c = 0; c < count; ++c) {
-        const float x = from.x[k * from.row + c] - near[c];
-        off[c] += x;
-        squares[c] += x * x;
-      }
-  }
-};
-
-inline float folded(const float* lanes) {
-  float halves[kWide];
-  for (int k = 0; k < kWide; ++k) halves[k] = lanes[k];
-#pragma GCC unroll 8
-  for (int width = kWide / 2; width > 0; width /= 2)
-    for (int k = 0; k < width; ++k) halves[k] += halves[k + width];
-  return halves[0];
+// sums[c] += x of some rows, and with their mean known, off[c] += x - mean and squares[c] += (x - mean)^2. Where `count` is
+// kWide it is given so: loops of fixed length stay in registers.
+inline void add(Column from, int64_t rows, int64_t count, float* sums) {
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t c = 0; c < count; ++c) sums[c] += from.x[k * from.row + c];
+}
+inline void add_off(Column from, int64_t rows, int64_t count, const float* near, float* off, float* squares) {
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t c = 0; c < count; ++c) {
+      const float from_near = from.x[k * from.row + c] - near[c];
+      off[c] += from_near;
+      squares[c] += from_near * from_near;
+    }
 }
 
-// Of numbers that lie side by side.
-inline Totals totals_of_run(const float* x, int64_t count, double reference) {
-  Totals all;
-  for (int64_t from = 0, some; from < count; from += some) {
-    some = count - from < kTall * kWide ? count - from : kTall * kWide;
-    const int64_t rows = some / kWide, left = some % kWide;
-    const Column whole{x + from, kWide, kWide}, last{x + from + rows * kWide, 0, left};
-    Block block;
-    block.add(whole, rows);
-    if (left > 0) block.add(last, 1);
-    const float near = folded(block.near) / static_cast<float>(some);
-    for (float& each : block.near) each = near;
-    block.add_off(whole, rows);
-    if (left > 0) block.add_off(last, 1);
-    all.join(near - reference, static_cast<double>(some), folded(block.off), folded(block.squares));
-  }
-  return all;
+// Sums of count numbers less a reference, and of their squares, from those of x - near.
+inline void join(double from_reference, double count, double off, double squares_off, double& sum, double& squares) {
+  sum += count * from_reference + off;
+  squares += squares_off + from_reference * (2 * off + count * from_reference);
 }
 
-// Of each of up to kWide columns.
-inline void totals_of_columns(Column from, int64_t rows, double reference, Totals* all) {
-  double sums[kWide] = {}, squares[kWide] = {};
+// Mean 0 and deviation 1, x * times + plus, from such sums; reference k is `apart` behind the one before.
+inline void find_moments(const double* sums, const double* squares, int64_t many, const float* references, int64_t apart,
+                         double count, double eps, double* times, double* pluses) {
+  const double share = 1 / count;
+  for (int64_t k = 0; k < many; ++k) {
+    const double mean = sums[k] * share, variance = squares[k] * share - mean * mean;
+    const double deviation = 1 / std::sqrt((variance > 0 ? variance : 0) + eps);
+    times[k] = deviation;
+    pluses[k] = -(references[k * apart] + mean) * deviation;
+  }
+}
+
+inline void fold_to_four(const float* of, float* to) {
+  static_assert(kWide == 8 * kFour);
+  for (int k = 0; k < kFour; ++k)
+    to[k] = ((of[k] + of[k + 4]) + (of[k + 8] + of[k + 12])) + ((of[k + 16] + of[k + 20]) + (of[k + 24] + of[k + 28]));
+}
+inline float whole(const float (&four)[kFour]) { return (four[0] + four[1]) + (four[2] + four[3]); }
+
+// Of up to kTall rows, each for itself.
+inline void totals_of_rows(Column from, int64_t rows, const float* references, int64_t apart, double* sums, double* squares) {
+  for (int64_t k = 0; k < rows; ++k) sums[k] = squares[k] = 0;
+  for (int64_t first = 0, some; first < from.count; first += some) {
+    some = from.count - first < kTall * kWide ? from.count - first : kTall * kWide;
+    const int64_t full = some / kWide, left = some % kWide;
+    const auto share = 1 / static_cast<float>(some);
+    float near[kTall], of_sums[kTall][kFour], of_squares[kTall][kFour];
+    for (int64_t k = 0; k < rows; ++k) {
+      const Column lines{from.x + k * from.row + first, kWide, kWide}, last{lines.x + full * kWide, 0, left};
+      float lanes[kWide] = {};
+      add(lines, full, kWide, lanes);
+      if (left > 0) add(last, 1, left, lanes);
+      fold_to_four(lanes, of_sums[k]);
+    }
+    for (int64_t k = 0; k < rows; ++k) near[k] = whole(of_sums[k]) * share;
+    for (int64_t k = 0; k < rows; ++k) {
+      const Column lines{from.x + k * from.row + first, kWide, kWide}, last{lines.x + full * kWide, 0, left};
+      float off[kWide] = {}, lanes[kWide] = {}, same[kWide];
+      for (float& each : same) each = near[k];
+      add_off(lines, full, kWide, same, off, lanes);
+      if (left > 0) add_off(last, 1, left, same, off, lanes);
+      fold_to_four(off, of_sums[k]);
+      fold_to_four(lanes, of_squares[k]);
+    }
+    for (int64_t k = 0; k < rows; ++k)
+      join(static_cast<double>(near[k]) - references[k * apart], static_cast<double>(some), whole(of_sums[k]),
+           whole(of_squares[k]), sums[k], squares[k]);
+  }
+}
+
+// Of up to kWide columns, each for itself.
+inline void totals_of_columns(Column from, int64_t rows, float reference, double* sums, double* squares) {
+  double all_sums[kWide] = {}, all_squares[kWide] = {};
   for (int64_t first = 0, some; first < rows; first += some) {
     some = rows - first < kTall ? rows - first : kTall;
     const Column next{from.x + first * from.row, from.row, from.count};
-    const auto count = static_cast<double>(some);
     const float share = 1 / static_cast<float>(some);
-    Block block;
-    block.add(next, some);
-    for (float& each : block.near) each *= share;
-    block.add_off(next, some);
-    for (int c = 0; c < kWide; ++c) {
-      Totals more{sums[c], squares[c]};
-      more.join(block.near[c] - reference, count, block.off[c], block.squares[c]);
-      sums[c] = more.sum, squares[c] = more.squares;
-    }
+    float near[kWide] = {}, off[kWide] = {}, of_squares[kWide] = {};
+    from.count == kWide ? add(next, some, kWide, near) : add(next, some, from.count, near);
+    for (float& each : near) each *= share;
+    from.count == kWide ? add_off(next, some, kWide, near, off, of_squares) : add_off(next, some, from.count, near, off, of_squares);
+    for (int c = 0; c < kWide; ++c)
+      join(static_cast<double>(near[c]) - reference, static_cast<double>(some), off[c], of_squares[c], all_sums[c], all_squares[c]);
   }
-  for (int64_t c = 0; c < from.count; ++c) all[c] = {sums[c], squares[c]};
+  for (int64_t c = 0; c < from.count; ++c) sums[c] = all_sums[c], squares[c] = all_squares[c];
 }
 
 // Channels of rows from one on, up to the end of its arm; of GEGLU without their gates.
@@ -127,31 +120,48 @@ inline Column column(const DmqfxCoding& coding, int64_t image, int64_t first) {
   return {coding.x + rows * width + first, width, split - first};
 }
 
-// How many columns a piece of work has, and which is the last of so many pieces: no piece is of both arms.
-inline int64_t column_pieces(const DmqfxCoding& coding) {
+// Where the numbers of an image begin: what those of its group norm are less.
+inline const float* reference_of(const DmqfxCoding& coding, int64_t image) {
+  return coding.planes ? coding.x + image * coding.positions * coding.channels : column(coding, image, 0).x;
+}
+
+// Sums of some channels of an image for its group norm, a piece of work; none is of both arms.
+inline int64_t pieces_of_moments(const DmqfxCoding& coding) {
+  if (coding.planes) return (coding.channels + kTall - 1) / kTall;
   const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, other = coding.channels - split;
   return (split + kWide - 1) / kWide + (other + kWide - 1) / kWide;
 }
 
-inline void totals_of_piece(const DmqfxCoding& coding, int64_t image, int64_t piece, double reference, Totals* totals) {
+inline void totals_of_piece(const DmqfxCoding& coding, int64_t image, int64_t piece, double* sums, double* squares) {
+  const float* reference = reference_of(coding, image);
+  if (coding.planes) {
+    const int64_t first = piece * kTall, left = coding.channels - first;
+    const Column from{reference + first * coding.positions, coding.positions, coding.positions};
+    return totals_of_rows(from, left < kTall ? left : kTall, reference, 0, sums + first, squares + first);
+  }
   const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, before = (split + kWide - 1) / kWide;
   const int64_t first = piece < before ? piece * kWide : split + (piece - before) * kWide;
   Column from = column(coding, image, first);
   from.count = from.count < kWide ? from.count : kWide;
-  totals_of_columns(from, coding.positions, reference, totals + first);
+  totals_of_columns(from, coding.positions, *reference, sums + first, squares + first);
 }
 
-// A group norm with its weight and bias: x * times + plus of each channel, from its totals.
-inline void normed_by(const DmqfxCoding& coding, double reference, const Totals* totals, float* times, float* pluses) {
+// A group norm with its weight and bias: x * times + plus of each channel of an image, from its sums.
+inline void finish_group_norm(const DmqfxCoding& coding, int64_t image, const double* sums, const double* squares,
+                              float* times, float* pluses) {
   const int64_t size = coding.channels / coding.norm_groups;
-  for (int64_t first = 0; first < coding.channels; first += size) {
-    Totals all;
-    for (int64_t c = first; c < first + size; ++c) all.sum += totals[c].sum, all.squares += totals[c].squares;
-    const Moments of(all, reference, static_cast<double>(size * coding.positions), coding.eps);
-    for (int64_t c = first; c < first + size; ++c) {
-      times[c] = static_cast<float>(of.times * coding.gammas[c]);
-      pluses[c] = static_cast<float>(of.plus * coding.gammas[c] + coding.betas[c]);
-    }
+  const auto count = static_cast<double>(size * coding.positions);
+  for (int64_t first = 0, some; first < coding.norm_groups; first += some) {
+    some = coding.norm_groups - first < kWide ? coding.norm_groups - first : kWide;
+    double of_sums[kWide] = {}, of_squares[kWide] = {}, of_times[kWide], of_pluses[kWide];
+    for (int64_t g = 0; g < some; ++g)
+      for (int64_t c = (first + g) * size; c < (first + g + 1) * size; ++c) of_sums[g] += sums[c], of_squares[g] += squares[c];
+    find_moments(of_sums, of_squares, some, reference_of(coding, image), 0, count, coding.eps, of_times, of_pluses);
+    for (int64_t g = 0; g < some; ++g)
+      for (int64_t c = (first + g) * size; c < (first + g + 1) * size; ++c) {
+        times[c] = static_cast<float>(of_times[g] * coding.gammas[c]);
+        pluses[c] = static_cast<float>(of_pluses[g] * coding.gammas[c] + coding.betas[c]);
+      }
   }
 }
 

@@ -17,6 +17,9 @@ inline int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.gro
 
 void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes
 
+// Bounds of code.h's numbers, whose values compilers of other files shall not know.
+extern const float kLeastPower, kLeastSilu;
+
 extern const InstructionSet kScalar;
 extern const InstructionSet kAvx2;       // 16 bit sums: `room` steps hold
 extern const InstructionSet kAvx2Middle; // 32 bit sums of two products that surely fit 16
