@@ -182,7 +182,7 @@ void prepare_moments(const DmqfxCoding& coding, const Desks& desks, int64_t firs
 
 template <int kNorm, int kActivation>
 bool code_all(const DmqfxCoding& coding, int threads) {
-  const int64_t size = coding.channels * coding.positions, fit = kInCache / size > 1 ? kInCache / size : 1;
+  const int64_t size = coding.channels * coding.positions, fit = size < kInCache ? kInCache / (size + 1) + 1 : 1;
   const int64_t together = kNorm == kGroupNorm ? (threads * fit < coding.batch ? threads * fit : coding.batch) : coding.batch;
   const Desks desks(kNorm == kGroupNorm ? together : 0, coding.channels);
   if (kNorm == kGroupNorm && desks.sums == nullptr) return false;

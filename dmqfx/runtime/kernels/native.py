@@ -210,7 +210,7 @@ def library() -> Library | None:
 
 def readable(x: Tensor) -> bool:
     """Whether the kernels can read a tensor of real numbers: float32 on the CPU."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return x.is_cpu and x.dtype == torch.float32
 
 
 def _no_group(there: int) -> ValueError:
