@@ -9,17 +9,20 @@
 
 #include "layer.h"
 
+// Loops with calls in them are not vectorised.
+#define DMQFX_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to the nearest, ties to even
 constexpr int kLong = 64, kMiddle = 32, kShort = 16;  // numbers coded at once: loops of fixed length have no slow end
 
-inline float bounded(float x, float low, float high) {
+DMQFX_INLINE float bounded(float x, float low, float high) {
   const float below = x < high ? x : high;  // also where x is not a number
   return below > low ? below : low;
 }
 
-inline int32_t bits_of(float x) {
+DMQFX_INLINE int32_t bits_of(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
@@ -33,7 +36,7 @@ struct Limits {
 
 // e^x for x up to 88, to 2e-7 and 1e-7 |x|, relatively; below -87 that of -87. 2^n times 2^f, f within half, whose
 // polynomial is off by 9.2e-8 at most and has its exponent moved by n, the last bits of `shifted`.
-inline float exponential(float x, Limits limits) {
+DMQFX_INLINE float exponential(float x, Limits limits) {
   const float power = x * 1.44269504f, y = power > limits.least_power ? power : limits.least_power;
   const float shifted = y + kRounder, f = y - (shifted - kRounder);
   float series = 1.32647273e-3f;
@@ -48,13 +51,13 @@ inline float exponential(float x, Limits limits) {
   return made;
 }
 
-inline float silu(float x, Limits limits) {
+DMQFX_INLINE float silu(float x, Limits limits) {
   const float y = x > limits.least_silu ? x : limits.least_silu;
   return y / (1.0f + exponential(-y, limits));
 }
 
 // x times the share of the normal distribution below it, to 1e-7 |x|: Abramowitz and Stegun, 7.1.26.
-inline float gelu(float x, Limits limits) {
+DMQFX_INLINE float gelu(float x, Limits limits) {
   const float z = (x > 0 ? x : -x) * 0.707106781f, t = 1.0f / (1.0f + 0.3275911f * z);
   float series = 1.061405429f;
   series = series * t - 1.453152027f;
@@ -66,7 +69,7 @@ inline float gelu(float x, Limits limits) {
 }
 
 template <int kActivation>
-inline float activated(float x, float gate, Limits limits) {
+DMQFX_INLINE float activated(float x, float gate, Limits limits) {
   if constexpr (kActivation == kSilu) return silu(x, limits);
   if constexpr (kActivation == kGelu) return gelu(x, limits);
   if constexpr (kActivation == kGeglu) return x * gelu(gate, limits);
@@ -95,7 +98,7 @@ struct Line {
 };
 
 template <int kNorm, int kActivation, int kCount, class Known>
-inline void code_vector(const Known& line, Limits limits, uint8_t* to) {
+DMQFX_INLINE void code_vector(const Known& line, Limits limits, uint8_t* to) {
   int32_t codes[kCount];
   int16_t halves[kCount];
   for (int k = 0; k < kCount; ++k) {
