@@ -17,7 +17,8 @@ namespace {
 
 constexpr int64_t kRun = 64;           // positions that are coded together
 constexpr int64_t kPart = 256;         // channels whose steps are found together
-constexpr int64_t kInCache = 1 << 16;  // numbers whose moments are found before they are coded: they stay in the second cache
+constexpr int64_t kInCache = 1 << 16;  // numbers whose moments are found before they are coded, so that they stay in
+                                       // the second cache
 
 // The grid of one sample; `wide`: a number for each channel.
 struct Grid {
@@ -80,8 +81,11 @@ template <int kNorm, int kActivation, class Steps, class ZeroPoints>
 void code_column(const DmqfxCoding& coding, Norm norm, Column from, int64_t channel, int64_t rows, Steps steps,
                  ZeroPoints zero_points, uint8_t* to) {
   const Limits limits = limits_of(coding);
+  const bool waits = kNorm == kGroupNorm && from.next > 0 && from.next < kInCache;
+  const int64_t fetched = waits ? from.count : 0;  // of the next image, into the second cache
   for (int64_t k = 0; k < rows; ++k, to += coding.channels) {
     const float* x = from.x + k * from.row;
+    for (int64_t n = 0; n < fetched; n += 16) __builtin_prefetch(x + from.next + n, 0, 2);
     if constexpr (kNorm == kLayerNorm) {
       const Line<One<float>, const float*, Steps, ZeroPoints> line{
           x, nullptr, {norm.times[k]}, {norm.pluses[k]}, coding.gammas + channel, coding.betas + channel, steps, zero_points};
@@ -194,8 +198,9 @@ bool code_all(const DmqfxCoding& coding, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t k = 0; k < images * runs; ++k) {
       const int64_t first = k % runs * run, left = coding.positions - first, image = k / runs;
-      const auto one = coding.planes ? code_planes<kNorm == kLayerNorm ? kNoNorm : kNorm, kActivation> : code_rows<kNorm, kActivation>;
-      const Norm norm{kNorm == kGroupNorm ? desks.times_of(image) : nullptr, kNorm == kGroupNorm ? desks.pluses_of(image) : nullptr};
+      const Norm norm = kNorm == kGroupNorm ? Norm{desks.times_of(image), desks.pluses_of(image)} : Norm{};
+      constexpr int kNormOfPlanes = kNorm == kLayerNorm ? kNoNorm : kNorm;
+      const auto one = coding.planes ? code_planes<kNormOfPlanes, kActivation> : code_rows<kNorm, kActivation>;
       one(coding, norm, from + image, first, left < run ? left : run);
     }
   }

@@ -15,10 +15,11 @@ constexpr int kWide = 32;         // numbers that are added up together
 constexpr int64_t kTall = 64;     // rows of them in a block
 constexpr int kFour = 4;          // what they are folded to, before rows are folded together
 
-// Rows of numbers: where they start, how far apart they are, and how many numbers lie side by side.
+// Rows of numbers: where they start, how far apart they are, how many numbers lie side by side, and how far behind these
+// those of the next image are, or 0.
 struct Column {
   const float* x;
-  int64_t row, count;
+  int64_t row, count, next = 0;
 };
 
 // sums[c] += x of some rows, and with their mean known, off[c] += x - mean and squares[c] += (x - mean)^2. Where `count` is
@@ -102,9 +103,11 @@ inline void totals_of_columns(Column from, int64_t rows, float reference, double
     float near[kWide] = {}, off[kWide] = {}, of_squares[kWide] = {};
     from.count == kWide ? add(next, some, kWide, near) : add(next, some, from.count, near);
     for (float& each : near) each *= share;
-    from.count == kWide ? add_off(next, some, kWide, near, off, of_squares) : add_off(next, some, from.count, near, off, of_squares);
+    from.count == kWide ? add_off(next, some, kWide, near, off, of_squares)
+                        : add_off(next, some, from.count, near, off, of_squares);
     for (int c = 0; c < kWide; ++c)
-      join(static_cast<double>(near[c]) - reference, static_cast<double>(some), off[c], of_squares[c], all_sums[c], all_squares[c]);
+      join(static_cast<double>(near[c]) - reference, static_cast<double>(some), off[c], of_squares[c], all_sums[c],
+           all_squares[c]);
   }
   for (int64_t c = 0; c < from.count; ++c) sums[c] = all_sums[c], squares[c] = all_squares[c];
 }
@@ -112,12 +115,13 @@ inline void totals_of_columns(Column from, int64_t rows, float reference, double
 // Channels of rows from one on, up to the end of its arm; of GEGLU without their gates.
 inline Column column(const DmqfxCoding& coding, int64_t image, int64_t first) {
   const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, rows = image * coding.positions;
+  const int64_t others = image + 1 < coding.batch ? coding.positions : 0;
   if (first >= split) {
     const int64_t width = coding.channels - split;
-    return {coding.beside + rows * width + first - split, width, coding.channels - first};
+    return {coding.beside + rows * width + first - split, width, coding.channels - first, others * width};
   }
   const int64_t width = coding.activation == kGeglu ? 2 * split : split;
-  return {coding.x + rows * width + first, width, split - first};
+  return {coding.x + rows * width + first, width, split - first, others * width};
 }
 
 // Where the numbers of an image begin: what those of its group norm are less.
