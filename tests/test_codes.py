@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmqfx.numbers import quant
-from dmqfx.runtime.kernels import codes
+from dmqfx.runtime.kernels import codes, recipes
 from dmqfx.runtime.kernels.native import library
 
 native = library()
@@ -183,6 +183,56 @@ def test_group_norm_of_rows_holds_for_groups_of_any_size_and_means_far_from_zero
     for each in (found, planes):
         assert int((each.int() - expected.int()).abs().max()) <= 1
         assert float((each != expected).float().mean()) < 0.02
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("last", [True, False])
+def test_each_sample_of_many_has_the_codes_that_it_has_alone(isa: str, last: bool) -> None:
+    x = torch.randn(11, 70, 18, 17) * torch.arange(1, 12).reshape(
+        -1, 1, 1, 1
+    )  # more than are worked on at once
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    scale, zero_point, group = parameters(11, 70, True)
+    norm = ("group", 7, torch.randn(70), torch.randn(70), 1e-5, "silu")
+    found = codes.quantize(x, scale, zero_point, group, 1, 0, 255, *norm, instruction_set=isa)
+    for k in range(11):
+        one, its = x[k : k + 1], group[k : k + 1]
+        alone = codes.quantize(one, scale, zero_point, its, 1, 0, 255, *norm, instruction_set=isa)
+        assert torch.equal(found[k : k + 1], alone)
+
+
+def test_what_is_found_once_is_found_again_where_somebody_writes_into_it_and_goes_with_the_scale() -> None:
+    x = torch.randn(2, 8, 5, 5)
+    tensors = {"weight": torch.rand(8), "bias": torch.rand(8), "zero_point": torch.full((1, 1), 9)}
+    tensors["scale"] = torch.full((1, 8), 0.02)
+
+    def made(of: dict[str, Tensor]) -> Tensor:
+        norm = ("group", 2, of["weight"], of["bias"], 1e-5, "silu")
+        return codes.quantize(x, of["scale"], of["zero_point"], None, 1, 0, 255, *norm)
+
+    def agree() -> Tensor:
+        found = made(tensors)
+        assert torch.equal(found, made({name: each.clone() for name, each in tensors.items()}))
+        return found
+
+    known, before = len(recipes._KNOWN), agree()
+    assert len(recipes._KNOWN) == known + 1
+    for name in tensors:
+        tensors[name].add_(1)
+        changed = agree()
+        assert not torch.equal(before, changed), name
+        tensors[name] = tensors[name].clone().sub_(1)
+        assert torch.equal(before, agree()), name
+    tensors["bias"].data = tensors["bias"] + 1
+    assert not torch.equal(before, agree())
+    shorter = codes.quantize(x, tensors["scale"], tensors["zero_point"], None, 1, 0, 255)
+    assert not torch.equal(before, shorter)
+    with torch.inference_mode():
+        tensors = {name: each.clone() for name, each in tensors.items()}
+        before = agree()
+        tensors["scale"].mul_(2)
+        assert not torch.equal(before, agree())
+    assert len(recipes._KNOWN) == known
 
 
 def test_mistakes_are_told() -> None:

@@ -152,7 +152,7 @@ def _dtype(x_scale: Tensor, out_scale: Tensor | None, qmin: int) -> torch.dtype:
 def kernel_quantize(x: Tensor, *given: Any) -> Tensor:
     axis, qmin, activation = given[3], given[4], given[11] if len(given) > 11 else "none"
     beside = given[12] if len(given) > 12 else None
-    return codes.laid_out(x, axis, qmin, activation, 0 if beside is None else beside.shape[1])
+    return codes.laid_out(x, axis, qmin, activation, beside)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, bits: int = 8) -> Tensor:

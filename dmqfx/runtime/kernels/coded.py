@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dmqfx.runtime.kernels import codes
 from dmqfx.runtime.kernels.native import Coding, Layer
+from dmqfx.runtime.kernels.recipes import Recipe, check_groups, prepare
 
 __all__ = ["Coded"]
 
@@ -48,16 +49,13 @@ class Coded:
 
     def coding(self, layer: Layer, group: Tensor | None, out: Tensor) -> Coding:
         """For the kernel; it points into these tensors, which have to outlive it."""
-        scale, zero_point = self.scale.contiguous(), self.zero_point.int().contiguous()
-        channels = self.channels(layer.groups * layer.out_channels)
-        codes.check_grid(scale, zero_point, channels, None if group is None else layer.batch, layer.batch)
-        made = Coding(
-            batch=layer.batch, channels=channels,
-            activation=codes.ACTIVATIONS.index(self.activation), least=self.qmin, greatest=self.qmax,
-            scale_channels=scale.shape[1], zero_point_channels=zero_point.shape[1], timestep_groups=scale.shape[0],
-            scales=scale.data_ptr(), zero_points=zero_point.data_ptr(), codes=out.data_ptr(),
+        channels = layer.groups * layer.out_channels
+        recipe = Recipe(
+            self.scale, self.zero_point, None, None, 2, 1, channels, self.qmin, self.qmax, activation=self.activation
         )  # fmt: skip
+        made = prepare(recipe).coding()
+        check_groups(group, len(self.scale), layer.batch)
+        made.batch, made.codes = layer.batch, out.data_ptr()
         if group is not None:
             made.group = layer.group
-        made.kept = (scale, zero_point)
         return made

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dmqfx.numbers import quant
-from dmqfx.runtime.kernels.native import Coding, Library, library, readable
+from dmqfx.runtime.kernels.native import Coding, library, readable
+from dmqfx.runtime.kernels.recipes import ACTIVATIONS, NORMS, Recipe, check_groups, prepare
 
-__all__ = ["ACTIVATIONS", "NORMS", "check_grid", "laid_out", "quantize"]
-
-NORMS = ("none", "group", "layer")
-ACTIVATIONS = ("none", "silu", "gelu", "geglu")
+__all__ = ["ACTIVATIONS", "NORMS", "laid_out", "quantize"]
 
 
 def quantize(
@@ -49,65 +47,42 @@ def quantize(
     """
     if beside is not None and not _side_by_side(x, beside, axis):
         x, beside = torch.cat([x, beside], 1), None
-    more = 0 if beside is None else beside.shape[1]
-    planes, channels = _layout(x, axis, norm, activation, norm_groups, more)
-    check_grid(scale, zero_point, channels, None if group is None else group.shape[0], x.shape[0])
-    native, real = library(), (x, scale, norm_weight, norm_bias)
-    if native is None or not all(each is None or readable(each) for each in real):
-        real_codes = _plain(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, activation)
-        codes = quant.quantize(real_codes, scale, zero_point, group, axis, qmin, qmax)
-        return codes.contiguous(memory_format=_format(planes))
-    turned = planes and _is_last(x)
-    coding = Coding(
-        batch=1 if group is None and norm != "group" and (turned or not planes) else x.shape[0],
-        channels=channels, planes=planes and not turned, split=channels - more,
-        norm=NORMS.index(norm), norm_groups=norm_groups, activation=ACTIVATIONS.index(activation), eps=eps,
-        least=qmin, greatest=qmax,
-        scale_channels=scale.shape[1], zero_point_channels=zero_point.shape[1], timestep_groups=scale.shape[0],
-    )  # fmt: skip
-    read = {"x": x if turned else x.contiguous(), "beside": beside, "scales": scale.contiguous()}
-    read["zero_points"] = zero_point.to(torch.int32).contiguous()
-    read["group"] = None if group is None else group.long().contiguous()
-    read |= _of_norm(norm, x.shape[0], channels, norm_weight, norm_bias)
-    return _coded(native, coding, read, laid_out(x, axis, qmin, activation, more), instruction_set)
+    native, more = library(), 0 if beside is None else beside.shape[1]
+    width = more + (x.shape[axis] if -x.dim() <= axis < x.dim() else 0)
+    with_norm = (norm, norm_groups, eps, activation)
+    recipe = Recipe(scale, zero_point, norm_weight, norm_bias, x.dim(), axis, width, qmin, qmax, *with_norm)
+    known = prepare(recipe)
+    check_groups(group, scale.shape[0], x.shape[0])
+    if native is None or known.native is None or not readable(x):
+        real = _plain(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, activation)
+        codes = quant.quantize(real, scale, zero_point, group, axis, qmin, qmax)
+        return codes.contiguous(memory_format=_format(recipe.planes))
+    out = laid_out(x, axis, qmin, activation, beside)
+    coding = known.coding()
+    read = _read(coding, recipe.planes, x, beside, group)
+    if out.numel():
+        coding.positions = out.numel() // (coding.batch * coding.channels)
+        coding.codes = out.data_ptr()
+        native.code(coding, instruction_set)
+    del read
+    return out
 
 
-def _of_norm(
-    norm: str, batch: int, channels: int, weight: Tensor | None, bias: Tensor | None
-) -> dict[str, Tensor]:
-    """Weight and bias of a norm, where it has none too, and room for the moments of groups."""
-    if norm == "none":
-        return {}
-    room = (
-        {"moments": torch.empty(2 * batch * channels, dtype=torch.float32, device="cpu")}
-        if norm == "group"
-        else {}
-    )
-    return room | {
-        "gammas": torch.ones(channels, dtype=torch.float32, device="cpu")
-        if weight is None
-        else weight.expand(channels).contiguous(),
-        "betas": torch.zeros(channels, dtype=torch.float32, device="cpu")
-        if bias is None
-        else bias.expand(channels).contiguous(),
-    }
-
-
-def check_grid(scale: Tensor, zero_point: Tensor, channels: int, groups: int | None, batch: int) -> None:
-    """Whether scale and zero point [G, 1 or channels] fit, and the indices of so many samples, if there are any.
-
-    Raises: ValueError that says what does not.
-    """
-    if any(each.shape[1] not in (1, channels) for each in (scale, zero_point)):
-        raise ValueError(
-            f"scale {list(scale.shape)}, zero point {list(zero_point.shape)} for {channels} channels"
-        )
-    if scale.shape[0] != zero_point.shape[0]:
-        raise ValueError(f"{scale.shape[0]} rows of scales, {zero_point.shape[0]} of zero points")
-    if groups is None and scale.shape[0] != 1:
-        raise ValueError(f"parameters of {scale.shape[0]} timestep groups need a group index")
-    if groups is not None and groups != batch:
-        raise ValueError(f"{groups} timestep groups for {batch} samples")
+def _read(
+    coding: Coding, planes: bool, x: Tensor, beside: Tensor | None, group: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What a call has of its own; the tensors that come back have to outlive it."""
+    if not (planes and _is_last(x)):
+        coding.planes, x = planes, x.contiguous()
+    coding.batch, coding.split, coding.x = x.shape[0], coding.channels, x.data_ptr()
+    if beside is not None:
+        coding.split, coding.beside = x.shape[1], beside.data_ptr()
+    if group is not None:
+        group = group.long().contiguous()
+        coding.group = group.data_ptr()
+    elif coding.norm != NORMS.index("group") and not coding.planes:
+        coding.batch = 1  # all rows are alike
+    return x, beside, group
 
 
 def _side_by_side(x: Tensor, beside: Tensor, axis: int) -> bool:
@@ -122,60 +97,22 @@ def _is_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _coded(
-    native: Library,
-    coding: Coding,
-    read: Mapping[str, Tensor | None],
-    out: Tensor,
-    instruction_set: str | None,
-) -> Tensor:
-    """`out`, with the codes in it."""
-    if not out.numel():
-        return out
-    coding.positions = out.numel() // (coding.batch * coding.channels)
-    coding.codes = out.data_ptr()
-    for name, each in read.items():
-        if each is not None:
-            setattr(coding, name, each.data_ptr())
-    native.code(coding, instruction_set)
-    return out
-
-
 def laid_out(
-    x: Tensor, axis: int, qmin: int, activation: str = "none", more: int | torch.SymInt = 0
+    x: Tensor, axis: int, qmin: int, activation: str = "none", beside: Tensor | None = None
 ) -> Tensor:
-    """Room for the codes of x, with `more` channels on axis 1."""
+    """Room for the codes of x, with those of `beside` on axis 1."""
     dtype = torch.int8 if qmin < 0 else torch.uint8
     planes = x.dim() == 4 and axis == 1
-    shape: Sequence[int | torch.SymInt] = x.shape
-    if activation == "geglu":
-        shape = [*x.shape[:-1], x.shape[-1] // 2]
-    elif planes:
-        shape = [x.shape[0], x.shape[1] + more, *x.shape[2:]]
+    if activation != "geglu" and (beside is None or not planes):
+        return torch.empty_like(x, dtype=dtype, memory_format=_format(planes))
+    shape: Sequence[int | torch.SymInt] = [*x.shape[:-1], x.shape[-1] // 2]
+    if beside is not None:
+        shape = [x.shape[0], x.shape[1] + beside.shape[1], *x.shape[2:]]
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=_format(planes))
 
 
 def _format(planes: bool) -> torch.memory_format:
     return torch.channels_last if planes else torch.contiguous_format
-
-
-def _layout(x: Tensor, axis: int, norm: str, activation: str, groups: int, more: int) -> tuple[bool, int]:
-    """Whether channels are planes, and how many there are."""
-    planes = x.dim() == 4 and axis == 1
-    if not planes and axis not in (-1, x.dim() - 1):
-        raise ValueError(f"channels on axis {axis} of {list(x.shape)}: not 1 of four, nor the last")
-    if norm not in NORMS or activation not in ACTIVATIONS:
-        raise ValueError(f"norm {norm!r}, activation {activation!r}: there are {NORMS} and {ACTIVATIONS}")
-    channels = x.shape[axis] + more
-    if norm != "none" and planes != (norm == "group"):
-        raise ValueError(f"a {norm} norm with channels on axis {axis} of {list(x.shape)}")
-    if activation == "geglu" and (planes or norm != "none" or channels % 2):
-        raise ValueError(
-            f"geglu of {list(x.shape)} behind a {norm} norm: halves of an even last axis, no norm"
-        )
-    if norm == "group" and (groups < 1 or channels % groups):
-        raise ValueError(f"{channels} channels do not fall into {groups} groups")
-    return planes, channels // 2 if activation == "geglu" else channels
 
 
 def _plain(

@@ -74,6 +74,8 @@ double seconds() {
 
 }  // namespace
 
+const float kLeastPower = -126, kLeastSilu = -88;
+
 int dmqfx_instruction_sets(void) {
   int found = 0;
   for (int k = kOfScalar; k <= kOfAvx512Vnni; ++k)
@@ -117,8 +119,7 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
 int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads) {
   if (!here(instruction_set)) return kNotHere;
   if (!known(coding->group, coding->batch, coding->timestep_groups)) return kBadGroup;
-  named(instruction_set).code(*coding, threads);
-  return kDone;
+  return named(instruction_set).code(*coding, threads) ? kDone : kNoMemory;
 }
 
 int64_t dmqfx_attention_size(void) { return sizeof(DmqfxAttention); }

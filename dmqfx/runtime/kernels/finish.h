@@ -84,14 +84,13 @@ inline void finish(const DmqfxLayer& layer, const Strip& strip, const Part& part
   }
   const DmqfxCoding& coding = *layer.coding;
   const Grid grid(coding, strip.image);
-  float line[kMostBlocks * kLane], scales[kMostBlocks * kLane];
-  int32_t zero_points[kMostBlocks * kLane];
-  for (int64_t n = 0; n < used; ++n) scales[n] = grid.scale(channel + n), zero_points[n] = grid.zero_point(channel + n);
+  float line[kMostBlocks * kLane], steps[kMostBlocks * kLane], zero_points[kMostBlocks * kLane];
+  for (int64_t n = 0; n < used; ++n) steps[n] = grid.step(channel + n), zero_points[n] = grid.zero_point(channel + n);
   for (int64_t k = 0; k < strip.count; ++k) {
     const int64_t half = part.half() * kLane, behind = part.gates * kLane - half;  // a gate's number is not its channel's
     how.real(sums + k * width, more(k), 0, used, line);
     if (part.gates != 0) how.real(sums + k * width, added == nullptr ? nullptr : more(k) + behind, half, width, line);
-    code_results(coding, line, part.gates == 0 ? nullptr : line + half, scales, zero_points, used,
+    code_results(coding, line, part.gates == 0 ? nullptr : line + half, steps, zero_points, used,
                  coding.codes + (first + k) * coding.channels + channel);
   }
 }

@@ -68,7 +68,6 @@ struct DmqfxCoding {
   const int32_t* zero_points;          // [timestep groups, zero_point_channels]
   int64_t timestep_groups;             // rows of scales and zero points
   const int64_t* group;                // [batch], which of them, or null: the first
-  float* moments;                      // room for [batch, 2, channels] of a group norm: times, then plus
   uint8_t* codes;                      // [batch, positions, channels]; signed ones in two's complement
 };
 

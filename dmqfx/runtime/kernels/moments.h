@@ -1,6 +1,7 @@
-// Mean and deviation of what a norm is over, for both layouts; float over short runs, double beyond.
+// Mean and deviation of what a norm is over, for both layouts, from one reading of memory: blocks that stay in the first
+// cache are added up twice, first for a number near their mean; in float, blocks in double.
 //
-// Plain C++ in a fixed order of operations, as in code.h: every instruction set and number of threads gives the same bits.
+// Plain C++ in a fixed order of operations, as in line.h: every instruction set and number of threads gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -10,126 +11,162 @@
 
 namespace {
 
-constexpr int kLanes = 32;              // running sums of a moment
-constexpr int64_t kStretch = 2048;      // numbers that they add up in float
-constexpr int64_t kColumns = 64;        // channels of rows that are added up together
-constexpr int64_t kTall = 64;           // rows that they add up in float
+constexpr int kWide = 32;         // numbers that are added up together
+constexpr int64_t kTall = 64;     // rows of them in a block
+constexpr int kFour = 4;          // what they are folded to, before rows are folded together
 
-// Mean 0 and deviation 1, before gamma and beta: x * times + plus.
-struct Moments {
-  float times = 1, plus = 0;
-};
-
-// Sum of x - less, or of its squares; in float over short runs, in double beyond.
-template <bool kSquares>
-double total(const float* x, int64_t count, float less) {
-  double sum = 0;
-  for (int64_t from = 0; from < count; from += kStretch) {
-    const int64_t to = from + kStretch < count ? from + kStretch : count;
-    float lanes[kLanes] = {};
-    int64_t k = from;
-    for (; k + kLanes <= to; k += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const float off = x[k + lane] - less;
-        lanes[lane] += kSquares ? off * off : off;
-      }
-    for (; k < to; ++k) {
-      const float off = x[k] - less;
-      lanes[k % kLanes] += kSquares ? off * off : off;
-    }
-    double halves[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) halves[lane] = lanes[lane];
-#pragma GCC unroll 8
-    for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int lane = 0; lane < width; ++lane) halves[lane] += halves[lane + width];
-    sum += halves[0];
-  }
-  return sum;
-}
-
-// From a mean, and the mean of the squares about the float `near` it.
-inline Moments moments_from(double mean, float near, double squares, double eps) {
-  const double off = mean - near, variance = squares - off * off;
-  const double times = 1 / std::sqrt((variance > 0 ? variance : 0) + eps);
-  return {static_cast<float>(times), static_cast<float>(-mean * times)};
-}
-
-inline Moments moments_of(const float* x, int64_t count, double eps) {
-  const auto whole = static_cast<double>(count);
-  const double mean = total<false>(x, count, 0) / whole;
-  const auto near = static_cast<float>(mean);
-  return moments_from(mean, near, total<true>(x, count, near) / whole, eps);
-}
-
-// Channels first..first + count of rows: where they start and how far apart rows are. None are of both arms.
+// Rows of numbers: where they start, how far apart they are, how many numbers lie side by side, and how far behind these
+// those of the next image are, or 0.
 struct Column {
   const float* x;
-  int64_t row;
+  int64_t row, count, next = 0;
 };
 
-inline Column column(const DmqfxCoding& coding, int64_t image, int64_t first) {
-  if (coding.beside == nullptr) return {coding.x + image * coding.positions * coding.channels + first, coding.channels};
-  const int64_t other = coding.channels - coding.split;
-  if (first < coding.split) return {coding.x + image * coding.positions * coding.split + first, coding.split};
-  return {coding.beside + image * coding.positions * other + first - coding.split, other};
+// sums[c] += x of some rows, and with their mean known, off[c] += x - mean and squares[c] += (x - mean)^2. Where `count` is
+// kWide it is given so: loops of fixed length stay in registers.
+inline void add(Column from, int64_t rows, int64_t count, float* sums) {
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t c = 0; c < count; ++c) sums[c] += from.x[k * from.row + c];
 }
-
-// sums[c] += x - less, or its square, over all rows of a column of up to kColumns channels.
-template <bool kSquares>
-inline void add_rows(Column from, int64_t rows, int64_t count, const float* less, double* sums) {
-  for (int64_t first = 0; first < rows; first += kTall) {
-    const int64_t end = first + kTall < rows ? first + kTall : rows;
-    float lanes[kColumns] = {};
-    for (int64_t k = first; k < end; ++k) {
-      const float* x = from.x + k * from.row;
-      for (int64_t c = 0; c < count; ++c) {
-        const float off = x[c] - less[c];
-        lanes[c] += kSquares ? off * off : off;
-      }
+inline void add_off(Column from, int64_t rows, int64_t count, const float* near, float* off, float* squares) {
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t c = 0; c < count; ++c) {
+      const float from_near = from.x[k * from.row + c] - near[c];
+      off[c] += from_near;
+      squares[c] += from_near * from_near;
     }
-    for (int64_t c = 0; c < count; ++c) sums[c] += lanes[c];
+}
+
+// Sums of count numbers less a reference, and of their squares, from those of x - near.
+inline void join(double from_reference, double count, double off, double squares_off, double& sum, double& squares) {
+  sum += count * from_reference + off;
+  squares += squares_off + from_reference * (2 * off + count * from_reference);
+}
+
+// Mean 0 and deviation 1, x * times + plus, from such sums; reference k is `apart` behind the one before.
+inline void find_moments(const double* sums, const double* squares, int64_t many, const float* references, int64_t apart,
+                         double count, double eps, double* times, double* pluses) {
+  const double share = 1 / count;
+  for (int64_t k = 0; k < many; ++k) {
+    const double mean = sums[k] * share, variance = squares[k] * share - mean * mean;
+    const double deviation = 1 / std::sqrt((variance > 0 ? variance : 0) + eps);
+    times[k] = deviation;
+    pluses[k] = -(references[k * apart] + mean) * deviation;
   }
 }
 
-// sums[group] += x - mean, or its square, over channels from..to, which are whole groups.
-template <bool kSquares>
-inline void group_sums(const DmqfxCoding& coding, int64_t image, int64_t from, int64_t to, const float* means, double* sums) {
+inline void fold_to_four(const float* of, float* to) {
+  static_assert(kWide == 8 * kFour);
+  for (int k = 0; k < kFour; ++k)
+    to[k] = ((of[k] + of[k + 4]) + (of[k + 8] + of[k + 12])) + ((of[k + 16] + of[k + 20]) + (of[k + 24] + of[k + 28]));
+}
+inline float whole(const float (&four)[kFour]) { return (four[0] + four[1]) + (four[2] + four[3]); }
+
+// Of up to kTall rows, each for itself.
+inline void totals_of_rows(Column from, int64_t rows, const float* references, int64_t apart, double* sums, double* squares) {
+  for (int64_t k = 0; k < rows; ++k) sums[k] = squares[k] = 0;
+  for (int64_t first = 0, some; first < from.count; first += some) {
+    some = from.count - first < kTall * kWide ? from.count - first : kTall * kWide;
+    const int64_t full = some / kWide, left = some % kWide;
+    const auto share = 1 / static_cast<float>(some);
+    float near[kTall], of_sums[kTall][kFour], of_squares[kTall][kFour];
+    for (int64_t k = 0; k < rows; ++k) {
+      const Column lines{from.x + k * from.row + first, kWide, kWide}, last{lines.x + full * kWide, 0, left};
+      float lanes[kWide] = {};
+      add(lines, full, kWide, lanes);
+      if (left > 0) add(last, 1, left, lanes);
+      fold_to_four(lanes, of_sums[k]);
+    }
+    for (int64_t k = 0; k < rows; ++k) near[k] = whole(of_sums[k]) * share;
+    for (int64_t k = 0; k < rows; ++k) {
+      const Column lines{from.x + k * from.row + first, kWide, kWide}, last{lines.x + full * kWide, 0, left};
+      float off[kWide] = {}, lanes[kWide] = {}, same[kWide];
+      for (float& each : same) each = near[k];
+      add_off(lines, full, kWide, same, off, lanes);
+      if (left > 0) add_off(last, 1, left, same, off, lanes);
+      fold_to_four(off, of_sums[k]);
+      fold_to_four(lanes, of_squares[k]);
+    }
+    for (int64_t k = 0; k < rows; ++k)
+      join(static_cast<double>(near[k]) - references[k * apart], static_cast<double>(some), whole(of_sums[k]),
+           whole(of_squares[k]), sums[k], squares[k]);
+  }
+}
+
+// Of up to kWide columns, each for itself.
+inline void totals_of_columns(Column from, int64_t rows, float reference, double* sums, double* squares) {
+  double all_sums[kWide] = {}, all_squares[kWide] = {};
+  for (int64_t first = 0, some; first < rows; first += some) {
+    some = rows - first < kTall ? rows - first : kTall;
+    const Column next{from.x + first * from.row, from.row, from.count};
+    const float share = 1 / static_cast<float>(some);
+    float near[kWide] = {}, off[kWide] = {}, of_squares[kWide] = {};
+    from.count == kWide ? add(next, some, kWide, near) : add(next, some, from.count, near);
+    for (float& each : near) each *= share;
+    from.count == kWide ? add_off(next, some, kWide, near, off, of_squares)
+                        : add_off(next, some, from.count, near, off, of_squares);
+    for (int c = 0; c < kWide; ++c)
+      join(static_cast<double>(near[c]) - reference, static_cast<double>(some), off[c], of_squares[c], all_sums[c],
+           all_squares[c]);
+  }
+  for (int64_t c = 0; c < from.count; ++c) sums[c] = all_sums[c], squares[c] = all_squares[c];
+}
+
+// Channels of rows from one on, up to the end of its arm; of GEGLU without their gates.
+inline Column column(const DmqfxCoding& coding, int64_t image, int64_t first) {
+  const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, rows = image * coding.positions;
+  const int64_t others = image + 1 < coding.batch ? coding.positions : 0;
+  if (first >= split) {
+    const int64_t width = coding.channels - split;
+    return {coding.beside + rows * width + first - split, width, coding.channels - first, others * width};
+  }
+  const int64_t width = coding.activation == kGeglu ? 2 * split : split;
+  return {coding.x + rows * width + first, width, split - first, others * width};
+}
+
+// Where the numbers of an image begin: what those of its group norm are less.
+inline const float* reference_of(const DmqfxCoding& coding, int64_t image) {
+  return coding.planes ? coding.x + image * coding.positions * coding.channels : column(coding, image, 0).x;
+}
+
+// Sums of some channels of an image for its group norm, a piece of work; none is of both arms.
+inline int64_t pieces_of_moments(const DmqfxCoding& coding) {
+  if (coding.planes) return (coding.channels + kTall - 1) / kTall;
+  const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, other = coding.channels - split;
+  return (split + kWide - 1) / kWide + (other + kWide - 1) / kWide;
+}
+
+inline void totals_of_piece(const DmqfxCoding& coding, int64_t image, int64_t piece, double* sums, double* squares) {
+  const float* reference = reference_of(coding, image);
+  if (coding.planes) {
+    const int64_t first = piece * kTall, left = coding.channels - first;
+    const Column from{reference + first * coding.positions, coding.positions, coding.positions};
+    return totals_of_rows(from, left < kTall ? left : kTall, reference, 0, sums + first, squares + first);
+  }
+  const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, before = (split + kWide - 1) / kWide;
+  const int64_t first = piece < before ? piece * kWide : split + (piece - before) * kWide;
+  Column from = column(coding, image, first);
+  from.count = from.count < kWide ? from.count : kWide;
+  totals_of_columns(from, coding.positions, *reference, sums + first, squares + first);
+}
+
+// A group norm with its weight and bias: x * times + plus of each channel of an image, from its sums.
+inline void finish_group_norm(const DmqfxCoding& coding, int64_t image, const double* sums, const double* squares,
+                              float* times, float* pluses) {
   const int64_t size = coding.channels / coding.norm_groups;
-  for (int64_t first = from, count; first < to; first += count) {
-    count = to - first < kColumns ? to - first : kColumns;
-    if (coding.beside != nullptr && first < coding.split && first + count > coding.split) count = coding.split - first;
-    float less[kColumns] = {};
-    double of_channels[kColumns] = {};
-    for (int64_t c = 0; kSquares && c < count; ++c) less[c] = means[(first + c - from) / size];
-    add_rows<kSquares>(column(coding, image, first), coding.positions, count, less, of_channels);
-    for (int64_t c = 0; c < count; ++c) sums[(first + c - from) / size] += of_channels[c];
-  }
-}
-
-// Group norm of rows: moments of some groups of an image, a few at a time so that threads have work.
-inline int64_t groups_at_once(const DmqfxCoding& coding) {
-  const int64_t size = coding.channels / coding.norm_groups, many = (kColumns + size - 1) / size;
-  return many < coding.norm_groups ? many : coding.norm_groups;
-}
-
-inline void moments_of_rows(const DmqfxCoding& coding, int64_t image, int64_t first_group) {
-  const int64_t size = coding.channels / coding.norm_groups, many = groups_at_once(coding);
-  const int64_t left = coding.norm_groups - first_group, groups = left < many ? left : many;
-  const int64_t from = first_group * size, to = from + groups * size;
-  const auto whole = static_cast<double>(size * coding.positions);
-  double sums[kColumns] = {}, squares[kColumns] = {};
-  float near[kColumns];
-  group_sums<false>(coding, image, from, to, nullptr, sums);
-  for (int64_t g = 0; g < groups; ++g) near[g] = static_cast<float>(sums[g] / whole);
-  group_sums<true>(coding, image, from, to, near, squares);
-  float* times = coding.moments + image * 2 * coding.channels;
-  for (int64_t c = from; c < to; ++c) {
-    const int64_t g = (c - from) / size;
-    const Moments moments = moments_from(sums[g] / whole, near[g], squares[g] / whole, coding.eps);
-    times[c] = moments.times;
-    times[coding.channels + c] = moments.plus;
+  const auto count = static_cast<double>(size * coding.positions);
+  for (int64_t first = 0, some; first < coding.norm_groups; first += some) {
+    some = coding.norm_groups - first < kWide ? coding.norm_groups - first : kWide;
+    double of_sums[kWide] = {}, of_squares[kWide] = {}, of_times[kWide], of_pluses[kWide];
+    for (int64_t g = 0; g < some; ++g)
+      for (int64_t c = (first + g) * size; c < (first + g + 1) * size; ++c) of_sums[g] += sums[c], of_squares[g] += squares[c];
+    find_moments(of_sums, of_squares, some, reference_of(coding, image), 0, count, coding.eps, of_times, of_pluses);
+    for (int64_t g = 0; g < some; ++g)
+      for (int64_t c = (first + g) * size; c < (first + g + 1) * size; ++c) {
+        times[c] = static_cast<float>(of_times[g] * coding.gammas[c]);
+        pluses[c] = static_cast<float>(of_pluses[g] * coding.gammas[c] + coding.betas[c]);
+      }
   }
 }
 
 }  // namespace
-

@@ -76,7 +76,7 @@ class Coding(ctypes.Structure):
         ("eps", c_double),
         *((name, c_void_p) for name in ("x", "beside", "gammas", "betas", "scales", "zero_points")),
         ("timestep_groups", c_int64),
-        *((name, c_void_p) for name in ("group", "moments", "codes")),
+        *((name, c_void_p) for name in ("group", "codes")),
     )
 
 
@@ -143,14 +143,17 @@ class Library:
     def code(self, coding: Coding, instruction_set: str | None = None) -> None:
         """Turn real numbers into codes.
 
-        Raises: DmqfxError for an instruction set that is not there; ValueError for a timestep group that is not.
+        Raises: DmqfxError for an instruction set that is not there or no memory; ValueError for a timestep group
+        that is not there.
         """
         number = INSTRUCTION_SETS.index(instruction_set or self.chosen)
         status = self.handle.dmqfx_code(ctypes.byref(coding), number, torch.get_num_threads())
         if status == 5:
             raise _no_group(coding.timestep_groups)
         if status != 0:
-            raise DmqfxError(f"no kernel for {instruction_set}")
+            raise DmqfxError(
+                {1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status))
+            )
 
     def attend(self, attention: Attention, instruction_set: str | None = None) -> None:
         """Compute attention.
@@ -213,7 +216,7 @@ def library() -> Library | None:
 
 def readable(x: Tensor) -> bool:
     """Whether the kernels can read a tensor of real numbers: float32 on the CPU."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return x.is_cpu and x.dtype == torch.float32
 
 
 def _no_group(there: int) -> ValueError:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from ctypes import c_int64
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from dmqfx.runtime.kernels.kept import Kept, Stamp, stamp
 from dmqfx.runtime.kernels.native import RUNS, Layer
 from dmqfx.runtime.kernels.weights import QUAD, Weights
 
@@ -52,10 +52,6 @@ class Operands(NamedTuple):
         """Of what the kernel makes."""
         return torch.float32 if self.real else torch.int32
 
-    def stamp(self) -> list[tuple[int, int] | None]:
-        """What changes when somebody writes into one of them, or moves it, as `share_memory_` does."""
-        return [None if each is None else (each._version, each.data_ptr()) for each in self]
-
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
@@ -67,18 +63,18 @@ class Prepared:
     operands: Operands
     kept: tuple[object, ...]
     sizes: tuple[object, ...]
-    stamp: list[tuple[int, int] | None]
+    stamp: Stamp
 
     def serves(self, operands: Operands, sizes: tuple[object, ...]) -> bool:
         """Whether it was made of these tensors, as they are now."""
         return (
             all(mine is theirs for mine, theirs in zip(self.operands[1:], operands[1:], strict=True))
             and self.sizes == sizes
-            and self.stamp == operands.stamp()
+            and self.stamp == stamp(*operands)
         )
 
 
-_KNOWN: MutableMapping[Tensor, Prepared] = WeakIdKeyDictionary()
+_KNOWN: Kept[Prepared] = Kept()
 
 
 def prepare(operands: Operands, weight_shape: Sequence[int], window: Window, *, signed: bool) -> Prepared:
@@ -98,10 +94,10 @@ def prepare(operands: Operands, weight_shape: Sequence[int], window: Window, *, 
     kept = (*tables.values(), operands.blob.untyped_storage())  # a view of the blob would keep that itself
     without_blob = operands._replace(blob=operands.x_zero_point)
     counted = not any(each is not None and each.is_inference() for each in operands)
-    stamp = operands.stamp() if counted else []
-    found = Prepared(layer, weights.channels, weights.taps, without_blob, kept, sizes, stamp)
+    now = stamp(*operands) if counted else []
+    found = Prepared(layer, weights.channels, weights.taps, without_blob, kept, sizes, now)
     if counted:  # nobody counts what is written into the others
-        _KNOWN[operands.blob] = found
+        _KNOWN.keep(operands.blob, found)
     return found
 
 

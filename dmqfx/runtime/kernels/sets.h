@@ -6,7 +6,7 @@
 struct InstructionSet {
   bool (*run)(const DmqfxLayer& layer, int64_t room, int threads);  // false: no memory
   double (*peak)(double (*seconds)());
-  void (*code)(const DmqfxCoding& coding, int threads);
+  bool (*code)(const DmqfxCoding& coding, int threads);  // false: no memory
   bool (*attend)(const DmqfxAttention& attention, int threads);  // false: no memory
 };
 
@@ -16,6 +16,9 @@ inline int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.gro
 }  // namespace
 
 void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes
+
+// Bounds of code.h's numbers, whose values compilers of other files shall not know.
+extern const float kLeastPower, kLeastSilu;
 
 extern const InstructionSet kScalar;
 extern const InstructionSet kAvx2;       // 16 bit sums: `room` steps hold

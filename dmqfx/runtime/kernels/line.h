@@ -1,0 +1,157 @@
+// Real numbers to codes, written once: what is done to one number, and to a line of them.
+//
+// Plain C++ in a fixed order of operations, which the compiler vectorises for the instruction set of the file that
+// includes this: every set gives the same bits. Internal linkage, as in tile.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "layer.h"
+
+// Loops with calls in them are not vectorised.
+#define DMQFX_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to the nearest, ties to even
+constexpr int kLong = 64, kMiddle = 32, kShort = 16;  // numbers coded at once: loops of fixed length have no slow end
+
+DMQFX_INLINE float bounded(float x, float low, float high) {
+  const float below = x < high ? x : high;  // also where x is not a number
+  return below > low ? below : low;
+}
+
+DMQFX_INLINE int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// What numbers are bounded by: codes; powers of 2; what silu is of, below which it is 0 to any grid, but e^-x would not
+// hold. The compiler does not see their values, or it would make cases of these.
+struct Limits {
+  float least, greatest, least_power, least_silu;
+};
+
+// e^x for x up to 88, to 2e-7 and 1e-7 |x|, relatively; below -87 that of -87. 2^n times 2^f, f within half, whose
+// polynomial is off by 9.2e-8 at most and has its exponent moved by n, the last bits of `shifted`.
+DMQFX_INLINE float exponential(float x, Limits limits) {
+  const float power = x * 1.44269504f, y = power > limits.least_power ? power : limits.least_power;
+  const float shifted = y + kRounder, f = y - (shifted - kRounder);
+  float series = 1.32647273e-3f;
+  series = series * f + 9.67151299e-3f;
+  series = series * f + 5.55073358e-2f;
+  series = series * f + 2.40222424e-1f;
+  series = series * f + 6.93147004e-1f;
+  series = series * f + 1.0f;
+  const uint32_t bits = static_cast<uint32_t>(bits_of(series)) + (static_cast<uint32_t>(bits_of(shifted)) << 23);
+  float made;
+  std::memcpy(&made, &bits, sizeof made);
+  return made;
+}
+
+DMQFX_INLINE float silu(float x, Limits limits) {
+  const float y = x > limits.least_silu ? x : limits.least_silu;
+  return y / (1.0f + exponential(-y, limits));
+}
+
+// x times the share of the normal distribution below it, to 1e-7 |x|: Abramowitz and Stegun, 7.1.26.
+DMQFX_INLINE float gelu(float x, Limits limits) {
+  const float z = (x > 0 ? x : -x) * 0.707106781f, t = 1.0f / (1.0f + 0.3275911f * z);
+  float series = 1.061405429f;
+  series = series * t - 1.453152027f;
+  series = series * t + 1.421413741f;
+  series = series * t - 0.284496736f;
+  series = series * t + 0.254829592f;
+  const float beyond = 0.5f * (series * t * exponential(-z * z, limits));
+  return x > 0 ? x - x * beyond : x * beyond;
+}
+
+template <int kActivation>
+DMQFX_INLINE float activated(float x, float gate, Limits limits) {
+  if constexpr (kActivation == kSilu) return silu(x, limits);
+  if constexpr (kActivation == kGelu) return gelu(x, limits);
+  if constexpr (kActivation == kGeglu) return x * gelu(gate, limits);
+  return x;
+}
+
+// Where quantize is all that is done, numbers are divided by the scale, else multiplied by its reciprocal.
+constexpr bool divides(int norm, int activation) { return norm == kNoNorm && activation == kNoActivation; }
+
+// One number in the place of many.
+template <class Number>
+struct One {
+  Number value;
+  Number operator[](int) const { return value; }
+};
+
+// What belongs to each number of a line, arrays or `One`: gates for GEGLU; times and pluses of a norm, and for a layer
+// norm gammas and betas behind them; steps, which are scales or reciprocals, and zero points.
+template <class Moment, class Weights, class Steps, class ZeroPoints>
+struct Line {
+  const float *x, *gates;
+  Moment times, pluses;
+  Weights gammas, betas;
+  Steps steps;
+  ZeroPoints zero_points;
+};
+
+template <int kNorm, int kActivation, int kCount, class Known>
+DMQFX_INLINE void code_vector(const Known& line, Limits limits, uint8_t* to) {
+  int32_t codes[kCount];
+  int16_t halves[kCount];
+  for (int k = 0; k < kCount; ++k) {
+    float y = line.x[k];
+    if constexpr (kNorm != kNoNorm) y = y * line.times[k] + line.pluses[k];
+    if constexpr (kNorm == kLayerNorm) y = y * line.gammas[k] + line.betas[k];
+    y = activated<kActivation>(y, kActivation == kGeglu ? line.gates[k] : 0, limits);
+    y = divides(kNorm, kActivation) ? y / line.steps[k] : y * line.steps[k];
+    const float zero_point = line.zero_points[k];
+    const float whole = bounded(y, limits.least - zero_point, limits.greatest - zero_point) + kRounder;
+    codes[k] = bits_of(whole + zero_point);  // the last byte of the sum is the code
+  }
+  for (int k = 0; k < kCount; ++k) halves[k] = static_cast<int16_t>(codes[k]);  // in two steps: fewer shuffles
+  for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(halves[k]);
+}
+
+// From number n on; and a few numbers from there, with room behind the last.
+template <class Number>
+inline One<Number> behind(One<Number> one, int64_t) { return one; }
+template <class Number>
+inline const Number* behind(const Number* from, int64_t n) { return from == nullptr ? from : from + n; }
+template <class Number>
+inline const Number* few(One<Number> one, int64_t, int64_t, Number* room) {
+  for (int k = 0; k < kShort; ++k) room[k] = one.value;
+  return room;
+}
+template <class Number>
+inline const Number* few(const Number* from, int64_t n, int64_t left, Number* room) {
+  if (from == nullptr || left >= kShort) return behind(from, n);
+  for (int k = 0; k < kShort; ++k) room[k] = from[n + (k < left ? k : 0)];
+  return room;
+}
+
+template <int kNorm, int kActivation, class Known>
+inline void code_line(const Known& line, Limits limits, int64_t count, uint8_t* to) {
+  const auto from = [&](int64_t n) -> Known {
+    return {line.x + n, behind(line.gates, n), behind(line.times, n), behind(line.pluses, n),
+            behind(line.gammas, n), behind(line.betas, n), behind(line.steps, n), behind(line.zero_points, n)};
+  };
+  int64_t n = 0;
+  for (; n + kLong <= count; n += kLong) code_vector<kNorm, kActivation, kLong>(from(n), limits, to + n);
+  for (; n + kMiddle <= count; n += kMiddle) code_vector<kNorm, kActivation, kMiddle>(from(n), limits, to + n);
+  for (; n < count; n += kShort) {  // arrays of everything: with `One` a loop so short is not vectorised
+    const int64_t left = count - n;
+    float rooms[8][kShort];
+    uint8_t last[kShort];
+    const Line<const float*, const float*, const float*, const float*> next{
+        few(line.x, n, left, rooms[0]),      few(line.gates, n, left, rooms[1]),  few(line.times, n, left, rooms[2]),
+        few(line.pluses, n, left, rooms[3]), few(line.gammas, n, left, rooms[4]), few(line.betas, n, left, rooms[5]),
+        few(line.steps, n, left, rooms[6]),  few(line.zero_points, n, left, rooms[7])};
+    code_vector<kNorm, kActivation, kShort>(next, limits, left < kShort ? last : to + n);
+    if (left < kShort) std::memcpy(to + n, last, static_cast<size_t>(left));
+  }
+}
+
+}  // namespace
