@@ -31,9 +31,8 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
   for (int row = 0; row < Isa::kRows; ++row)
 #pragma GCC unroll 4
     for (int block = 0; block < kUsed; ++block) Isa::clear(running[row][block]);
-  int64_t left = room;
+  int64_t left = room, tap = from / quads, quad = from % quads;
   while (from < to) {
-    const int64_t tap = from / quads, quad = from % quads;
     const int64_t count = least(least(to - from, quads - quad), left);
     const uint8_t* codes[Isa::kRows];
 #pragma GCC unroll 8
@@ -51,6 +50,8 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
     }
     from += count;
     left -= count;
+    quad += count;
+    if (quad == quads) quad = 0, ++tap;
     if (left == 0 || from == to) {
       left = room;
 #pragma GCC unroll 8
