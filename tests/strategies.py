@@ -8,6 +8,7 @@ from functools import cache
 from diffusers import UNet2DConditionModel, UNet2DModel
 from hypothesis import strategies as st
 from models import Model, captured
+from planting import bare
 from toys import toy
 
 from dmqfx.checking.shrink import randomize
@@ -80,7 +81,7 @@ def pipelines(draw: st.DrawFn, longest: int = 14) -> tuple[Pass, ...]:
         legal = [cls for cls in exact_passes() if cls().needs <= known and not cls.forbids & known]
         new = [cls for cls in legal if cls not in map(type, steps)]
         onward = bool(new) and draw(st.integers(0, 3)) > 0
-        steps.append(draw(st.sampled_from(new if onward else legal))())
+        steps.append(bare(draw(st.sampled_from(new if onward else legal)).name()))
         known = (known - steps[-1].clears) | steps[-1].provides
     return tuple(steps)
 

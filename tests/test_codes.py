@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -80,12 +81,12 @@ FUSED = [
 
 
 @pytest.mark.parametrize(("norm", "activation"), FUSED)
-@pytest.mark.parametrize("channels", [60, 132])
+@pytest.mark.parametrize("channels", [60, 128, 132])
 @pytest.mark.parametrize("wide", [True, False])
 def test_fused_codes_are_those_of_torch_but_for_ties_and_the_same_from_every_set(
     norm: str, activation: str, channels: int, wide: bool
 ) -> None:
-    rows = norm == "layer" or activation == "geglu"
+    rows, groups = norm == "layer" or activation == "geglu", math.gcd(channels, 12)
     shape, axis = ((4, 132, channels), 2) if rows else ((4, channels, 12, 11), 1)
     x, weight, bias = (
         3 * torch.randn(shape) + 5 * (activation != "geglu"),
@@ -95,12 +96,12 @@ def test_fused_codes_are_those_of_torch_but_for_ties_and_the_same_from_every_set
     scale, zero_point, group = parameters(4, channels // 2 if activation == "geglu" else channels, wide)
     normed = {
         "none": lambda y: y,
-        "group": lambda y: F.group_norm(y, 12, weight.to(y), bias.to(y), 1e-5),
+        "group": lambda y: F.group_norm(y, groups, weight.to(y), bias.to(y), 1e-5),
         "layer": lambda y: F.layer_norm(y, (channels,), weight.to(y), bias.to(y), 1e-5),
     }[norm]
     real = activated(normed(x.double()), activation)
     expected = quant.quantize(real, scale.double(), zero_point, group, axis, 0, 255)
-    given = (norm, 12 if norm == "group" else 1, weight, bias, 1e-5, activation)
+    given = (norm, groups if norm == "group" else 1, weight, bias, 1e-5, activation)
     inputs: list[tuple[Tensor, Tensor | None]] = [(x, None)]
     if not rows:
         last, arms = x.contiguous(memory_format=torch.channels_last), x.split([channels - 16, 16], 1)
@@ -183,6 +184,25 @@ def test_group_norm_of_rows_holds_for_groups_of_any_size_and_means_far_from_zero
     for each in (found, planes):
         assert int((each.int() - expected.int()).abs().max()) <= 1
         assert float((each != expected).float().mean()) < 0.02
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("factor", [1e4, 1e8, 1e19, math.inf, math.nan])
+def test_a_channel_that_is_far_out_is_felt_in_its_own_group_alone(
+    isa: str, last: bool, factor: float
+) -> None:
+    x, first = torch.randn(2, 64, 9, 11), torch.arange(64).view(-1, 1, 1) % 32 == 0  # of groups 0 and 4
+    scale, zero_point = torch.full((1, 1), 0.02), torch.full((1, 1), 128, dtype=torch.int32)
+    given = (scale, zero_point, None, 1, 0, 255, "group", 8, None, None, 1e-5)
+    layout = torch.channels_last if last else torch.contiguous_format
+    quiet, loud = (
+        codes.quantize(each.contiguous(memory_format=layout), *given, instruction_set=isa)
+        for each in (x, torch.where(first, x * factor, x))
+    )
+    others = [c for c in range(64) if c // 8 not in (0, 4)]
+    assert torch.equal(loud[:, others], quiet[:, others])
+    assert not torch.equal(loud, quiet)
 
 
 @pytest.mark.parametrize("isa", SETS)

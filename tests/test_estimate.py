@@ -12,12 +12,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import one_level
 from sweeping import chain, context, planned, recorded, swept
 
 from dmqfx import emoji
 from dmqfx.cli import main
 from dmqfx.compiler import compile as compile_unet
-from dmqfx.evaluation import emoji_calibration
+from dmqfx.graph.pipeline import run_step
 from dmqfx.graph.registry import create, pipeline
 from dmqfx.numbers import effort, speeds
 from dmqfx.numbers.gptq import handed_on
@@ -235,8 +236,8 @@ def test_who_takes_no_more_than_his_share_leaves_the_rest_to_the_others(
     clock: Clock, seconds: float, sweeps: list[tuple[int, float]], before: float
 ) -> None:
     """Each pass has at least an equal part of what there was; the last may have all that is left."""
-    steps = [create("fit-ranges"), create("vote-shifts"), create("learn-steps")]
-    idle = [create("canonicalize"), create("insert-qdq")]
+    steps = [create("fit-ranges"), create("round-weights"), create("learn-steps")]
+    idle = [create("canonicalize"), create("vote-shifts"), create("round-weights", {"method": "nearest"})]
     every = [step for count, _ in sweeps for step in [*idle, *steps[:count]]]
     budget, started = Budget.over(seconds, every), clock.now
     clock.now += before * seconds
@@ -250,6 +251,21 @@ def test_who_takes_no_more_than_his_share_leaves_the_rest_to_the_others(
     assert budget.share >= (started + seconds - clock.now) * (1 - 1e-6)
 
 
+def test_the_pipeline_gives_each_pass_its_share_when_its_turn_comes(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps, ctx = (
+        pipeline((("fit-ranges", {}), ("measure-sensitivity", {"rows": 2}))),
+        context(recorded(chain(), 6)),
+    )
+    budget = Budget.over(60, steps.steps)
+    run_step(steps.steps[0], chain(), replace(ctx, budget=budget))
+    assert (budget.share, budget.coming) == (30, 1)
+    clock.now += 25
+    run_step(create("measure-sensitivity", {"rows": 2}), chain(), replace(ctx, budget=budget))
+    assert (budget.share, budget.coming) == (35, 0)
+
+
 def test_a_budget_that_is_over_leaves_nothing(clock: Clock) -> None:
     budget = Budget.over(60, [create("learn-steps")] * 2)
     clock.now += 61
@@ -260,9 +276,8 @@ def test_a_budget_that_is_over_leaves_nothing(clock: Clock) -> None:
 def test_a_budget_reaches_the_sweep_from_compile(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "dmqfx"):
         q = compile_unet(
-            emoji.load_unet(),
+            one_level(),
             Path(__file__).parents[1] / "benchmarks" / "ablation" / "round-gptq.yaml",
-            calibration=emoji_calibration(count=1, steps=1),
             overrides=["pipeline.measure-sensitivity.rows=1"],
             report_rows=0,
             budget="0.001s",

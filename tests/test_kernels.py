@@ -166,7 +166,7 @@ def test_sums_as_long_and_large_as_they_can_be_do_not_overflow_on_the_way(
 def test_codes_that_meet_only_weights_of_one_sign_go_as_far_as_the_weights_allow_and_no_further(
     weight_bits: int, activation_bits: int, depth: int, width: float, seed: int
 ) -> None:
-    """Weights mostly far from their bounds: 16 bit sums hold more steps than of the worst ones, and here come near their end."""
+    """Weights mostly far from their bounds: 16 bit sums hold more steps than of the worst ones, and here nearly end."""
     generator, greatest = torch.Generator().manual_seed(seed), 2**activation_bits - 1
     high = 2 ** (weight_bits - 1)
     w = (torch.randn(19, depth, generator=generator) * width * high / 2).round().clamp(-high, high - 1)
@@ -178,6 +178,25 @@ def test_codes_that_meet_only_weights_of_one_sign_go_as_far_as_the_weights_allow
         assert torch.equal(layers.linear(x, None, ZERO, None, blob, w.shape, ZERO, None, each), expected), (
             each
         )
+
+
+@given(st.integers(3, 6), st.sampled_from((18, 470)), st.integers(0, 4), st.integers(0, 2**31))
+def test_the_same_holds_of_a_convolution_in_groups_with_shifts(
+    bits: int, depth: int, shift: int, seed: int
+) -> None:
+    """Steps in the order of taps, beyond the 1024 that are unpacked together; an image meets a channel's signs."""
+    generator, high = torch.Generator().manual_seed(seed), 2 ** (bits - 1)
+    w = (torch.randn(10, depth, 3, 3, generator=generator) * high / 3).round().clamp(-high, high - 1)
+    x = torch.cat([(w > 0).view(5, 2 * depth, 3, 3), (w < 0).view(5, 2 * depth, 3, 3)]) * 63
+    x, w = x.to(torch.uint8), w.to(torch.int8)
+    shifts = (
+        torch.randint(shift + 1, (1, 2 * depth), generator=generator, dtype=torch.uint8) if shift else None
+    )
+    expected = integer.conv2d_accumulators(x, ZERO, None, w, ZERO, [1, 1], [0, 0], [1, 1], 2, shifts)
+    blob = weights.pack(w, 2, shifts)
+    for each in here():
+        given_ = (ZERO, None, blob, w.shape, ZERO, None, [1, 1], [0, 0], [1, 1], 2, each, shifts)
+        assert torch.equal(layers.conv2d(x, None, *given_), expected), each
 
 
 @pytest.mark.parametrize("activation_bits", [4, 6, 8])

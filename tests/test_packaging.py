@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -38,6 +39,14 @@ print(json.dumps({
     "stray": [name for name in ("passes", "policies", "tests") if importlib.util.find_spec(name)],
 }))
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly() -> Iterator[None]:
+    """Kernels without optimisation: what is built and where it goes is asked here, not how fast it is."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("DMQFX_CXXFLAGS", "-O0")
+        yield
 
 
 @dataclass(frozen=True)

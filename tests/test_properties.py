@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import MODELS, Model, eager, relative
 from models import model as build_model
-from planting import ORDER, POLICIES, context, program_before
+from planting import ORDER, POLICIES, bare, context, program_before
 from strategies import exact_passes, pipelines, programs, unets
 from strategies_policy import plans
 from toys import rows as toy_rows
@@ -44,7 +44,7 @@ def run(name: str, fuel: int | None = None) -> tuple[Program, Program, Journal]:
     """A pass on the program that it meets in the pipeline: before, after, journal."""
     before, journal = program_before(name, "attention"), Journal(fuel=fuel)
     ctx = context("attention")
-    after = passes()[name]().run(before, PassContext(ctx.policy, ctx.calibration, journal=journal))
+    after = bare(name).run(before, PassContext(ctx.policy, ctx.calibration, journal=journal))
     return before, after, journal
 
 
@@ -99,7 +99,7 @@ PLACES = (
 @given(plans(PLACES))
 def test_any_policy_is_carried_out_with_every_pass_verified_and_comes_back_bit_by_bit(policy: Policy) -> None:
     ctx = PassContext(policy, toy_rows())
-    after = Pipeline(tuple(passes()[name]() for name in ORDER)).run(toy(), ctx, observe=checking())
+    after = Pipeline(tuple(map(bare, ORDER))).run(toy(), ctx, observe=checking())
     for lowering in ("lower-simulate", "lower-reference"):
         verify(after, passes()[lowering](), ctx)
     module = CompiledUNet(

@@ -56,6 +56,8 @@ def bytes_of(memory: str | int) -> int:
 class Budget:
     """Time for all that looks at calibration rows: passes get equal shares, and share what those before them left over.
 
+    It is used up as passes run, like the fuel of a journal: a context with one is for one run of a pipeline.
+
     Units: seconds of the whole, counted since `begun`; `share` is what those have that run now, in seconds; `coming`
     counts the passes that have had none yet.
     """
@@ -82,7 +84,14 @@ class Budget:
 
 
 def _partakes(step: Pass) -> bool:
-    return step.needs_calibration and bool(step.budgeted)
+    return step.needs_calibration and bool(_numbers(step))
+
+
+def _numbers(step: object) -> frozenset[str]:
+    """The fields of a pass that a budget multiplies."""
+    assert is_dataclass(step)
+    own = frozenset(field.name for field in fields(step)) & {"rows", "iterations"}
+    return own & getattr(step, "budgeted", own)
 
 
 def scaled(step: _Step, factor: float) -> _Step:
@@ -90,11 +99,10 @@ def scaled(step: _Step, factor: float) -> _Step:
 
     A pass that more iterations do no good says so: `longest` is the most that they may be multiplied by.
     """
-    assert is_dataclass(step)
     factors = {"iterations": min(factor, getattr(step, "longest", factor)), "rows": min(1.0, factor)}
-    own = {field.name for field in fields(step)} & set(getattr(step, "budgeted", factors))
+    own = _numbers(step)
     changed = {name: max(1, round(getattr(step, name) * by)) for name, by in factors.items() if name in own}
-    return replace(step, **changed) if changed else step  # type: ignore[type-var]  # asserted above
+    return replace(step, **changed) if changed else step  # type: ignore[type-var]  # what has fields is a dataclass
 
 
 def fitting(seconds: Callable[[float], float], budget: float) -> float:

@@ -20,7 +20,7 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry
 from dmqfx.numbers.speeds import Speeds
 from dmqfx.runtime.operators import timestep_group
-from dmqfx.sweep.budget import fitting, scaled
+from dmqfx.sweep.budget import FACTORS, fitting, scaled
 from dmqfx.sweep.chunks import Chunk, chunked, own_rows, shared
 from dmqfx.sweep.estimate import Costly, Costs, Estimate, duration
 from dmqfx.sweep.schedule import Schedule
@@ -164,8 +164,9 @@ def tell_plan(
     numbers = {"memory": estimate.memory, "seconds": estimate.seconds, "factor": factor}
     _log.info("%s, %s%s", title, estimate, told, extra=numbers)
     if budget is not None and (estimate.seconds if whole is None else whole) > budget.share:
-        words = "that is more than its share of the budget of %s, %s, and the least there is"
-        _log.warning(words, duration(budget.seconds), duration(budget.share))
+        least = ", and the least there is" if factor <= FACTORS[-1] else ""
+        words = "that is more than its share of the budget of %s, %s%s"
+        _log.warning(words, duration(budget.seconds), duration(budget.share), least)
 
 
 def warn_of_memory(nbytes: int, step: Named, ctx: PassContext) -> None:

@@ -190,7 +190,7 @@ bool code_all(const DmqfxCoding& coding, int threads) {
   const int64_t together = kNorm == kGroupNorm ? (threads * fit < coding.batch ? threads * fit : coding.batch) : coding.batch;
   const Desks desks(kNorm == kGroupNorm ? together : 0, coding.channels);
   if (kNorm == kGroupNorm && desks.sums == nullptr) return false;
-  const int64_t run = kNorm != kLayerNorm || coding.channels < 2 * kRun ? kRun : kRun * 2 * kRun / coding.channels + 1;
+  const int64_t run = kNorm != kLayerNorm || coding.channels < 2 * kRun ? kRun : (kRun * 2 * kRun + coding.channels - 1) / coding.channels;
   const int64_t runs = (coding.positions + run - 1) / run;
   for (int64_t from = 0, images; from < coding.batch; from += images) {
     images = coding.batch - from < together ? coding.batch - from : together;
@@ -219,6 +219,7 @@ bool code_normed(const DmqfxCoding& coding, int threads) {
 
 // False where there is no memory.
 bool code(const DmqfxCoding& coding, int threads) {
+  if (coding.batch * coding.channels * coding.positions == 0) return true;
   if (coding.batch * coding.channels * coding.positions < 16384) threads = 1;  // less is not worth a team
   threads = threads > 1 ? threads : 1;
   if (coding.norm == kGroupNorm) return code_normed<kGroupNorm>(coding, threads);

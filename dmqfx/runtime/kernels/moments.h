@@ -93,8 +93,8 @@ inline void totals_of_rows(Column from, int64_t rows, const float* references, i
   }
 }
 
-// Of up to kWide columns, each for itself.
-inline void totals_of_columns(Column from, int64_t rows, float reference, double* sums, double* squares) {
+// Of up to kWide columns, each for itself, less its first number.
+inline void totals_of_columns(Column from, int64_t rows, double* sums, double* squares) {
   double all_sums[kWide] = {}, all_squares[kWide] = {};
   for (int64_t first = 0, some; first < rows; first += some) {
     some = rows - first < kTall ? rows - first : kTall;
@@ -105,8 +105,8 @@ inline void totals_of_columns(Column from, int64_t rows, float reference, double
     for (float& each : near) each *= share;
     from.count == kWide ? add_off(next, some, kWide, near, off, of_squares)
                         : add_off(next, some, from.count, near, off, of_squares);
-    for (int c = 0; c < kWide; ++c)
-      join(static_cast<double>(near[c]) - reference, static_cast<double>(some), off[c], of_squares[c], all_sums[c],
+    for (int64_t c = 0; c < from.count; ++c)
+      join(static_cast<double>(near[c]) - from.x[c], static_cast<double>(some), off[c], of_squares[c], all_sums[c],
            all_squares[c]);
   }
   for (int64_t c = 0; c < from.count; ++c) sums[c] = all_sums[c], squares[c] = all_squares[c];
@@ -124,9 +124,11 @@ inline Column column(const DmqfxCoding& coding, int64_t image, int64_t first) {
   return {coding.x + rows * width + first, width, split - first, others * width};
 }
 
-// Where the numbers of an image begin: what those of its group norm are less.
-inline const float* reference_of(const DmqfxCoding& coding, int64_t image) {
-  return coding.planes ? coding.x + image * coding.positions * coding.channels : column(coding, image, 0).x;
+// Where the numbers of a channel of an image begin: what they are less in the sums for its group norm. One number for
+// all channels would leave nothing of the small ones beside one that is far out.
+inline const float* first_of(const DmqfxCoding& coding, int64_t image, int64_t channel) {
+  if (!coding.planes) return column(coding, image, channel).x;
+  return coding.x + (image * coding.channels + channel) * coding.positions;
 }
 
 // Sums of some channels of an image for its group norm, a piece of work; none is of both arms.
@@ -137,17 +139,16 @@ inline int64_t pieces_of_moments(const DmqfxCoding& coding) {
 }
 
 inline void totals_of_piece(const DmqfxCoding& coding, int64_t image, int64_t piece, double* sums, double* squares) {
-  const float* reference = reference_of(coding, image);
   if (coding.planes) {
     const int64_t first = piece * kTall, left = coding.channels - first;
-    const Column from{reference + first * coding.positions, coding.positions, coding.positions};
-    return totals_of_rows(from, left < kTall ? left : kTall, reference, 0, sums + first, squares + first);
+    const Column from{first_of(coding, image, first), coding.positions, coding.positions};
+    return totals_of_rows(from, left < kTall ? left : kTall, from.x, from.row, sums + first, squares + first);
   }
   const int64_t split = coding.beside == nullptr ? coding.channels : coding.split, before = (split + kWide - 1) / kWide;
   const int64_t first = piece < before ? piece * kWide : split + (piece - before) * kWide;
   Column from = column(coding, image, first);
   from.count = from.count < kWide ? from.count : kWide;
-  totals_of_columns(from, coding.positions, *reference, sums + first, squares + first);
+  totals_of_columns(from, coding.positions, sums + first, squares + first);
 }
 
 // A group norm with its weight and bias: x * times + plus of each channel of an image, from its sums.
@@ -157,10 +158,15 @@ inline void finish_group_norm(const DmqfxCoding& coding, int64_t image, const do
   const auto count = static_cast<double>(size * coding.positions);
   for (int64_t first = 0, some; first < coding.norm_groups; first += some) {
     some = coding.norm_groups - first < kWide ? coding.norm_groups - first : kWide;
+    float references[kWide];
     double of_sums[kWide] = {}, of_squares[kWide] = {}, of_times[kWide], of_pluses[kWide];
-    for (int64_t g = 0; g < some; ++g)
-      for (int64_t c = (first + g) * size; c < (first + g + 1) * size; ++c) of_sums[g] += sums[c], of_squares[g] += squares[c];
-    find_moments(of_sums, of_squares, some, reference_of(coding, image), 0, count, coding.eps, of_times, of_pluses);
+    for (int64_t g = 0; g < some; ++g) {
+      references[g] = *first_of(coding, image, (first + g) * size);
+      for (int64_t c = (first + g) * size; c < (first + g + 1) * size; ++c)
+        join(static_cast<double>(*first_of(coding, image, c)) - references[g], static_cast<double>(coding.positions), sums[c],
+             squares[c], of_sums[g], of_squares[g]);
+    }
+    find_moments(of_sums, of_squares, some, references, 1, count, coding.eps, of_times, of_pluses);
     for (int64_t g = 0; g < some; ++g)
       for (int64_t c = (first + g) * size; c < (first + g + 1) * size; ++c) {
         times[c] = static_cast<float>(of_times[g] * coding.gammas[c]);

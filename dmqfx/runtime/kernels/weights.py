@@ -151,13 +151,14 @@ def _runs(laid: Tensor) -> tuple[int, ...]:
     if laid.numel() == 0:
         return (0,) * RUNS
     steps = laid.int().reshape(laid.shape[0] * laid.shape[1], -1, _STEP // 2, 2)
-    sums = torch.cat([steps.clamp(min=0).sum(3), steps.clamp(max=0).sum(3).neg()], 2)
-    found = [int(sums.amax())]
+    up, down = (steps.clamp(*ends).sum(3, dtype=torch.int32) for ends in ((0, None), (None, 0)))
+    sums = torch.cat([up, -down], 2)
+    found = [sums.amax()]
     while len(found) < RUNS:
         sums = torch.nn.functional.pad(sums, (0, 0, 0, sums.shape[1] % 2))
         sums = sums[:, ::2] + sums[:, 1::2]
-        found.append(int(sums.amax()))
-    return tuple(found)
+        found.append(sums.amax())
+    return tuple(torch.stack(found).tolist())
 
 
 def _ends(codes: Tensor) -> tuple[int, int]:
