@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -63,15 +64,17 @@ class BuildKernels(build_ext):
             self.compiler.set_executables(linker_so=linker, linker_so_cxx=linker, compiler_cxx=there[0])
 
     def _objects(self, more: list[str]) -> list[str]:
-        return [
-            made
-            for source, flags in SOURCES.items()
-            for made in self.compiler.compile(
-                [f"{HERE}/{source}"],
-                output_dir=self.build_temp,
-                extra_postargs=[*FLAGS, *flags, *more],
+        """Each source with flags of its own, as many at a time as there are cores."""
+        Path(self.build_temp, HERE).mkdir(parents=True, exist_ok=True)
+
+        def compiled(source: str) -> list[str]:
+            flags = [*FLAGS, *SOURCES[source], *more]
+            return self.compiler.compile(
+                [f"{HERE}/{source}"], output_dir=self.build_temp, extra_postargs=flags
             )
-        ]
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return [made for found in pool.map(compiled, SOURCES) for made in found]
 
 
 setup(

@@ -35,7 +35,12 @@ program = Pipeline((create("canonicalize"),)).run(dmqfx.capture(unet), context)
 verdict = dmqfx.verify(program, ApproximateGelu(), context)
 print(f"approximate-gelu alone: {verdict.sqnr_db:.1f} dB")
 
-steps = (ApproximateGelu(), create("plan-sites"), create("round-weights", {"method": "nearest"}), create("insert-qdq"))
+steps = (
+    ApproximateGelu(),
+    create("plan-sites"),
+    create("round-weights", {"method": "nearest"}),
+    create("insert-qdq"),
+)
 finished = Pipeline(steps).run(program, context)
 for record in finished.log:
     print(record)

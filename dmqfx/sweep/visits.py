@@ -100,7 +100,11 @@ def kept(
     if ctx.run_dir is None or any(each.journal.fuel is not None for _, each in steps):
         return nullcontext(NoRun())
     names = "+".join(step.name() for step, _ in steps)
-    settings = {"seed": ctx.seed, "chunk": ctx.chunk, "budget": None if ctx.budget is None else ctx.budget.seconds}
+    settings = {
+        "seed": ctx.seed,
+        "chunk": ctx.chunk,
+        "budget": None if ctx.budget is None else ctx.budget.seconds,
+    }
     key = key_of(program, data, [step for step, _ in steps], settings)
     if own:
         key["numbers of processes"] = str(processes.count())
