@@ -126,9 +126,8 @@ def _planned(
 def _look(found: Measurement, plan: _Plan, own: NoRun, begun: int, ctx: PassContext) -> None:
     """Both looks at all rows of this process, but for what it saw before."""
     looks = [partial(look, part) for look in (found.look, found.look_again) for part in plan.parts]
-    before, total = processes.summed(
-        torch.tensor([begun, len(looks)])
-    ).tolist()  # nobody looks ahead of the run's plan
+    # All wait for each other here: nobody keeps a look before the run's plan is there.
+    before, total = processes.summed(torch.tensor([begun, len(looks)])).tolist()
     if before:
         _log.info("%d of %d looks were taken before", before, total)
     saved = speeds.clock()
