@@ -184,7 +184,7 @@ def test_codes_that_meet_only_weights_of_one_sign_go_as_far_as_the_weights_allow
 def test_the_same_holds_of_a_convolution_in_groups_with_shifts(
     bits: int, depth: int, shift: int, seed: int
 ) -> None:
-    """Steps in the order of taps, beyond the 1024 that are unpacked together; an image meets a channel's signs."""
+    """Steps in the order of taps, beyond the 768 that are unpacked together; an image meets a channel's signs."""
     generator, high = torch.Generator().manual_seed(seed), 2 ** (bits - 1)
     w = (torch.randn(10, depth, 3, 3, generator=generator) * high / 3).round().clamp(-high, high - 1)
     x = torch.cat([(w > 0).view(5, 2 * depth, 3, 3), (w < 0).view(5, 2 * depth, 3, 3)]) * 63
@@ -482,7 +482,7 @@ def spoiled(at: int, value: int) -> Tensor:
         (blob()[:8].clone(), "does not start with the header"),
         (blob().view(torch.int8), "does not start with the header"),
         (spoiled(0, 0), "does not start with the header"),
-        (spoiled(4, 99), "does not start with the header of version 3"),
+        (spoiled(4, 99), "does not start with the header of version 4"),
         (spoiled(8, 0), r"it has \d+ bytes"),
         (spoiled(12, 2), "where the layer has"),
         (spoiled(33, 77), "where the layer has"),

@@ -143,8 +143,7 @@ void multiply(const uint8_t* const* codes, int64_t rows, int64_t steps, const in
   for (int64_t block = 0; block < blocks; block += Isa::kBlocks) {
     const Tile<Isa> chosen = tile_of<Isa>(least(Isa::kBlocks, blocks - block));
     for (int64_t row = 0; row < rows; row += Isa::kRows)
-      chosen(codes + row, 1, steps, 0, steps, INT64_MAX, weights + block * stride, stride, true,
-             sums + row * width + block * kLane, width);
+      chosen(codes + row, 1, steps, 0, steps, Panel{weights + block * stride, stride}, true, sums + row * width + block * kLane, width);
   }
 }
 

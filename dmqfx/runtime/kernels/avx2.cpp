@@ -25,12 +25,19 @@ inline void add_to(int32_t* to, __m256i sums, bool fresh) {
 
 struct Narrow {
   static constexpr int kRows = 6, kBlocks = 1;
+  static constexpr bool kCentred = true;
   struct Sums {
     __m256i low, high;
   };
   using Weights = Sums;
   using Codes = __m256i;
   static void clear(Sums& sums) { sums.low = sums.high = _mm256_setzero_si256(); }
+  static void negate(const Sums& sums, int16_t* to) {
+    auto* place = reinterpret_cast<__m256i*>(to);
+    _mm256_storeu_si256(place, _mm256_sub_epi16(_mm256_setzero_si256(), sums.low));
+    _mm256_storeu_si256(place + 1, _mm256_sub_epi16(_mm256_setzero_si256(), sums.high));
+  }
+  static void begin(Sums& sums, const int16_t* start) { load(sums, reinterpret_cast<const int8_t*>(start)); }
   static void load(Weights& weights, const int8_t* from) {
     weights.low = read(from);
     weights.high = read(from + 32);
@@ -40,23 +47,23 @@ struct Narrow {
     sums.low = _mm256_add_epi16(sums.low, _mm256_maddubs_epi16(codes, weights.low));
     sums.high = _mm256_add_epi16(sums.high, _mm256_maddubs_epi16(codes, weights.high));
   }
-  static void flush(Sums& sums, int32_t* to, bool fresh) {
+  static void flush(const Sums& sums, int32_t* to, bool fresh) {
     const __m256i ones = _mm256_set1_epi16(1);
     add_to(to, _mm256_madd_epi16(sums.low, ones), fresh);
     add_to(to + 8, _mm256_madd_epi16(sums.high, ones), fresh);
-    clear(sums);
   }
 };
 
 // Sums of four products in 32 bits, where those of two surely fit 16.
 struct Middle {
   static constexpr int kRows = 4, kBlocks = 1;
+  static constexpr bool kCentred = false;
   struct Sums {
     __m256i low, high;
   };
   using Weights = Narrow::Weights;
   using Codes = __m256i;
-  static void clear(Sums& sums) { sums.low = sums.high = _mm256_setzero_si256(); }
+  static void begin(Sums& sums, const int16_t*) { sums.low = sums.high = _mm256_setzero_si256(); }
   static void load(Weights& weights, const int8_t* from) { Narrow::load(weights, from); }
   static Codes spread(const uint8_t* from) { return four_everywhere(from); }
   static void add(Sums& sums, Codes codes, const Weights& weights) {
@@ -64,16 +71,16 @@ struct Middle {
     sums.low = _mm256_add_epi32(sums.low, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, weights.low), ones));
     sums.high = _mm256_add_epi32(sums.high, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, weights.high), ones));
   }
-  static void flush(Sums& sums, int32_t* to, bool fresh) {
+  static void flush(const Sums& sums, int32_t* to, bool fresh) {
     add_to(to, sums.low, fresh);
     add_to(to + 8, sums.high, fresh);
-    clear(sums);
   }
 };
 
 // Even and odd codes and weights as 16 bit numbers: vpmaddwd of each adds two products into 32 bits.
 struct Wide {
   static constexpr int kRows = 4, kBlocks = 1;
+  static constexpr bool kCentred = false;
   struct Sums {
     __m256i low, high;
   };
@@ -83,7 +90,7 @@ struct Wide {
   struct Codes {
     __m256i even, odd;
   };
-  static void clear(Sums& sums) { sums.low = sums.high = _mm256_setzero_si256(); }
+  static void begin(Sums& sums, const int16_t*) { sums.low = sums.high = _mm256_setzero_si256(); }
   static void load(Weights& weights, const int8_t* from) {
     const __m256i low = read(from), high = read(from + 32);
     weights.even_low = _mm256_srai_epi16(_mm256_slli_epi16(low, 8), 8);
@@ -101,10 +108,9 @@ struct Wide {
     sums.high = _mm256_add_epi32(sums.high, _mm256_add_epi32(_mm256_madd_epi16(codes.even, weights.even_high),
                                                              _mm256_madd_epi16(codes.odd, weights.odd_high)));
   }
-  static void flush(Sums& sums, int32_t* to, bool fresh) {
+  static void flush(const Sums& sums, int32_t* to, bool fresh) {
     add_to(to, sums.low, fresh);
     add_to(to + 8, sums.high, fresh);
-    clear(sums);
   }
 };
 
@@ -150,10 +156,10 @@ struct Avx2Scores {
   }
 };
 
-bool run_middle(const DmqfxLayer& layer, int64_t, int threads) { return run<Middle>(layer, INT64_MAX, threads); }
-bool run_wide(const DmqfxLayer& layer, int64_t, int threads) { return run<Wide>(layer, INT64_MAX, threads); }
-double peak_narrow(double (*seconds)()) { return peak<Narrow>(32, seconds); }
-double peak_wide(double (*seconds)()) { return peak<Wide>(INT64_MAX, seconds); }
+bool run_middle(const DmqfxLayer& layer, Room, int threads) { return run<Middle>(layer, Room{}, threads); }
+bool run_wide(const DmqfxLayer& layer, Room, int threads) { return run<Wide>(layer, Room{}, threads); }
+double peak_narrow(double (*seconds)()) { return peak<Narrow>(seconds); }
+double peak_wide(double (*seconds)()) { return peak<Wide>(seconds); }
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "layer.h"
+#include "sets.h"
 
 namespace {
 
@@ -13,7 +14,8 @@ constexpr int kLane = 16;       // output channels of a block
 constexpr int kMostBlocks = 4;  // blocks of a part
 constexpr int kQuad = 4;        // input channels of a step
 constexpr int kStep = kLane * kQuad;
-constexpr int64_t kChunk = 1024;  // steps whose weights are unpacked together: they stay in the second cache
+constexpr int kStart = kStep / 2;  // sums of two products
+constexpr int64_t kChunk = 768;   // steps whose weights are unpacked together: they stay in the second cache
 constexpr int64_t kStrip = 96;    // output positions that are worked on together, at most
 constexpr int64_t kWhole = 12;    // a multiple of every kRows
 constexpr int64_t kBundle = 384;  // positions of a piece of work, about: they share unpacked weights
@@ -63,6 +65,7 @@ struct Held {
 // What one thread works in.
 struct Desk {
   int8_t* weights = nullptr;
+  int16_t* starts = nullptr;
   int32_t* sums = nullptr;
   const uint8_t** rows = nullptr;
   uint8_t* padding = nullptr;
@@ -74,15 +77,17 @@ struct Desk {
   bool furnish(const DmqfxLayer& layer, int64_t blocks, int64_t pointers, int64_t strips) {
     width = blocks * kLane;
     weights = static_cast<int8_t*>(room(static_cast<size_t>(blocks * kChunk * kStep)));
+    starts = static_cast<int16_t*>(room(static_cast<size_t>(blocks * kChunk * kStart) * sizeof(int16_t)));
     sums = static_cast<int32_t*>(room(static_cast<size_t>(kStrip * width) * sizeof(int32_t)));
     rows = static_cast<const uint8_t**>(room(static_cast<size_t>(pointers) * sizeof(uint8_t*)));
     padding = static_cast<uint8_t*>(room(static_cast<size_t>(strips * layer.channels)));
     factors = static_cast<uint8_t*>(room(static_cast<size_t>(layer.channels)));
-    return weights && sums && rows && padding && factors;
+    return weights && starts && sums && rows && padding && factors;
   }
   void clear() { std::memset(sums, 0, static_cast<size_t>(kStrip * width) * sizeof(int32_t)); }
   ~Desk() {
     std::free(weights);
+    std::free(starts);
     std::free(sums);
     std::free(rows);
     std::free(padding);

@@ -34,15 +34,26 @@ bool known(const int64_t* group, int64_t batch, int64_t rows) {
   return true;
 }
 
-int64_t greatest_code(const DmqfxLayer& layer) {
-  const int64_t count = layer.batch * layer.height * layer.width * layer.groups * layer.channels;
-  uint8_t greatest = 0;
-  for (int64_t k = 0; k < count; ++k) greatest = layer.codes[k] > greatest ? layer.codes[k] : greatest;
-  for (int64_t k = 0; k < layer.batch; ++k) {
-    const int32_t zero_point = layer.zero_points[row_of(layer, k)];
-    if (zero_point > greatest) greatest = static_cast<uint8_t>(zero_point);
+struct Range {
+  int32_t least = 255, greatest = 0;
+
+  void take(int32_t code) {
+    if (code < least) least = code;
+    if (code > greatest) greatest = code;
   }
-  return greatest;
+};
+
+// Of the codes of the input; padding is a zero point.
+Range range_of(const DmqfxLayer& layer) {
+  const int64_t count = layer.batch * layer.height * layer.width * layer.groups * layer.channels;
+  uint8_t least = 255, greatest = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    least = layer.codes[k] < least ? layer.codes[k] : least;
+    greatest = layer.codes[k] > greatest ? layer.codes[k] : greatest;
+  }
+  Range range{least, greatest};
+  for (int64_t k = 0; k < layer.batch; ++k) range.take(layer.zero_points[row_of(layer, k)]);
+  return range;
 }
 
 int64_t greatest_shift(const DmqfxLayer& layer) {
@@ -55,15 +66,23 @@ int64_t greatest_shift(const DmqfxLayer& layer) {
   return greatest;
 }
 
-// How many steps 16 bit sums surely hold: a run of them that does not go over with these weights and activations.
-int64_t room_of(const DmqfxLayer& layer, int64_t shift) {
+constexpr int64_t length_of(int run) { return run < 9 ? int64_t{1} << run : int64_t{3} << (run - 9); }
+
+// What 16 bit sums surely hold with these weights and activations. Two products saturate, so the pair itself has to fit;
+// sums of pairs wrap around, so only what a run of codes less their middle comes to has to.
+Room room_of(const DmqfxLayer& layer, int64_t shift) {
   const int64_t within = shift < layer.headroom ? shift : layer.headroom;  // the sums take the rest
-  const int64_t most = greatest_code(layer) << within;
-  if (most == 0) return INT64_MAX;
-  int64_t room = layer.runs[0] > 0 ? INT16_MAX / (layer.runs[0] * most) : INT64_MAX;
-  for (int k = 0; k < kRuns && layer.runs[k] * most <= INT16_MAX; ++k)
-    if (room < int64_t{1} << k) room = int64_t{1} << k;
-  return room;
+  const Range range = range_of(layer);
+  if (layer.pair * (int64_t{range.greatest} << within) > INT16_MAX) return {0, 0};
+  const int32_t half = (range.greatest - range.least + 1) / 2;
+  int64_t most = 0;
+  for (int k = 0; k < kRuns; ++k) {
+    const int64_t one = layer.runs[k] * (int64_t{half} << within);
+    if (one <= 0) return {INT64_MAX, range.least + half};
+    const int64_t steps = length_of(k) * (INT16_MAX / one);
+    most = steps > most ? steps : most;
+  }
+  return {most, range.least + half};
 }
 
 double seconds() {
@@ -107,11 +126,11 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
   const int64_t shift = greatest_shift(*layer);
   if (shift > 30 || layer->headroom < 0 || layer->headroom > 7) return kBadShift;
   if (layer->raw != nullptr) arrange(*layer, threads);
-  int64_t room = INT64_MAX;
+  Room room;
   const InstructionSet* chosen = &named(instruction_set);
   if (instruction_set == kOfAvx2) {
     room = room_of(*layer, shift);
-    if (room < kFew) chosen = room == 0 ? &kAvx2Wide : &kAvx2Middle;
+    if (room.steps < kFew) chosen = room.steps == 0 ? &kAvx2Wide : &kAvx2Middle;
   }
   return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
 }

@@ -19,7 +19,8 @@ struct Strip {
 // Part of a layer: up to kBlocks blocks of 16 output channels, or of GEGLU as many of gates behind up to half of them,
 // and what their sums hold.
 struct Part {
-  int64_t block, blocks, room;
+  int64_t block, blocks;
+  Room room;
   int64_t gates;  // blocks from a channel to its gate, or 0
 
   int64_t half() const { return gates == 0 ? blocks : blocks / 2; }
@@ -34,7 +35,7 @@ struct Finish {
   // Of shifted weights the product of weights and zero point is the sum behind the strip's last.
   Finish(const DmqfxLayer& layer, const Strip& strip, const Part& part, const int32_t* sums) {
     const int64_t width = part.blocks * kLane, row = row_of(layer, strip.image);
-    const auto zero_point = static_cast<uint32_t>(layer.zero_points[row]);
+    const auto zero_point = static_cast<uint32_t>(layer.zero_points[row] - part.room.middle);
     for (int64_t k = 0; k < part.blocks; ++k) {
       const int64_t within = part.number(k) * kLane, used = least(kLane, layer.out_channels - within);
       const int64_t channel = strip.group * layer.out_channels + within, at = k * kLane;

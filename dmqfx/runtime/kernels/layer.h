@@ -8,7 +8,7 @@ extern "C" {
 
 struct DmqfxCoding;
 
-enum { kRuns = 11 };  // lengths of runs of steps that are bounded: 1, 2, 4, ... 1024
+enum { kRuns = 17 };  // lengths of runs of steps that are bounded: 1, 2, 4, ... 256, and 3, 6, 12, ... 384
 
 // A convolution of codes with packed codes; a linear layer is one of a single tap over rows of height 1.
 struct DmqfxLayer {
@@ -21,8 +21,9 @@ struct DmqfxLayer {
   float steps[2];                     // how far apart those lie in the input
   int64_t out_height, out_width;
   int64_t nibbles;                    // whether two weights share a byte
-  int64_t runs[kRuns];                // what two neighbouring weights in every step of a run make of codes of 1, at most;
-                                      // a run of 2^k steps begins at a multiple of 2^k
+  int64_t pair;                       // the greatest magnitude that two neighbouring weights make of codes of 0 or 1
+  int64_t runs[kRuns];                // that those in every step of a run make of codes of -1 to 1; it begins at a multiple
+                                      // of its length
   int64_t headroom;                   // bits by which every weight can be shifted within its 8
   int64_t planes;                     // whether `raw` has its channels outside, [batch, groups * given, height, width]
   int64_t flip;                       // 128 to make signed codes unsigned, else 0
@@ -78,7 +79,7 @@ struct DmqfxPacking {
   const int8_t* raw;                   // [groups * out_channels, channels, taps]
   uint8_t* weights;                    // as DmqfxLayer has them
   int32_t* sums;
-  int32_t* runs;                       // DmqfxLayer's
+  int32_t* bounds;                     // [1 + kRuns], DmqfxLayer's pair and runs
 };
 
 // softmax(q k^T * scale) v in codes, head by head; the channels of a head lie side by side.

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512vnni")
 """What the kernels are compiled for, the slowest first."""
 
-RUNS = 11
-"""Lengths of runs of steps whose sums are bounded: 1, 2, 4, ... 1024."""
+RUNS = (*(1 << k for k in range(9)), *(3 << k for k in range(8)))
+"""Lengths of runs of steps whose sums are bounded: 1, 2, 4, ... 256, and 3, 6, 12, ... 384."""
 
 _FILE = Path(__file__).with_name("libdmqfx.so")
 _MEND = "install a C++ compiler (g++ or clang++), then `pip install --force-reinstall --no-deps` dmqfx"
@@ -52,7 +52,8 @@ class Layer(ctypes.Structure):
         ("steps", c_float * 2),
         *((name, c_int64) for name in ("out_height", "out_width")),
         *((name, c_int64) for name in ("nibbles",)),
-        ("runs", c_int64 * RUNS),
+        ("pair", c_int64),
+        ("runs", c_int64 * len(RUNS)),
         *((name, c_int64) for name in ("headroom", "planes", "flip")),
         *((name, c_void_p) for name in ("raw", "codes")),
         ("timestep_groups", c_int64),
@@ -85,7 +86,7 @@ class Packing(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("groups", "out_channels", "channels", "taps", "nibbles")),
-        *((name, c_void_p) for name in ("raw", "weights", "sums", "runs")),
+        *((name, c_void_p) for name in ("raw", "weights", "sums", "bounds")),
     )
 
 
@@ -174,7 +175,7 @@ class Library:
             )
 
     def pack(self, packing: Packing) -> None:
-        """Lay out weights, with what their runs of steps can make of activation codes of 1, at most."""
+        """Lay out weights, with the bounds of their pairs and runs of steps."""
         self.handle.dmqfx_pack(ctypes.byref(packing), torch.get_num_threads())
 
     def peak(self, instruction_set: str, *, widening: bool = False) -> float:

@@ -8,45 +8,81 @@ namespace {
 
 constexpr int64_t kLanes = 16, kQuad = 4, kStep = kLanes * kQuad;
 
-// What two neighbouring codes add up to in runs of steps: those above 0, then those below without their sign.
+// What two neighbouring codes in every step of a run add up to without their signs.
 struct Run {
-  int32_t of[kStep];
+  int32_t of[kStep / 2];
 
-  int32_t greatest() const { return *std::max_element(of, of + kStep); }
+  int32_t greatest() const { return *std::max_element(of, of + kStep / 2); }
   void add(const Run& other) {
-    for (int64_t k = 0; k < kStep; ++k) of[k] += other.of[k];
+    for (int64_t k = 0; k < kStep / 2; ++k) of[k] += other.of[k];
   }
 };
 
 // The greatest of all runs of 2^k steps that begin at multiples of 2^k; one that the last step cuts off counts too.
-class Bounds {
+template <int kLengths>
+class Doubled {
  public:
-  int32_t most[kRuns] = {};
-
   // Step after step: a run is whole with the second of its halves, as a binary counter carries.
-  void step(const Run& one) {
+  void step(const Run& one, int32_t* most) {
     Run whole = one;
     int level = 0;
-    note(level, whole);
-    for (int64_t before = steps_++; (before & 1) != 0 && level + 1 < kRuns; before >>= 1) {
+    note(level, whole, most);
+    for (int64_t before = steps_++; (before & 1) != 0 && level + 1 < kLengths; before >>= 1) {
       whole.add(halves_[level]);
-      note(++level, whole);
+      note(++level, whole, most);
     }
     halves_[level] = whole;
   }
-  void end() {
+  void end(int32_t* most) const {
     Run rest{};
-    for (int level = 0; level + 1 < kRuns; ++level) {
+    for (int level = 0; level + 1 < kLengths; ++level) {
       if (((steps_ >> level) & 1) != 0) rest.add(halves_[level]);
-      note(level + 1, rest);
+      note(level + 1, rest, most);
     }
   }
 
  private:
-  Run halves_[kRuns];
+  Run halves_[kLengths];
   int64_t steps_ = 0;
 
-  void note(int level, const Run& run) { most[level] = std::max(most[level], run.greatest()); }
+  static void note(int level, const Run& run, int32_t* most) { most[level] = std::max(most[level], run.greatest()); }
+};
+
+// Of one block: its greatest pair and runs, of 1, 2, 4, ... steps and of 3, 6, 12, ...
+class Bounds {
+ public:
+  int32_t most[1 + kRuns] = {};
+
+  void step(const int8_t* codes) {
+    Run one;
+    for (int64_t k = 0; k < kStep / 2; ++k) {
+      const int32_t up = std::max<int32_t>(codes[2 * k], 0) + std::max<int32_t>(codes[2 * k + 1], 0);
+      const int32_t down = up - codes[2 * k] - codes[2 * k + 1];
+      one.of[k] = up + down;
+      most[0] = std::max({most[0], up, down});
+    }
+    singly_.step(one, most + 1);
+    if (within_ == 0) three_ = Run{};
+    three_.add(one);
+    if (++within_ == 3) three_end();
+  }
+  void end() {
+    singly_.end(most + 1);
+    if (within_ > 0) three_end();
+    in_threes_.end(most + 1 + kDoubled);
+  }
+
+ private:
+  static constexpr int kDoubled = 9;
+  Doubled<kDoubled> singly_;
+  Doubled<kRuns - kDoubled> in_threes_;
+  Run three_;
+  int within_ = 0;
+
+  void three_end() {
+    in_threes_.step(three_, most + 1 + kDoubled);
+    within_ = 0;
+  }
 };
 
 // The codes of one step: zeros where there is no such channel.
@@ -56,16 +92,6 @@ void gather(const DmqfxPacking& packing, const int8_t* rows, int64_t lanes, int6
   for (int64_t lane = 0; lane < lanes; ++lane)
     for (int64_t k = 0; k < count; ++k)
       step[lane * kQuad + k] = rows[lane * row + (first + k) * packing.taps + tap];
-}
-
-Run bounded(const int8_t* step) {
-  Run found;
-  for (int64_t k = 0; k < kStep / 2; ++k) {
-    const int32_t one = step[2 * k], two = step[2 * k + 1];
-    found.of[k] = std::max(one, 0) + std::max(two, 0);
-    found.of[k + kStep / 2] = -(std::min(one, 0) + std::min(two, 0));
-  }
-  return found;
 }
 
 uint8_t* put(const DmqfxPacking& packing, const int8_t* step, uint8_t* to) {
@@ -92,7 +118,7 @@ void pack_block(const DmqfxPacking& packing, int64_t group, int64_t block, uint8
   for (int64_t tap = 0; tap < packing.taps; ++tap)
     for (int64_t channel = 0; channel < packing.channels; channel += kQuad) {
       gather(packing, rows, lanes, tap, channel, step);
-      bounds.step(bounded(step));
+      bounds.step(step);
       to = put(packing, step, to);
     }
   bounds.end();
@@ -106,12 +132,12 @@ void dmqfx_pack(const DmqfxPacking* packing, int threads) {
   const int64_t blocks = (packing->out_channels + kLanes - 1) / kLanes;
   const int64_t steps = packing->taps * ((packing->channels + kQuad - 1) / kQuad);
   const int64_t length = steps * (packing->nibbles ? kStep / 2 : kStep);
-  int32_t most[kRuns] = {};
+  int32_t most[1 + kRuns] = {};
 #pragma omp parallel for num_threads(threads > 1 ? threads : 1) reduction(max : most) if (threads > 1)
   for (int64_t k = 0; k < packing->groups * blocks; ++k) {
     Bounds bounds;
     pack_block(*packing, k / blocks, k % blocks, packing->weights + k * length, bounds);
-    for (int level = 0; level < kRuns; ++level) most[level] = std::max(most[level], bounds.most[level]);
+    for (int level = 0; level <= kRuns; ++level) most[level] = std::max(most[level], bounds.most[level]);
   }
-  std::copy(most, most + kRuns, packing->runs);
+  std::copy(most, most + 1 + kRuns, packing->bounds);
 }

@@ -108,7 +108,7 @@ def _layer(weights: Weights, window: Window) -> Layer:
         channels=weights.channels + -weights.channels % QUAD, nibbles=weights.nibbles,
         headroom=weights.headroom,
     )  # fmt: skip
-    layer.runs = (c_int64 * RUNS)(*weights.runs)
+    layer.pair, layer.runs = weights.pair, (c_int64 * len(RUNS))(*weights.runs)
     layer.taps, layer.stride, layer.padding, layer.dilation = (
         (c_int64 * 2)(*pair) for pair in (weights.taps, window.stride, window.padding, window.dilation)
     )

@@ -8,6 +8,7 @@ namespace {
 
 struct Scalar {
   static constexpr int kRows = 4, kBlocks = 1;
+  static constexpr bool kCentred = false;
   struct Sums {
     int32_t of[kLane];
   };
@@ -15,7 +16,7 @@ struct Scalar {
   struct Codes {
     int32_t of[kQuad];
   };
-  static void clear(Sums& sums) { std::memset(&sums, 0, sizeof sums); }
+  static void begin(Sums& sums, const int16_t*) { std::memset(&sums, 0, sizeof sums); }
   static void load(Weights& weights, const int8_t* from) { weights = from; }
   static Codes spread(const uint8_t* from) { return {{from[0], from[1], from[2], from[3]}}; }
   static void add(Sums& sums, const Codes& codes, Weights weights) {
@@ -23,14 +24,13 @@ struct Scalar {
       sums.of[n] += codes.of[0] * weights[n * kQuad] + codes.of[1] * weights[n * kQuad + 1] +
                     codes.of[2] * weights[n * kQuad + 2] + codes.of[3] * weights[n * kQuad + 3];
   }
-  static void flush(Sums& sums, int32_t* to, bool fresh) {
+  static void flush(const Sums& sums, int32_t* to, bool fresh) {
     for (int n = 0; n < kLane; ++n) to[n] = sums.of[n] + (fresh ? 0 : to[n]);
-    clear(sums);
   }
 };
 
-bool run_scalar(const DmqfxLayer& layer, int64_t, int threads) { return run<Scalar>(layer, INT64_MAX, threads); }
-double peak_scalar(double (*seconds)()) { return peak<Scalar>(INT64_MAX, seconds); }
+bool run_scalar(const DmqfxLayer& layer, Room, int threads) { return run<Scalar>(layer, Room{}, threads); }
+double peak_scalar(double (*seconds)()) { return peak<Scalar>(seconds); }
 
 }  // namespace
 

@@ -3,8 +3,14 @@
 
 #include "layer.h"
 
+// What 16 bit sums of products surely hold: so many steps of codes less their middle.
+struct Room {
+  int64_t steps = INT64_MAX;
+  int32_t middle = 0;
+};
+
 struct InstructionSet {
-  bool (*run)(const DmqfxLayer& layer, int64_t room, int threads);  // false: no memory
+  bool (*run)(const DmqfxLayer& layer, Room room, int threads);  // false: no memory
   double (*peak)(double (*seconds)());
   bool (*code)(const DmqfxCoding& coding, int threads);  // false: no memory
   bool (*attend)(const DmqfxAttention& attention, int threads);  // false: no memory

@@ -5,7 +5,9 @@
 //   Sums                 running sums of one position and block
 //   Weights              4 weights of each of 16 channels, one quad
 //   Codes                4 codes of one position, in every lane
-//   clear, load, spread, add(sums, codes, weights), flush(sums, int32[16], fresh), which adds unless these are fresh
+//   kCentred             whether sums begin with what a panel has for them, and hold no more than its room; then also
+//                        clear and negate(sums, int16[32])
+//   begin, load, spread, add(sums, codes, weights), flush(sums, int32[16], fresh), which adds unless these are fresh
 // Everything here has internal linkage: each file that includes it is compiled for its own instruction set, and
 // nothing of it may be taken for the code of another.
 #pragma once
@@ -20,53 +22,64 @@
 
 namespace {
 
+// Weights as tiles read them, block after block: where they lie, or unpacked. Sums of `room` steps begin with `starts`.
+struct Panel {
+  const int8_t* weights;
+  int64_t stride;  // from block to block
+  const int16_t* starts = nullptr;
+  int64_t starts_stride = 0, room = INT64_MAX;
+
+  Panel from(int64_t block) const {
+    return {weights + block * stride, stride, starts == nullptr ? nullptr : starts + block * starts_stride, starts_stride, room};
+  }
+};
+
 // sums[row][channel] += the steps from..to, or = where they are fresh; rows[row * taps + tap] points to the codes
 // under a tap.
-// `room` is how many steps the running sums of the instruction set surely hold.
 template <class Isa, int kUsed>
-void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from, int64_t to, int64_t room,
-          const int8_t* weights, int64_t block_stride, bool fresh, int32_t* sums, int64_t sums_stride) {
+void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from, int64_t to, const Panel& panel,
+          bool fresh, int32_t* sums, int64_t sums_stride) {
   typename Isa::Sums running[Isa::kRows][kUsed];
+  const int8_t* weights = panel.weights;
+  const int16_t* starts = panel.starts;
+  for (int64_t tap = from / quads, quad = from % quads; from < to; fresh = false) {
 #pragma GCC unroll 8
-  for (int row = 0; row < Isa::kRows; ++row)
+    for (int row = 0; row < Isa::kRows; ++row)
 #pragma GCC unroll 4
-    for (int block = 0; block < kUsed; ++block) Isa::clear(running[row][block]);
-  int64_t left = room, tap = from / quads, quad = from % quads;
-  while (from < to) {
-    const int64_t count = least(least(to - from, quads - quad), left);
-    const uint8_t* codes[Isa::kRows];
+      for (int block = 0; block < kUsed; ++block) Isa::begin(running[row][block], starts + block * panel.starts_stride);
+    int64_t left = least(to - from, panel.room);
+    from += left;
+    if (Isa::kCentred) starts += kStart;
+    while (left > 0) {
+      const int64_t count = least(left, quads - quad);
+      const uint8_t* codes[Isa::kRows];
 #pragma GCC unroll 8
-    for (int row = 0; row < Isa::kRows; ++row) codes[row] = rows[row * taps + tap] + quad * kQuad;
-    for (int64_t step = 0; step < count; ++step, weights += kStep) {
-      typename Isa::Weights loaded[kUsed];
+      for (int row = 0; row < Isa::kRows; ++row) codes[row] = rows[row * taps + tap] + quad * kQuad;
+      for (int64_t step = 0; step < count; ++step, weights += kStep) {
+        typename Isa::Weights loaded[kUsed];
 #pragma GCC unroll 4
-      for (int block = 0; block < kUsed; ++block) Isa::load(loaded[block], weights + block * block_stride);
+        for (int block = 0; block < kUsed; ++block) Isa::load(loaded[block], weights + block * panel.stride);
 #pragma GCC unroll 8
-      for (int row = 0; row < Isa::kRows; ++row) {
-        const typename Isa::Codes four = Isa::spread(codes[row] + step * kQuad);
+        for (int row = 0; row < Isa::kRows; ++row) {
+          const typename Isa::Codes four = Isa::spread(codes[row] + step * kQuad);
 #pragma GCC unroll 4
-        for (int block = 0; block < kUsed; ++block) Isa::add(running[row][block], four, loaded[block]);
+          for (int block = 0; block < kUsed; ++block) Isa::add(running[row][block], four, loaded[block]);
+        }
       }
+      left -= count;
+      quad += count;
+      if (quad == quads) quad = 0, ++tap;
     }
-    from += count;
-    left -= count;
-    quad += count;
-    if (quad == quads) quad = 0, ++tap;
-    if (left == 0 || from == to) {
-      left = room;
 #pragma GCC unroll 8
-      for (int row = 0; row < Isa::kRows; ++row)
+    for (int row = 0; row < Isa::kRows; ++row)
 #pragma GCC unroll 4
-        for (int block = 0; block < kUsed; ++block)
-          Isa::flush(running[row][block], sums + row * sums_stride + block * kLane, fresh);
-      fresh = false;
-    }
+      for (int block = 0; block < kUsed; ++block)
+        Isa::flush(running[row][block], sums + row * sums_stride + block * kLane, fresh);
   }
 }
 
 template <class Isa>
-using Tile = void (*)(const uint8_t* const*, int64_t, int64_t, int64_t, int64_t, int64_t, const int8_t*, int64_t, bool,
-                      int32_t*, int64_t);
+using Tile = void (*)(const uint8_t* const*, int64_t, int64_t, int64_t, int64_t, const Panel&, bool, int32_t*, int64_t);
 
 template <class Isa>
 Tile<Isa> tile_of(int64_t blocks) {
@@ -106,33 +119,51 @@ inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
   }
 }
 
-// The weights of steps from..to of a part as tiles read them: where they lie, or unpacked, beside their gates' and times
-// factors on the desk, where they are kept while strip after strip wants the same.
-struct Panel {
-  const int8_t* weights;
-  int64_t block_stride;
-};
+// What the sums of each run of steps begin with: minus the middle times their weights, as if codes were less by it.
+template <class Isa>
+void start(const int8_t* weights, int64_t steps, Room room, int16_t* starts) {
+  const uint32_t four = 0x01010101u * static_cast<uint32_t>(room.middle);
+  uint8_t middle[kQuad];
+  std::memcpy(middle, &four, sizeof middle);
+  const typename Isa::Codes codes = Isa::spread(middle);
+  for (int64_t first = 0; first < steps; first += room.steps, starts += kStart) {
+    typename Isa::Sums sums;
+    Isa::clear(sums);
+    for (int64_t end = least(first + room.steps, steps), step = first; step < end; ++step, weights += kStep) {
+      typename Isa::Weights loaded;
+      Isa::load(loaded, weights);
+      Isa::add(sums, codes, loaded);
+    }
+    Isa::negate(sums, starts);
+  }
+}
 
-inline Panel panel(const DmqfxLayer& layer, Part part, const Held& wanted, int64_t to, const uint8_t* factors, Desk& desk) {
+// The weights of steps from..to of a part: where they lie, or unpacked, beside their gates' and times factors on the desk,
+// with what their sums start from; there they are kept while strip after strip wants the same.
+template <class Isa>
+Panel panel(const DmqfxLayer& layer, const Part& part, const Held& wanted, int64_t to, const uint8_t* factors, Desk& desk) {
   const int64_t quads = layer.channels / kQuad, steps = layer.taps[0] * layer.taps[1] * quads, from = wanted.from;
-  const int64_t bytes = layer.nibbles ? kStep / 2 : kStep;
+  const int64_t bytes = layer.nibbles ? kStep / 2 : kStep, count = to - from;
   const uint8_t* packed = layer.weights + wanted.group * pieces(layer.out_channels, kLane) * steps * bytes;
-  if (!layer.nibbles && factors == nullptr && part.gates == 0)
-    return {reinterpret_cast<const int8_t*>(packed + (part.block * steps + from) * bytes), steps * kStep};
-  const int64_t stride = (to - from) * kStep;
-  if (desk.held == wanted) return {desk.weights, stride};
+  const bool as_they_lie = !layer.nibbles && factors == nullptr && part.gates == 0;
+  Panel found{desk.weights, count * kStep};
+  if (as_they_lie) found = {reinterpret_cast<const int8_t*>(packed + (part.block * steps + from) * bytes), steps * kStep};
+  const Room room{least(part.room.steps, count), part.room.middle};
+  if (Isa::kCentred) found.starts = desk.starts, found.starts_stride = pieces(count, room.steps) * kStart, found.room = room.steps;
+  if (desk.held == wanted) return found;
   for (int64_t k = 0; k < part.blocks; ++k) {
     const uint8_t* of_block = packed + (part.number(k) * steps + from) * bytes;
-    int8_t* place = desk.weights + k * stride;
+    int8_t* place = desk.weights + k * found.stride;
     if (layer.nibbles)
-      widen(of_block, to - from, place);
-    else if (factors == nullptr)
-      std::memcpy(place, of_block, static_cast<size_t>(stride));
+      widen(of_block, count, place);
+    else if (!as_they_lie && factors == nullptr)
+      std::memcpy(place, of_block, static_cast<size_t>(found.stride));
     if (factors != nullptr)
-      multiply(layer.nibbles ? place : reinterpret_cast<const int8_t*>(of_block), from, to - from, quads, factors, place);
+      multiply(layer.nibbles ? place : reinterpret_cast<const int8_t*>(of_block), from, count, quads, factors, place);
+    if constexpr (Isa::kCentred) start<Isa>(found.weights + k * found.stride, count, room, desk.starts + k * found.starts_stride);
   }
   desk.held = wanted;
-  return {desk.weights, stride};
+  return found;
 }
 
 // Adds the products of `rows` positions to the sums, or makes them anew; of weights times factors, if there are any.
@@ -144,13 +175,12 @@ void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t 
   for (int64_t from = 0; from < steps; from += kChunk, fresh = false) {
     const int64_t to = least(from + kChunk, steps);
     wanted.from = from;
-    const Panel read = panel(layer, part, wanted, to, factors, desk);
+    const Panel read = panel<Isa>(layer, part, wanted, to, factors, desk);
     for (int64_t block = 0; block < part.blocks; block += Isa::kBlocks) {
       const Tile<Isa> chosen = tile_of<Isa>(least(Isa::kBlocks, part.blocks - block));
-      const int8_t* weights = read.weights + block * read.block_stride;
+      const Panel blocks = read.from(block);
       for (int64_t k = 0; k < rows; k += Isa::kRows)
-        chosen(strip.rows + k * taps, taps, quads, from, to, part.room, weights, read.block_stride, fresh,
-               desk.sums + k * width + block * kLane, width);
+        chosen(strip.rows + k * taps, taps, quads, from, to, blocks, fresh, desk.sums + k * width + block * kLane, width);
     }
   }
 }
@@ -216,9 +246,9 @@ constexpr int64_t kFewSteps = 256;  // of a layer whose results take as long as 
 
 // All of a layer; false if there is no memory.
 template <class Isa>
-bool run(const DmqfxLayer& layer, int64_t room, int threads) {
+bool run(const DmqfxLayer& layer, Room room, int threads) {
   constexpr int64_t kBlocks = kMostBlocks;
-  static_assert(kChunk % (int64_t{1} << (kRuns - 1)) == 0);  // runs are counted from the first step of a chunk
+  static_assert(kChunk % 256 == 0 && kChunk % 384 == 0);  // runs are counted from the first step of a chunk
   static_assert(kWhole % Isa::kRows == 0 && kStrip % kWhole == 0 && kBlocks <= kMostBlocks && kBlocks % 2 == 0);
   const bool gated = layer.coding != nullptr && layer.coding->activation == kGeglu;
   const int64_t taps = layer.taps[0] * layer.taps[1], steps = taps * layer.channels / kQuad;
@@ -243,7 +273,7 @@ bool run(const DmqfxLayer& layer, int64_t room, int threads) {
       const int64_t number = k / panels, group = number / cut.bundles, start = number % cut.bundles * cut.bundle;
       const int64_t block = k % panels * together, end = least(start + cut.bundle, layer.batch * cut.strips);
       const int64_t some = least(together, blocks - block);
-      const Part part{block, gated ? 2 * some : some, room, gated ? blocks : 0};
+      const Part part{block, gated ? 2 * some : some, Isa::kCentred ? room : Room{}, gated ? blocks : 0};
       for (int64_t at = start; at < end; ++at) {
         const int64_t first = at % cut.strips * cut.length, place = at - start;
         const Strip strip{at / cut.strips, group, first, least(cut.length, cut.positions - first),
@@ -259,13 +289,15 @@ bool run(const DmqfxLayer& layer, int64_t room, int threads) {
 
 // 10^9 multiply-adds a second of the tile alone on data in the first cache.
 template <class Isa>
-double peak(int64_t room, double (*seconds)()) {
+double peak(double (*seconds)()) {
   constexpr int64_t kSteps = 120;  // no power of two: blocks would fall into the same sets of the cache
   alignas(64) static int8_t weights[Isa::kBlocks * kSteps * kStep];
   alignas(64) static uint8_t codes[kSteps * kQuad];
   alignas(64) static int32_t sums[Isa::kRows * Isa::kBlocks * kLane];
   std::memset(weights, 1, sizeof weights);  // pages of their own
   std::memset(codes, 1, sizeof codes);
+  alignas(64) static int16_t starts[kSteps * kStart];
+  const Panel panel{weights, kSteps * kStep, starts, 0, kSteps};
   const uint8_t* rows[Isa::kRows];
   for (auto& row : rows) row = codes;
   const volatile Tile<Isa> measured = tile_of<Isa>(Isa::kBlocks);  // as layers call it: not compiled for these sizes
@@ -274,7 +306,7 @@ double peak(int64_t room, double (*seconds)()) {
     constexpr int kTimes = 2000;
     const double started = seconds();
     for (int k = 0; k < kTimes; ++k)
-      measured(rows, 1, kSteps, 0, kSteps, room, weights, kSteps * kStep, false, sums, Isa::kBlocks * kLane);
+      measured(rows, 1, kSteps, 0, kSteps, panel, false, sums, Isa::kBlocks * kLane);
     const double rate = 1e-9 * kTimes * kSteps * kStep * Isa::kRows * Isa::kBlocks / (seconds() - started);
     if (rate > best) best = rate;
   }

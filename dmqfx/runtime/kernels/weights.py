@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dmqfx.errors import DmqfxError, StoreError
 from dmqfx.runtime import integer
@@ -23,7 +24,7 @@ __all__ = ["LANE", "QUAD", "Weights", "pack", "unpack"]
 LANE, QUAD = 16, 4
 _STEP, _HEADER = LANE * QUAD, 32  # codes of a step; int32 numbers of the header
 _MOST_HEADROOM = 7
-_MAGIC, _VERSION = 0x4B514D44, 3
+_MAGIC, _VERSION = 0x4B514D44, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +32,8 @@ class Weights:
     """A blob, opened: views of its parts.
 
     Shapes: codes uint8, 1-D, as the kernel reads them; sums int32 [groups * out_channels].
-    Units: runs[k] is the greatest magnitude that two neighbouring codes of every step of a run of 2^k steps, which begins
-    at a multiple of 2^k, can make of activation codes of 1; headroom the bits by which every code can be shifted to the
+    Units: pair is the greatest magnitude that two neighbouring codes can make of activation codes of 0 or 1, runs[k] that
+    those in every step of a run of RUNS[k] steps, which begins at a multiple of its length, can make of -1 to 1; headroom the bits by which every code can be shifted to the
     left and still has 8; out_channels and channels are those of one group, channels before they are filled up.
     """
 
@@ -43,6 +44,7 @@ class Weights:
     out_channels: int
     channels: int
     taps: tuple[int, int]
+    pair: int
     runs: tuple[int, ...]
     headroom: int
 
@@ -62,19 +64,19 @@ class Weights:
                 f"{blob.dtype} {list(blob.shape)} does not start with the header of version {_VERSION}"
             )
         nibbles, *sizes, headroom = numbers[2:9]
-        runs, expected = tuple(numbers[9 : 9 + RUNS]), _sizes(shape, groups)
-        bounded = 0 <= headroom <= _MOST_HEADROOM and all(
-            0 <= run <= 256 << k and run >= runs[max(k - 1, 0)] for k, run in enumerate(runs)
-        )
+        (pair, *runs), expected = numbers[9 : 10 + len(RUNS)], _sizes(shape, groups)
+        least = dict(zip(RUNS, runs, strict=True))
+        bounded = 0 <= headroom <= _MOST_HEADROOM and pair <= least[1] <= 2 * pair
+        bounded &= all(least.get(n // 2, 0) <= run <= 256 * n for n, run in least.items())
         if sizes != expected or not bounded or nibbles not in (0, 1):
-            raise _malformed(f"it says {numbers[2 : 9 + RUNS]} where the layer has {expected}")
+            raise _malformed(f"it says {numbers[2 : 10 + len(RUNS)]} where the layer has {expected}")
         sums = 4 * shape[0]
         length = head + sums + _length(expected, bool(nibbles))
         if blob.numel() != length:
             raise _malformed(f"it has {blob.numel()} bytes where the layer {list(shape)} needs {length}")
         return cls(
             blob[head + sums :], blob[head : head + sums].view(torch.int32), bool(nibbles), groups, expected[1],
-            shape[1], (expected[3], expected[4]), runs, headroom,
+            shape[1], (expected[3], expected[4]), pair, tuple(runs), headroom,
         )  # fmt: skip
 
 
@@ -100,22 +102,22 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
     sizes, nibbles = _sizes(codes.shape, groups), least >= -8 and greatest <= 7
     start, end = 4 * _HEADER, 4 * (_HEADER + len(codes))
     blob = torch.zeros(end + _length(sizes, nibbles), dtype=torch.uint8)
-    runs = _laid_out(codes.cpu().contiguous(), sizes, nibbles, blob[start:end], blob[end:])
-    numbers = [_MAGIC, _VERSION, int(nibbles), *sizes, _headroom(least, greatest), *runs]
+    bounds = _laid_out(codes.cpu().contiguous(), sizes, nibbles, blob[start:end], blob[end:])
+    numbers = [_MAGIC, _VERSION, int(nibbles), *sizes, _headroom(least, greatest), *bounds]
     blob[: 4 * len(numbers)] = torch.tensor(numbers, dtype=torch.int32).view(torch.uint8)
     return blob.to(codes.device)
 
 
 def _laid_out(codes: Tensor, sizes: Sequence[int], nibbles: bool, sums: Tensor, into: Tensor) -> list[int]:
-    """Sums and codes written where they go; what runs of steps can make of activation codes of 1."""
+    """Sums and codes written where they go; the bounds of their pairs and runs."""
     kernels = library()
     if kernels is None:
         raise DmqfxError(absent())
     groups, out, channels, high, wide = sizes
-    runs = torch.zeros(RUNS, dtype=torch.int32)
-    places = (codes.data_ptr(), into.data_ptr(), sums.data_ptr(), runs.data_ptr())
+    bounds = torch.zeros(1 + len(RUNS), dtype=torch.int32)
+    places = (codes.data_ptr(), into.data_ptr(), sums.data_ptr(), bounds.data_ptr())
     kernels.pack(Packing(groups, out, channels, high * wide, nibbles, *places))
-    return [int(run) for run in runs]
+    return [int(bound) for bound in bounds]
 
 
 def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
@@ -134,31 +136,30 @@ def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     codes = laid.permute(0, 1, 4, 3, 5, 2).reshape(groups, -1, quads * QUAD, high * wide)
     filled, codes = codes, codes[:, : weights.out_channels, : weights.channels]
     codes = codes.reshape(tuple(shape)).contiguous()
-    bounds = (_runs(laid), _headroom(*_ends(laid)))
+    bounds = (*_bounds(laid), _headroom(*_ends(laid)))
     sums = codes.flatten(1).sum(1, dtype=torch.int32)
-    if bounds != (weights.runs, weights.headroom) or not torch.equal(sums, weights.sums):
+    if bounds != (weights.pair, *weights.runs, weights.headroom) or not torch.equal(sums, weights.sums):
         raise _malformed("its sums do not follow from its codes")
     if int(filled.count_nonzero()) != int(codes.count_nonzero()):
         raise _malformed("what fills it up is not 0")
     return codes
 
 
-def _runs(laid: Tensor) -> tuple[int, ...]:
-    """What runs of 1, 2, 4, ... steps can make of activation codes of 1, at most, in the 16 bit sum that two weights share.
+def _bounds(laid: Tensor) -> list[int]:
+    """Weights' pair and runs.
 
     Shapes: laid int8 [groups, blocks, taps, quads, 16, 4].
     """
     if laid.numel() == 0:
-        return (0,) * RUNS
+        return [0] * (1 + len(RUNS))
     steps = laid.int().reshape(laid.shape[0] * laid.shape[1], -1, _STEP // 2, 2)
     up, down = (steps.clamp(*ends).sum(3, dtype=torch.int32) for ends in ((0, None), (None, 0)))
-    sums = torch.cat([up, -down], 2)
-    found = [sums.amax()]
-    while len(found) < RUNS:
-        sums = torch.nn.functional.pad(sums, (0, 0, 0, sums.shape[1] % 2))
-        sums = sums[:, ::2] + sums[:, 1::2]
-        found.append(sums.amax())
-    return tuple(torch.stack(found).tolist())
+    sums = {1: up - down}
+    for length in RUNS[1:]:
+        shorter = length // 2 if length // 2 in sums else 1
+        whole = F.pad(sums[shorter], (0, 0, 0, -sums[shorter].shape[1] % (length // shorter)))
+        sums[length] = whole.unflatten(1, (-1, length // shorter)).sum(2, dtype=torch.int32)
+    return [int(max(up.amax(), -down.amin())), *(int(sums[length].amax()) for length in RUNS)]
 
 
 def _ends(codes: Tensor) -> tuple[int, int]:
