@@ -14,6 +14,7 @@ from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.hoisting import between, hoisted_in, is_size, roots
 from dmqfx.runtime.memory import Constants, Memory, Weights, content
+from dmqfx.runtime.replay import Replays, is_native
 
 __all__ = ["HoistedModule"]
 
@@ -37,6 +38,8 @@ class HoistedModule(fx.GraphModule):
         self._flat, cls.forward = cls.forward, HoistedModule._remembering
         self._inputs = {str(n.target): n.name for n in self.graph.nodes if n.op == "placeholder"}
         self._sizes, self._parts, self._rest = _cut(self.graph)
+        self._again = Replays(self._rest.graph) if any(map(is_native, self._rest.graph.nodes)) else None
+        self._rest_weights = Weights(self, self._rest.weights)
         self._weights = Weights(self, tuple(dict.fromkeys(w for part in self._parts for w in part.weights)))
         self.memory, self._constants = Memory(), dict[int, Constants]()
         return code
@@ -57,7 +60,15 @@ class HoistedModule(fx.GraphModule):
                 values = _apart(part.run(self, *read), read)
                 self.memory.keep(key, values)
             known.update(zip(part.gives, values, strict=True))
-        return self._rest.run(self, *(known[name] for name in self._rest.reads))
+        return self._ended([known[name] for name in self._rest.reads])
+
+    def _ended(self, reads: Sequence[object]) -> object:
+        """The rest of a call, which reads what is kept."""
+        generation = self._rest_weights.generation() if self._again is not None else None
+        if self._again is None or generation is None:
+            return self._rest.run(self, *reads)
+        state, constants = (generation, _settings()), self.constants(self._rest.weights)
+        return self._again(lambda: self._rest.run(self, *reads), state, reads, constants)
 
     def constants(self, names: tuple[str, ...]) -> list[Tensor]:
         """The constants of these names as they are now."""
@@ -82,6 +93,7 @@ class _Part:
     gives: tuple[str, ...]
     run: Function
     weights: tuple[str, ...]
+    graph: fx.Graph  # its placeholders are what it reads, then the weights
 
     def results(self, module: nn.Module, known: Mapping[str, object]) -> dict[str, object]:
         """What it gives, by name."""
@@ -115,7 +127,7 @@ def _cut(graph: fx.Graph) -> tuple[_Part, list[_Part], _Part]:
         known.update(ready.gives)
     output = graph.output_node()
     inner, reads = between([output], marks)
-    rest = _Part(tuple(n.name for n in reads), (), _function(inner, reads, output.args[0]), ())
+    rest = _Part(tuple(n.name for n in reads), (), *_function(inner, reads, output.args[0]))
     return _compiled(numbers, numbers, []), parts, rest
 
 
@@ -126,12 +138,13 @@ def _part(marks: Sequence[fx.Node], stops: Iterable[fx.Node]) -> _Part:
 
 def _compiled(gives: Sequence[fx.Node], ends: Sequence[fx.Node], stops: Iterable[fx.Node]) -> _Part:
     inner, reads = between(ends, stops)
-    weights = tuple(str(node.target) for node in inner if node.op == "get_attr")
-    run = _function(inner, reads, tuple(ends))
-    return _Part(tuple(n.name for n in reads), tuple(n.name for n in gives), run, weights)
+    names = tuple(n.name for n in reads), tuple(n.name for n in gives)
+    return _Part(*names, *_function(inner, reads, tuple(ends)))
 
 
-def _function(inner: Iterable[fx.Node], reads: Iterable[fx.Node], result: fx.node.Argument) -> Function:
+def _function(
+    inner: Iterable[fx.Node], reads: Iterable[fx.Node], result: fx.node.Argument
+) -> tuple[Function, tuple[str, ...], fx.Graph]:
     """Nodes of a graph as a function of a module and of what they read; constants are looked up once for all calls."""
     part = fx.Graph()
     copies = {node: part.placeholder(node.name) for node in reads}
@@ -151,7 +164,7 @@ def _function(inner: Iterable[fx.Node], reads: Iterable[fx.Node], result: fx.nod
     exec(code.src, scope)  # as fx does with the whole graph
     made: Function = scope["forward"]
     names = tuple(held)
-    return lambda module, *read: made(module, *read, *module.constants(names))
+    return lambda module, *read: made(module, *read, *module.constants(names)), names, part
 
 
 def _is_plain(values: Iterable[object]) -> bool:

@@ -151,6 +151,17 @@ int dmqfx_attend(const DmqfxAttention* attention, int instruction_set, int threa
   return chosen->attend(*attention, threads) ? kDone : kNoMemory;
 }
 
+int dmqfx_run_all(const DmqfxStep* steps, int64_t count, int instruction_set, int threads) {
+  for (const DmqfxStep* step = steps; step < steps + count; ++step) {
+    int status = kDone;
+    if (step->kind == 0) status = dmqfx_run(static_cast<const DmqfxLayer*>(step->what), instruction_set, threads);
+    if (step->kind == 1) status = dmqfx_code(static_cast<const DmqfxCoding*>(step->what), instruction_set, threads);
+    if (step->kind == 2) status = dmqfx_attend(static_cast<const DmqfxAttention*>(step->what), instruction_set, threads);
+    if (status != kDone) return status;
+  }
+  return kDone;
+}
+
 double dmqfx_peak(int instruction_set, int widening) {
   if (!here(instruction_set)) return 0;
   return (instruction_set == kOfAvx2 && widening ? kAvx2Wide : named(instruction_set)).peak(seconds);

@@ -94,6 +94,12 @@ struct DmqfxAttention {
   float* out;
 };
 
+// One call of several: a DmqfxLayer (kind 0), DmqfxCoding (1) or DmqfxAttention (2).
+struct DmqfxStep {
+  int64_t kind;
+  const void* what;
+};
+
 #define DMQFX_EXPORT __attribute__((visibility("default")))
 
 enum DmqfxStatus { kDone = 0, kNotHere = 1, kBadZeroPoint = 2, kNoMemory = 3, kBadShift = 4, kBadGroup = 5 };
@@ -108,6 +114,8 @@ DMQFX_EXPORT int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int 
 DMQFX_EXPORT int64_t dmqfx_packing_size(void);
 DMQFX_EXPORT int64_t dmqfx_attention_size(void);
 DMQFX_EXPORT int dmqfx_attend(const DmqfxAttention* attention, int instruction_set, int threads);
+// One behind the other; the status of the first that is not done.
+DMQFX_EXPORT int dmqfx_run_all(const DmqfxStep* steps, int64_t count, int instruction_set, int threads);
 DMQFX_EXPORT void dmqfx_pack(const DmqfxPacking* packing, int threads);
 // 10^9 multiply-adds a second of the innermost instructions alone, on one thread: what a layer is measured against.
 DMQFX_EXPORT double dmqfx_peak(int instruction_set, int widening);

@@ -58,7 +58,7 @@ def conv2d(
         total = _plain_sums(x_codes, group, weight_shape, operands, window, resized)
         return _last(_finished(total, operands, group, added, coded, 1))
     known = prepare(operands, weight_shape, window, signed=_is_signed(x_codes))
-    layer = Layer.from_buffer_copy(known.layer)
+    layer = known.copy()
     if coded is not None and coded.activation == "geglu":
         raise ValueError("geglu is of rows, not of an image")
     in_kernel = coded if operands.real and coded is not None and coded.fits(weight_shape[0]) else None
@@ -145,7 +145,7 @@ def linear(
     known = prepare(operands, weight_shape, Window(), signed=_is_signed(x_codes))
     if x_codes.shape[-1] != known.channels:
         raise ValueError(f"{x_codes.shape[-1]} input channels for weights {list(weight_shape)}")
-    layer = Layer.from_buffer_copy(known.layer)
+    layer = known.copy()
     rows = _laid_in_rows(layer, x_codes, group)
     wide, lead = weight_shape[0], x_codes.shape[:-1]
     in_kernel = coded if operands.real and coded is not None and coded.fits(wide) else None
@@ -263,7 +263,7 @@ def _run(
         setattr(layer, "real" if out.dtype == torch.float32 else "integer", out.data_ptr())
     else:
         coding = coded.coding(layer, group, out)
-        layer.coding = ctypes.addressof(coding)
+        layer.coding, layer.parts = ctypes.addressof(coding), (coding,)
     native.run(layer, instruction_set)
 
 

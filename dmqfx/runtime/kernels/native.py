@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -24,9 +27,11 @@ __all__ = [
     "Layer",
     "Library",
     "Packing",
+    "Step",
     "absent",
     "library",
     "readable",
+    "taped",
 ]
 
 logger = logging.getLogger(__name__)
@@ -101,6 +106,33 @@ class Attention(ctypes.Structure):
     )
 
 
+class Step(ctypes.Structure):
+    """DmqfxStep of layer.h."""
+
+    _fields_ = (("kind", c_int64), ("what", c_void_p))
+
+
+_KINDS: dict[type[ctypes.Structure], int] = {Layer: 0, Coding: 1, Attention: 2}
+_TAPE = threading.local()
+
+
+@contextmanager
+def taped() -> Iterator[list[ctypes.Structure]]:
+    """What this thread has the library compute meanwhile: structures to be filled in for another call."""
+    before, calls = getattr(_TAPE, "calls", None), list[ctypes.Structure]()
+    _TAPE.calls = calls
+    try:
+        yield calls
+    finally:
+        _TAPE.calls = before
+
+
+def _note(call: ctypes.Structure) -> None:
+    calls = getattr(_TAPE, "calls", None)
+    if calls is not None:
+        calls.append(call)
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded library and the instruction set that layers run on.
@@ -140,6 +172,7 @@ class Library:
             raise DmqfxError(
                 {1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status))
             )
+        _note(layer)
 
     def code(self, coding: Coding, instruction_set: str | None = None) -> None:
         """Turn real numbers into codes.
@@ -155,6 +188,7 @@ class Library:
             raise DmqfxError(
                 {1: f"no kernel for {instruction_set}", 3: "no memory left"}.get(status, str(status))
             )
+        _note(coding)
 
     def attend(self, attention: Attention, instruction_set: str | None = None) -> None:
         """Compute attention.
@@ -173,6 +207,16 @@ class Library:
             raise DmqfxError(
                 f"no memory left for the codes of {heads}; mend: fewer rows at a time, or a smaller image"
             )
+        _note(attention)
+
+    def steps(self, calls: Sequence[ctypes.Structure]) -> ctypes.Array[Step]:
+        """Calls in a row, for `run_all`; they point to these structures, which have to outlive them."""
+        return (Step * len(calls))(*(Step(_KINDS[type(each)], ctypes.addressof(each)) for each in calls))
+
+    def run_all(self, steps: ctypes.Array[Step]) -> bool:
+        """Compute one behind the other on the chosen instruction set; False, at the first that cannot be."""
+        number, threads = INSTRUCTION_SETS.index(self.chosen), torch.get_num_threads()
+        return not self.handle.dmqfx_run_all(steps, len(steps), number, threads)
 
     def pack(self, packing: Packing) -> None:
         """Lay out weights, with the bounds of their pairs and runs of steps."""
@@ -200,6 +244,7 @@ def library() -> Library | None:
         handle.dmqfx_run.argtypes = (POINTER(Layer), c_int, c_int)
         handle.dmqfx_code.argtypes = (POINTER(Coding), c_int, c_int)
         handle.dmqfx_attend.argtypes = (POINTER(Attention), c_int, c_int)
+        handle.dmqfx_run_all.argtypes = (POINTER(Step), c_int64, c_int, c_int)
         handle.dmqfx_peak.argtypes, handle.dmqfx_peak.restype = (c_int, c_int), c_double
         handle.dmqfx_pack.argtypes, handle.dmqfx_pack.restype = (POINTER(Packing), c_int), None
         for name, structure in _STRUCTURES.items():

@@ -65,6 +65,12 @@ class Prepared:
     sizes: tuple[object, ...]
     stamp: Stamp
 
+    def copy(self) -> Layer:
+        """The layer, to be filled in; it keeps its tables."""
+        made = Layer.from_buffer_copy(self.layer)
+        made.kept = self
+        return made
+
     def serves(self, operands: Operands, sizes: tuple[object, ...]) -> bool:
         """Whether it was made of these tensors, as they are now."""
         return (
