@@ -74,13 +74,13 @@ struct Desk {
   int64_t width = 0;   // sums of a position
   Held held{-1, -1, -1, -1, -1};
 
-  bool furnish(const DmqfxLayer& layer, int64_t blocks, int64_t pointers, int64_t strips) {
+  bool furnish(const DmqfxLayer& layer, int64_t blocks, int64_t pointers, int64_t paddings) {
     width = blocks * kLane;
     weights = static_cast<int8_t*>(room(static_cast<size_t>(blocks * kChunk * kStep)));
     starts = static_cast<int16_t*>(room(static_cast<size_t>(blocks * kChunk * kStart) * sizeof(int16_t)));
     sums = static_cast<int32_t*>(room(static_cast<size_t>(kStrip * width) * sizeof(int32_t)));
     rows = static_cast<const uint8_t**>(room(static_cast<size_t>(pointers) * sizeof(uint8_t*)));
-    padding = static_cast<uint8_t*>(room(static_cast<size_t>(strips * layer.channels)));
+    padding = static_cast<uint8_t*>(room(static_cast<size_t>(paddings * layer.channels)));
     factors = static_cast<uint8_t*>(room(static_cast<size_t>(layer.channels)));
     return weights && starts && sums && rows && padding && factors;
   }

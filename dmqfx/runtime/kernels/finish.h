@@ -1,4 +1,4 @@
-// What becomes of the sums of a strip: real numbers, or their codes. Internal linkage, as in tile.h.
+// What becomes of sums: real numbers, or their codes. Internal linkage, as in tile.h.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,9 @@
 
 namespace {
 
-// One strip of positions of one image and group; `rows` and `padding` are its own.
-struct Strip {
+// Positions of one image and group.
+struct Span {
   int64_t image, group, first, count;
-  const uint8_t** rows;
-  uint8_t* padding;
 };
 
 // Part of a layer: up to kBlocks blocks of 16 output channels, or of GEGLU as many of gates behind up to half of them,
@@ -32,16 +30,16 @@ struct Finish {
   uint32_t less[kMostBlocks * kLane];
   float scales[kMostBlocks * kLane], biases[kMostBlocks * kLane];
 
-  // Of shifted weights the product of weights and zero point is the sum behind the strip's last.
-  Finish(const DmqfxLayer& layer, const Strip& strip, const Part& part, const int32_t* sums) {
-    const int64_t width = part.blocks * kLane, row = row_of(layer, strip.image);
+  // Of shifted weights the product of weights and zero point is the sum behind the span's last.
+  Finish(const DmqfxLayer& layer, const Span& span, const Part& part, const int32_t* sums) {
+    const int64_t width = part.blocks * kLane, row = row_of(layer, span.image);
     const auto zero_point = static_cast<uint32_t>(layer.zero_points[row] - part.room.middle);
     for (int64_t k = 0; k < part.blocks; ++k) {
       const int64_t within = part.number(k) * kLane, used = least(kLane, layer.out_channels - within);
-      const int64_t channel = strip.group * layer.out_channels + within, at = k * kLane;
+      const int64_t channel = span.group * layer.out_channels + within, at = k * kLane;
       for (int64_t n = 0; n < used; ++n)
         less[at + n] = layer.shifts == nullptr ? zero_point * static_cast<uint32_t>(layer.sums[channel + n])
-                                               : static_cast<uint32_t>(sums[strip.count * width + at + n]);
+                                               : static_cast<uint32_t>(sums[span.count * width + at + n]);
       if (layer.input_scales == nullptr) continue;
       for (int64_t n = 0; n < used; ++n) {
         scales[at + n] = layer.input_scales[row] * layer.weight_scales[channel + n];
@@ -64,30 +62,30 @@ struct Finish {
 };
 
 // Sums to results: the sums alone, real numbers, or the codes of these.
-inline void finish(const DmqfxLayer& layer, const Strip& strip, const Part& part, const int32_t* sums) {
-  const Finish how(layer, strip, part, sums);
+inline void finish(const DmqfxLayer& layer, const Span& span, const Part& part, const int32_t* sums) {
+  const Finish how(layer, span, part, sums);
   const int64_t width = part.blocks * kLane, all = layer.groups * layer.out_channels;
   const int64_t within = part.block * kLane, used = least(part.half() * kLane, layer.out_channels - within);
-  const int64_t channel = strip.group * layer.out_channels + within;
-  const int64_t first = strip.image * layer.out_height * layer.out_width + strip.first;
+  const int64_t channel = span.group * layer.out_channels + within;
+  const int64_t first = span.image * layer.out_height * layer.out_width + span.first;
   const float* added = layer.added;
-  if (added != nullptr) added += strip.image * layer.added_image + strip.first * layer.added_position + channel;
+  if (added != nullptr) added += span.image * layer.added_image + span.first * layer.added_position + channel;
   if (layer.integer != nullptr) {
-    for (int64_t k = 0; k < strip.count; ++k)
+    for (int64_t k = 0; k < span.count; ++k)
       for (int64_t n = 0; n < used; ++n) layer.integer[(first + k) * all + channel + n] = how.total(sums + k * width, n);
     return;
   }
   const auto more = [&](int64_t k) { return added == nullptr ? nullptr : added + k * layer.added_position; };
   if (layer.coding == nullptr) {
-    for (int64_t k = 0; k < strip.count; ++k)
+    for (int64_t k = 0; k < span.count; ++k)
       how.real(sums + k * width, more(k), 0, used, layer.real + (first + k) * all + channel);
     return;
   }
   const DmqfxCoding& coding = *layer.coding;
-  const Grid grid(coding, strip.image);
+  const Grid grid(coding, span.image);
   float line[kMostBlocks * kLane], steps[kMostBlocks * kLane], zero_points[kMostBlocks * kLane];
   for (int64_t n = 0; n < used; ++n) steps[n] = grid.step(channel + n), zero_points[n] = grid.zero_point(channel + n);
-  for (int64_t k = 0; k < strip.count; ++k) {
+  for (int64_t k = 0; k < span.count; ++k) {
     const int64_t half = part.half() * kLane, behind = part.gates * kLane - half;  // a gate's number is not its channel's
     how.real(sums + k * width, more(k), 0, used, line);
     if (part.gates != 0) how.real(sums + k * width, added == nullptr ? nullptr : more(k) + behind, half, width, line);

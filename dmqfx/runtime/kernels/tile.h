@@ -98,25 +98,38 @@ inline int64_t nearest(int64_t position, int64_t size, int64_t upsampled, float 
   return at < size ? at : size - 1;
 }
 
+// Positions of a group that are worked on together, counted over all images; `rows` and `padding` are its own.
+struct Strip {
+  int64_t group, first, count;
+  const uint8_t** rows;
+  uint8_t* padding;  // of each image
+};
+
 // Where the codes under each tap of each position are; beyond the image lie the padding's.
 inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
   const int64_t pixel = layer.groups * layer.channels, tall = layer.upsampled[0], wide = layer.upsampled[1];
-  std::memset(strip.padding, layer.zero_points[row_of(layer, strip.image)], static_cast<size_t>(layer.channels));
-  const uint8_t* image =
-      layer.codes + strip.image * layer.height * layer.width * pixel + strip.group * layer.channels;
+  const int64_t positions = layer.out_height * layer.out_width, taps = layer.taps[0] * layer.taps[1];
   const uint8_t** row = strip.rows;
-  int64_t down = strip.first / layer.out_width, across = strip.first % layer.out_width;
-  for (int64_t k = 0; k < reach; ++k) {
-    for (int64_t high = 0; high < layer.taps[0]; ++high) {
-      const int64_t y = down * layer.stride[0] - layer.padding[0] + high * layer.dilation[0];
-      const bool within = k < strip.count && y >= 0 && y < tall;
-      const uint8_t* line = within ? image + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * pixel : nullptr;
-      int64_t x = across * layer.stride[1] - layer.padding[1];
-      for (int64_t tap = 0; tap < layer.taps[1]; ++tap, ++row, x += layer.dilation[1])
-        *row = within && x >= 0 && x < wide ? line + nearest(x, layer.width, wide, layer.steps[1]) * pixel : strip.padding;
+  uint8_t* padding = strip.padding;
+  for (int64_t k = 0; k < strip.count; padding += layer.channels) {
+    const int64_t image = (strip.first + k) / positions, within = (strip.first + k) % positions;
+    const int64_t end = least(strip.count, k + positions - within);
+    std::memset(padding, layer.zero_points[row_of(layer, image)], static_cast<size_t>(layer.channels));
+    const uint8_t* codes = layer.codes + image * layer.height * layer.width * pixel + strip.group * layer.channels;
+    int64_t down = within / layer.out_width, across = within % layer.out_width;
+    for (; k < end; ++k) {
+      for (int64_t high = 0; high < layer.taps[0]; ++high) {
+        const int64_t y = down * layer.stride[0] - layer.padding[0] + high * layer.dilation[0];
+        const bool inside = y >= 0 && y < tall;
+        const uint8_t* line = inside ? codes + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * pixel : nullptr;
+        int64_t x = across * layer.stride[1] - layer.padding[1];
+        for (int64_t tap = 0; tap < layer.taps[1]; ++tap, ++row, x += layer.dilation[1])
+          *row = inside && x >= 0 && x < wide ? line + nearest(x, layer.width, wide, layer.steps[1]) * pixel : padding;
+      }
+      if (++across == layer.out_width) across = 0, ++down;
     }
-    if (++across == layer.out_width) across = 0, ++down;
   }
+  for (const uint8_t** end = strip.rows + reach * taps; row < end; ++row) *row = strip.padding;
 }
 
 // What the sums of each run of steps begin with: minus the middle times their weights, as if codes were less by it.
@@ -189,7 +202,7 @@ void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t 
 // 8 bits of a weight is left to the sums: channels of large shifts go first, and their sums are shifted by the rest.
 template <class Isa>
 void accumulate_shifted(const DmqfxLayer& layer, const Strip& strip, Part part, Desk& desk) {
-  const int64_t of_sample = row_of(layer, strip.image);
+  const int64_t of_sample = row_of(layer, strip.first / (layer.out_height * layer.out_width));
   const uint8_t* shifts = layer.shifts + (of_sample * layer.groups + strip.group) * layer.given;
   const int64_t rows = strip.count + 1, span = layer.headroom + 1;  // the last row is the zero point's
   int64_t most = 0;
@@ -220,22 +233,31 @@ void work(const DmqfxLayer& layer, const Strip& strip, Part part, Desk& desk) {
     accumulate<Isa>(layer, strip, part, strip.count, Held{part.block, strip.group, 0, 0, 0}, nullptr, true, desk);
   else
     desk.clear();
-  finish(layer, strip, part, desk.sums);
+  const int64_t positions = layer.out_height * layer.out_width;
+  for (int64_t k = 0, count; k < strip.count; k += count) {
+    const int64_t at = strip.first + k;
+    count = least(strip.count - k, positions - at % positions);
+    finish(layer, Span{at / positions, strip.group, at % positions, count}, part, desk.sums + k * part.blocks * kLane);
+  }
 }
 
 // How the positions of a layer fall into strips, and strips into bundles, for which weights are unpacked once.
 struct Cut {
-  int64_t positions, length, strips;  // of an image; a strip's length
+  int64_t images, positions;          // apart, where each has weights of its own: those of an image, else of all
+  int64_t length, strips;             // a strip's; of each
   int64_t bundle, bundles;            // strips of a bundle; bundles of a group
-  int64_t reach;                      // rows of a strip's table, whole tiles
+  int64_t reach, paddings;            // of a strip: rows of its table, whole tiles; images that it may reach into
 
   Cut(const DmqfxLayer& layer, int64_t panels, int threads) {
-    const int64_t more = layer.shifts == nullptr ? 0 : 1;  // the zero point has a row too
-    positions = layer.out_height * layer.out_width;
+    const bool apart = layer.shifts != nullptr;
+    const int64_t of_image = layer.out_height * layer.out_width, more = apart ? 1 : 0;  // the zero point has a row too
+    images = apart ? layer.batch : 1;
+    positions = apart ? of_image : layer.batch * of_image;
     length = positions > 0 ? least(positions, kStrip - more) : 1;
     strips = pieces(positions, length);
     reach = least(kStrip, pieces(length + more, kWhole) * kWhole);
-    const int64_t all = layer.batch * strips, enough = 8 * threads;
+    paddings = of_image > 0 ? least(layer.batch, (length - 1) / of_image + 2) : 1;
+    const int64_t all = images * strips, enough = 8 * threads;
     bundle = least(pieces(kBundle, reach), all);
     while (bundle > 1 && layer.groups * pieces(all, bundle) * panels < enough) bundle /= 2;
     bundles = pieces(all, bundle);
@@ -262,7 +284,7 @@ bool run(const DmqfxLayer& layer, Room room, int threads) {
 #pragma omp parallel num_threads(threads > 1 ? threads : 1) if (threads > 1)
   {
     Desk desk;
-    const bool ready = desk.furnish(layer, kBlocks, cut.bundle * cut.reach * taps, cut.bundle);
+    const bool ready = desk.furnish(layer, kBlocks, cut.bundle * cut.reach * taps, cut.bundle * cut.paddings);
     if (!ready) {
 #pragma omp atomic write
       failed = true;
@@ -271,13 +293,13 @@ bool run(const DmqfxLayer& layer, Room room, int threads) {
     for (int64_t k = 0; k < pieces_of_work; ++k) {
       if (!ready) continue;
       const int64_t number = k / panels, group = number / cut.bundles, start = number % cut.bundles * cut.bundle;
-      const int64_t block = k % panels * together, end = least(start + cut.bundle, layer.batch * cut.strips);
+      const int64_t block = k % panels * together, end = least(start + cut.bundle, cut.images * cut.strips);
       const int64_t some = least(together, blocks - block);
       const Part part{block, gated ? 2 * some : some, Isa::kCentred ? room : Room{}, gated ? blocks : 0};
       for (int64_t at = start; at < end; ++at) {
         const int64_t first = at % cut.strips * cut.length, place = at - start;
-        const Strip strip{at / cut.strips, group, first, least(cut.length, cut.positions - first),
-                          desk.rows + place * cut.reach * taps, desk.padding + place * layer.channels};
+        const Strip strip{group, at / cut.strips * cut.positions + first, least(cut.length, cut.positions - first),
+                          desk.rows + place * cut.reach * taps, desk.padding + place * cut.paddings * layer.channels};
         if (desk.table != number) point(layer, strip, cut.reach);
         work<Isa>(layer, strip, part, desk);
       }
