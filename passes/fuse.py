@@ -180,10 +180,12 @@ def reshape_views(rw: Rewriter, root: fx.Node, x: fx.Node) -> Outcome:
 
 @rule(p.conv2d())
 def lay_out_conv2d(rw: Rewriter, root: fx.Node) -> Outcome:
-    """float conv2d(x)  ->  the same, laid out channels last once for all native operators that read it."""
+    """float conv2d(x)  ->  the same of x laid out channels last, and so laid out for all native operators that read it."""
     if not any(ops.is_call(reader, "kernel_quantize", *CHANNELS) for reader in root.users):
         return None
-    return rw.call(CONTIGUOUS, near=root, self=rw.like(root), memory_format=torch.channels_last)
+    last = {"near": root, "memory_format": torch.channels_last}
+    made = rw.like(root, input=rw.call(CONTIGUOUS, self=ops.args(root)["input"], **last))
+    return rw.call(CONTIGUOUS, self=made, **last)
 
 
 @dataclass(frozen=True)

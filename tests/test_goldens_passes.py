@@ -23,7 +23,8 @@ OPTIONS = {"reconstruct-blocks": {"iterations": 600}, "quantize-attention": {"ke
 """Options with which every block ends far from where it began, on any machine, and attention of few keys is changed."""
 POLICY = dict.fromkeys([*SWEPT, "learn-steps"], "shifts") | dict.fromkeys(ORDER, "attention")
 POLICY |= {"split-attention": "softmax", "quantize-attention": "attended"}
-MEETS = {"choose-forms": "lower-reference"}
+MEETS = {"choose-forms": "lower-reference", "correct-bias": "reconstruct-blocks"}
+"""Whether a block that was learned is taken may depend on the machine, and with it which layers have a new bias."""
 PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
 POLICY["hoist-invariants"] = "many prompts"
 LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu", "fuse", "hoist-invariants")
