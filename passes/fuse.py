@@ -183,9 +183,9 @@ def lay_out_conv2d(rw: Rewriter, root: fx.Node) -> Outcome:
     """float conv2d(x)  ->  the same of x laid out channels last, and so laid out for all native operators that read it."""
     if not any(ops.is_call(reader, "kernel_quantize", *CHANNELS) for reader in root.users):
         return None
-    last = {"near": root, "memory_format": torch.channels_last}
-    made = rw.like(root, input=rw.call(CONTIGUOUS, self=ops.args(root)["input"], **last))
-    return rw.call(CONTIGUOUS, self=made, **last)
+    last = torch.channels_last
+    x = rw.call(CONTIGUOUS, near=root, self=ops.args(root)["input"], memory_format=last)
+    return rw.call(CONTIGUOUS, near=root, self=rw.like(root, input=x), memory_format=last)
 
 
 @dataclass(frozen=True)

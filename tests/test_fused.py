@@ -114,7 +114,9 @@ def test_layers_that_write_codes_leave_the_loop_where_all_timestep_groups_are_al
     assert ops.args(first)["activation"] == "silu"
     assert ops.args(first)["group"] is None
     made, meant = fused.gm(**given), expected.gm(**given)
-    torch.testing.assert_close(made, meant, rtol=1e-5, atol=1e-5)  # torch's own layers may round otherwise, by layout
+    torch.testing.assert_close(
+        made, meant, rtol=1e-5, atol=1e-5
+    )  # torch's own layers may round otherwise, by layout
     second = next(iter(first.users))
     told = bits.site_bits(fused, Site(second.meta["address"], "input"))
     assert (told.got, told.how) == (8, f"quantized by {first.meta['address']}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.hoisting import between, hoisted_in, is_size, roots
 from dmqfx.runtime.memory import Constants, Memory, Weights, content
-from dmqfx.runtime.replay import Replays, is_native
+from dmqfx.runtime.recording import Replays, is_native
 
 __all__ = ["HoistedModule"]
 
@@ -67,8 +67,8 @@ class HoistedModule(fx.GraphModule):
         generation = self._rest_weights.generation() if self._again is not None else None
         if self._again is None or generation is None:
             return self._rest.run(self, *reads)
-        state, constants = (generation, _settings()), self.constants(self._rest.weights)
-        return self._again(lambda: self._rest.run(self, *reads), state, reads, constants)
+        constants = self.constants(self._rest.weights)
+        return self._again(lambda: self._rest.run(self, *reads), generation, _settings(), reads, constants)
 
     def constants(self, names: tuple[str, ...]) -> list[Tensor]:
         """The constants of these names as they are now."""
@@ -127,7 +127,7 @@ def _cut(graph: fx.Graph) -> tuple[_Part, list[_Part], _Part]:
         known.update(ready.gives)
     output = graph.output_node()
     inner, reads = between([output], marks)
-    rest = _Part(tuple(n.name for n in reads), (), *_function(inner, reads, output.args[0]))
+    rest = _function(inner, reads, output.args[0])
     return _compiled(numbers, numbers, []), parts, rest
 
 
@@ -138,13 +138,10 @@ def _part(marks: Sequence[fx.Node], stops: Iterable[fx.Node]) -> _Part:
 
 def _compiled(gives: Sequence[fx.Node], ends: Sequence[fx.Node], stops: Iterable[fx.Node]) -> _Part:
     inner, reads = between(ends, stops)
-    names = tuple(n.name for n in reads), tuple(n.name for n in gives)
-    return _Part(*names, *_function(inner, reads, tuple(ends)))
+    return replace(_function(inner, reads, tuple(ends)), gives=tuple(n.name for n in gives))
 
 
-def _function(
-    inner: Iterable[fx.Node], reads: Iterable[fx.Node], result: fx.node.Argument
-) -> tuple[Function, tuple[str, ...], fx.Graph]:
+def _function(inner: Iterable[fx.Node], reads: Sequence[fx.Node], result: fx.node.Argument) -> _Part:
     """Nodes of a graph as a function of a module and of what they read; constants are looked up once for all calls."""
     part = fx.Graph()
     copies = {node: part.placeholder(node.name) for node in reads}
@@ -164,7 +161,11 @@ def _function(
     exec(code.src, scope)  # as fx does with the whole graph
     made: Function = scope["forward"]
     names = tuple(held)
-    return lambda module, *read: made(module, *read, *module.constants(names)), names, part
+
+    def run(module: HoistedModule, *read: object) -> object:
+        return made(module, *read, *module.constants(names))
+
+    return _Part(tuple(n.name for n in reads), (), run, names, part)
 
 
 def _is_plain(values: Iterable[object]) -> bool:

@@ -6,7 +6,7 @@
 
 #include "attention.h"
 #include "code.h"
-#include "tile.h"
+#include "strips.h"
 
 namespace {
 

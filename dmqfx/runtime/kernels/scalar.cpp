@@ -2,7 +2,7 @@
 #include "attention.h"
 #include "code.h"
 #include "sets.h"
-#include "tile.h"
+#include "strips.h"
 
 namespace {
 

@@ -33,8 +33,9 @@ class Weights:
 
     Shapes: codes uint8, 1-D, as the kernel reads them; sums int32 [groups * out_channels].
     Units: pair is the greatest magnitude that two neighbouring codes can make of activation codes of 0 or 1, runs[k] that
-    those in every step of a run of RUNS[k] steps, which begins at a multiple of its length, can make of -1 to 1; headroom the bits by which every code can be shifted to the
-    left and still has 8; out_channels and channels are those of one group, channels before they are filled up.
+    those in every step of a run of RUNS[k] steps, which begins at a multiple of its length, can make of -1 to 1;
+    headroom the bits by which every code can be shifted to the left and still has 8; out_channels and channels are
+    those of one group, channels before they are filled up.
     """
 
     codes: Tensor
@@ -158,7 +159,7 @@ def _bounds(laid: Tensor) -> list[int]:
     for length in RUNS[1:]:
         shorter = length // 2 if length // 2 in sums else 1
         whole = F.pad(sums[shorter], (0, 0, 0, -sums[shorter].shape[1] % (length // shorter)))
-        sums[length] = whole.unflatten(1, (-1, length // shorter)).sum(2, dtype=torch.int32)
+        sums[length] = whole.reshape(len(whole), -1, length // shorter, _STEP // 2).sum(2, dtype=torch.int32)
     return [int(max(up.amax(), -down.amin())), *(int(sums[length].amax()) for length in RUNS)]
 
 
