@@ -136,14 +136,13 @@ inline void code_queries(const DmqfxAttention& of, const Heads& heads, Rows rows
   }
 }
 
-// sums[row] of rows of codes, and of some more: codes * packed weights of `steps` quads and some blocks of 16.
+// sums[row] of rows of codes: codes * packed weights of `steps` quads and some blocks of 16.
 template <class Isa>
 void multiply(const uint8_t* const* codes, int64_t rows, int64_t steps, const int8_t* weights, int64_t stride, int64_t blocks,
               int32_t* sums, int64_t width) {
   for (int64_t block = 0; block < blocks; block += Isa::kBlocks) {
-    const Tile<Isa> chosen = tile_of<Isa>(least(Isa::kBlocks, blocks - block));
-    for (int64_t row = 0; row < rows; row += Isa::kRows)
-      chosen(codes + row, 1, steps, 0, steps, Panel{weights + block * stride, stride}, true, sums + row * width + block * kLane, width);
+    const Panel panel{weights + block * stride, stride};
+    tiles<Isa>(codes, rows, 1, steps, 0, steps, panel, least(Isa::kBlocks, blocks - block), true, sums + block * kLane, width);
   }
 }
 

@@ -111,10 +111,8 @@ void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t 
     wanted.from = from;
     const Panel read = panel<Isa>(layer, part, wanted, to, factors, desk);
     for (int64_t block = 0; block < part.blocks; block += Isa::kBlocks) {
-      const Tile<Isa> chosen = tile_of<Isa>(least(Isa::kBlocks, part.blocks - block));
-      const Panel blocks = read.from(block);
-      for (int64_t k = 0; k < rows; k += Isa::kRows)
-        chosen(strip.rows + k * taps, taps, quads, from, to, blocks, fresh, desk.sums + k * width + block * kLane, width);
+      const int64_t used = least(Isa::kBlocks, part.blocks - block);
+      tiles<Isa>(strip.rows, rows, taps, quads, from, to, read.from(block), used, fresh, desk.sums + block * kLane, width);
     }
   }
 }

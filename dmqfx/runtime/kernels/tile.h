@@ -35,15 +35,15 @@ struct Panel {
 
 // sums[row][channel] += the steps from..to, or = where they are fresh; rows[row * taps + tap] points to the codes
 // under a tap.
-template <class Isa, int kUsed>
+template <class Isa, int kTall, int kUsed>
 void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from, int64_t to, const Panel& panel,
           bool fresh, int32_t* sums, int64_t sums_stride) {
-  typename Isa::Sums running[Isa::kRows][kUsed];
+  typename Isa::Sums running[kTall][kUsed];
   const int8_t* weights = panel.weights;
   const int16_t* starts = panel.starts;
   for (int64_t tap = from / quads, quad = from % quads; from < to; fresh = false) {
 #pragma GCC unroll 8
-    for (int row = 0; row < Isa::kRows; ++row)
+    for (int row = 0; row < kTall; ++row)
 #pragma GCC unroll 4
       for (int block = 0; block < kUsed; ++block) Isa::begin(running[row][block], starts + block * panel.starts_stride);
     int64_t left = least(to - from, panel.room);
@@ -51,15 +51,15 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
     if (Isa::kCentred) starts += kStart;
     while (left > 0) {
       const int64_t count = least(left, quads - quad);
-      const uint8_t* codes[Isa::kRows];
+      const uint8_t* codes[kTall];
 #pragma GCC unroll 8
-      for (int row = 0; row < Isa::kRows; ++row) codes[row] = rows[row * taps + tap] + quad * kQuad;
+      for (int row = 0; row < kTall; ++row) codes[row] = rows[row * taps + tap] + quad * kQuad;
       for (int64_t step = 0; step < count; ++step, weights += kStep) {
         typename Isa::Weights loaded[kUsed];
 #pragma GCC unroll 4
         for (int block = 0; block < kUsed; ++block) Isa::load(loaded[block], weights + block * panel.stride);
 #pragma GCC unroll 8
-        for (int row = 0; row < Isa::kRows; ++row) {
+        for (int row = 0; row < kTall; ++row) {
           const typename Isa::Codes four = Isa::spread(codes[row] + step * kQuad);
 #pragma GCC unroll 4
           for (int block = 0; block < kUsed; ++block) Isa::add(running[row][block], four, loaded[block]);
@@ -70,7 +70,7 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
       if (quad == quads) quad = 0, ++tap;
     }
 #pragma GCC unroll 8
-    for (int row = 0; row < Isa::kRows; ++row)
+    for (int row = 0; row < kTall; ++row)
 #pragma GCC unroll 4
       for (int block = 0; block < kUsed; ++block)
         Isa::flush(running[row][block], sums + row * sums_stride + block * kLane, fresh);
@@ -80,14 +80,28 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
 template <class Isa>
 using Tile = void (*)(const uint8_t* const*, int64_t, int64_t, int64_t, int64_t, const Panel&, bool, int32_t*, int64_t);
 
-template <class Isa>
+template <class Isa, int kTall>
 Tile<Isa> tile_of(int64_t blocks) {
   if constexpr (Isa::kBlocks > 1) {
-    if (blocks == 2) return tile<Isa, 2>;
-    if (blocks == 3) return tile<Isa, 3>;
-    if (blocks == 4) return tile<Isa, 4>;
+    if (blocks == 2) return tile<Isa, kTall, 2>;
+    if (blocks == 3) return tile<Isa, kTall, 3>;
+    if (blocks == 4) return tile<Isa, kTall, 4>;
   }
-  return tile<Isa, 1>;
+  return tile<Isa, kTall, 1>;
+}
+
+// The sums of some rows by up to kBlocks blocks: tiles of all rows that fit the registers, and lower ones for what is left.
+template <class Isa>
+void tiles(const uint8_t* const* rows, int64_t count, int64_t taps, int64_t quads, int64_t from, int64_t to, const Panel& panel,
+           int64_t blocks, bool fresh, int32_t* sums, int64_t sums_stride) {
+  constexpr int kHalf = Isa::kRows / 2;
+  const Tile<Isa> whole = tile_of<Isa, Isa::kRows>(blocks);
+  for (int64_t k = 0, tall; k < count; k += tall) {
+    const int64_t left = count - k;
+    tall = left > kHalf ? Isa::kRows : left > 1 ? kHalf : 1;
+    const Tile<Isa> chosen = left > kHalf ? whole : left > 1 ? tile_of<Isa, kHalf>(blocks) : tile_of<Isa, 1>(blocks);
+    chosen(rows + k * taps, taps, quads, from, to, panel, fresh, sums + k * sums_stride, sums_stride);
+  }
 }
 
 // 10^9 multiply-adds a second of the tile alone on data in the first cache.
@@ -103,7 +117,7 @@ double peak(double (*seconds)()) {
   const Panel panel{weights, kSteps * kStep, starts, 0, kSteps};
   const uint8_t* rows[Isa::kRows];
   for (auto& row : rows) row = codes;
-  const volatile Tile<Isa> measured = tile_of<Isa>(Isa::kBlocks);  // as layers call it: not compiled for these sizes
+  const volatile Tile<Isa> measured = tile_of<Isa, Isa::kRows>(Isa::kBlocks);  // as layers call it: not compiled for these sizes
   double best = 0;
   for (int trial = 0; trial < 20; ++trial) {
     constexpr int kTimes = 2000;
