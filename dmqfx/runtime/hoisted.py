@@ -186,7 +186,12 @@ def _is_plain(values: Iterable[object]) -> bool:
 
 def _settings() -> tuple[object, ...]:
     """What may change the last bits of a result, or what may be done with it."""
-    return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.is_inference_mode_enabled()
+    attention = (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )  # on the CPU too
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    return threads, precision, torch.is_inference_mode_enabled(), attention
 
 
 def _apart(values: Sequence[Tensor], read: Iterable[object]) -> tuple[Tensor, ...]:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dmqfx.runtime.kernels.native import Library, Step
 
-__all__ = ["Call", "FailedError", "Replay", "Row", "Slot", "filled", "given", "slots", "tensors"]
+__all__ = ["Call", "FailedError", "Replay", "Row", "Slot", "filled", "given", "layout", "slots", "tensors"]
 
 
 class FailedError(Exception):
-    """A kernel did not run; called by itself it says why."""
+    """A kernel did not run, or torch laid out a result in another way: the graph has to be run."""
 
 
 class Slot(NamedTuple):
@@ -58,13 +58,16 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     made: int
+    layouts: list[object]  # of its results, on which what reads them relies
     dead: list[int] = field(default_factory=list)
 
     def reads(self) -> Iterator[int]:
         return slots((self.args, self.kwargs))
 
     def __call__(self, values: list[Any]) -> None:
-        values[self.made] = self.target(*filled(self.args, values), **filled(self.kwargs, values))
+        made = values[self.made] = self.target(*filled(self.args, values), **filled(self.kwargs, values))
+        if list(map(layout, tensors(made))) != self.layouts:
+            raise FailedError
 
 
 @dataclass(eq=False)
@@ -85,6 +88,11 @@ class Replay:
             for slot in step.dead:
                 values[slot] = None
         return given(self.result, values)
+
+
+def layout(x: Tensor) -> tuple[object, ...]:
+    """Where the numbers of a tensor lie in its memory."""
+    return x.dtype, x.shape, x.stride(), x.storage_offset()
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -120,4 +128,6 @@ def given(result: Any, values: Sequence[Any]) -> Any:
         return result.clone()
     if isinstance(result, (tuple, list)) and not isinstance(result, Slot):
         return type(result)(given(each, values) for each in result)
+    if isinstance(result, dict):
+        return {name: given(each, values) for name, each in result.items()}
     return filled(result, values)
