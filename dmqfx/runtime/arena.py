@@ -57,7 +57,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # what torch d
     """Has what a native operator makes room for in the arena, and sees whether it does more than that."""
 
     def __init__(self, arena: Arena) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # nor its constructor
         self.arena, self.taken, self.computes = arena, list[Tensor](), False
 
     def __torch_dispatch__(
