@@ -187,8 +187,8 @@ def _is_plain(values: Iterable[object]) -> bool:
 def _settings() -> tuple[object, ...]:
     """What may change the last bits of a result, or what may be done with it."""
     attention = (
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
     )  # on the CPU too
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     return threads, precision, torch.is_inference_mode_enabled(), attention
