@@ -87,10 +87,9 @@ class Recorder:
             raise UnlikeError(f"{node.op} {target} may write into what it reads")
         args: Any = fx.node.map_arg(node.args, known.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, known.__getitem__)
-        now = filled(args, self.values), filled(kwargs, self.values)
         if is_native(node) and (coded := self._native(node, args, kwargs)) is not None:
             return coded
-        made = target(*now[0], **now[1])
+        made = target(*filled(args, self.values), **filled(kwargs, self.values))
         starts = [each.untyped_storage().data_ptr() for each in tensors(made)]
         moves = any(True for _ in slots((args, kwargs)))
         if not starts and moves and target is not torch.ops.aten.sym_size.int:

@@ -66,7 +66,7 @@ int64_t greatest_shift(const DmqfxLayer& layer) {
   return greatest;
 }
 
-constexpr int64_t length_of(int run) { return run < 9 ? int64_t{1} << run : int64_t{3} << (run - 9); }
+constexpr int64_t length_of(int run) { return run < kDoubled ? int64_t{1} << run : int64_t{3} << (run - kDoubled); }
 
 // What 16 bit sums surely hold with these weights and activations. Two products saturate, so the pair itself has to fit;
 // sums of pairs wrap around, so only what a run of codes less their middle comes to has to.

@@ -8,7 +8,7 @@ extern "C" {
 
 struct DmqfxCoding;
 
-enum { kRuns = 17 };  // lengths of runs of steps that are bounded: 1, 2, 4, ... 256, and 3, 6, 12, ... 384
+enum { kDoubled = 9, kRuns = 17 };  // lengths of runs of steps that are bounded: 1, 2, 4, ... 256, and 3, 6, 12, ... 384
 
 // A convolution of codes with packed codes; a linear layer is one of a single tap over rows of height 1.
 struct DmqfxLayer {

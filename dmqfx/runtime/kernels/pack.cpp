@@ -73,7 +73,6 @@ class Bounds {
   }
 
  private:
-  static constexpr int kDoubled = 9;
   Doubled<kDoubled> singly_;
   Doubled<kRuns - kDoubled> in_threes_;
   Run three_;
