@@ -56,8 +56,9 @@ def write(name: str, result: Mapping[str, object]) -> Path:
 
 
 def header() -> dict[str, object]:
-    """Command, date and machine."""
-    command = "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Command, date and machine; of folders that lie somewhere on it the name alone."""
+    given = [Path(each).name if each.startswith("/") else each for each in sys.argv[1:]]
+    command = "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *given])
     return {"command": command, "date": today(), "machine": machine()}
 
 
