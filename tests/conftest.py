@@ -10,6 +10,7 @@ from collections.abc import Iterator
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub at import
 os.environ["DMQFX_CACHE"] = tempfile.mkdtemp()  # what was measured on this machine belongs to its user
 
+import exporting
 import pytest
 import torch
 from hypothesis import settings
@@ -40,4 +41,11 @@ def fixed_seed() -> Iterator[None]:
     """The global generator starts alike in every test, whatever ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_export() -> Iterator[None]:
+    """Of models that are made alike, in the whole session; test_capture.py has its own of each."""
+    with exporting.shared():
         yield

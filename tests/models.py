@@ -7,6 +7,7 @@ from functools import cache, partial
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel, UNet2DModel
+from exporting import afresh
 from torch import Tensor
 
 from dmqfx.checking.shrink import randomize
@@ -308,7 +309,8 @@ def model(name: str) -> Model:
 @cache
 def captured(name: str, residuals: bool = False) -> tuple[Model, Program]:
     """The named model and its program."""
-    return model(name), capture(model(name), residuals=residuals)
+    with afresh():
+        return model(name), capture(model(name), residuals=residuals)
 
 
 def tiny_unconditional() -> tuple[Model, Program]:

@@ -235,6 +235,7 @@ def test_what_passes_learn_they_learn_there() -> None:
     assert relative(output(q, DEVICE), output(unet(CPU), CPU)) < 0.5
 
 
+@pytest.mark.slow
 def test_what_was_kept_in_a_run_directory_comes_back_there(tmp_path: Path) -> None:
     first, second = (made(DEVICE, SOLVED, run_dir=tmp_path) for _ in range(2))
     assert relative(output(first, DEVICE), output(unet(CPU), CPU)) < 0.5
@@ -249,7 +250,7 @@ def test_what_is_set_aside_on_disk_comes_back_there() -> None:
     assert torch.equal(back.cpu(), here(4, 6)[1:].t())
 
 
-@pytest.mark.parametrize("target", ["simulate", "reference", "cpu"])
+@pytest.mark.parametrize("target", ["simulate", pytest.param("reference", marks=pytest.mark.slow), "cpu"])
 def test_it_moves_and_comes_back(target: str, tmp_path: Path) -> None:
     simple(DEVICE).save_pretrained(tmp_path)
     q = dmqfx.load(tmp_path, target=target)

@@ -29,6 +29,14 @@ Spoil = Callable[[Program, Program], Program]
 
 NEAREST: Mapping[str, object] = {"method": "nearest"}
 """Options of round-weights that need no calibration rows."""
+SHORT: Mapping[str, Mapping[str, object]] = MappingProxyType(
+    {
+        "round-weights": NEAREST,
+        "learn-steps": {"batch": 4, "iterations": 30},
+        "reconstruct-blocks": {"batch": 4, "iterations": 30, "rate": 0.1},
+    }
+)
+"""Options of what would take long: what is wrong with the result is wrong after few iterations, too."""
 ORDER = (
     "canonicalize flag-skips plan-sites insert-observers freeze-observers pair-layers learn-scaling "
     "apply-scaling absorb-scaling round-weights insert-qdq"
@@ -130,7 +138,7 @@ def bare(name: str) -> Pass:
 
 def options(name: str) -> Mapping[str, object]:
     """What `bare` asks of a pass."""
-    return NEAREST if name == "round-weights" else {}
+    return SHORT.get(name, {})
 
 
 @cache

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
 )
 from diffusers.models.unets import unet_2d_blocks
+from exporting import afresh
 from models import (
     MODELS,
     captured,
@@ -58,6 +60,10 @@ RARE = (
     "control-xl",
     "control-text",
     "plain",
+    "stable-diffusion-2",
+    "resnet-sampling",
+    "deep-floyd",
+    "audio",
 )
 COMMON = tuple(name for name in MODELS if name not in RARE)
 
@@ -81,6 +87,13 @@ OPTIONS_NOT_COVERED: Mapping[tuple[str, str], str] = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def exported_afresh() -> Iterator[None]:
+    """Nothing here comes from the export of another model."""
+    with afresh():
+        yield
+
+
 def assert_equals_eager(unet: nn.Module, program: Program, sizes: Mapping[str, int]) -> None:
     unit = program.inputs.multiple_of
     scaled = {name: size * unit if name in "HW" else size for name, size in sizes.items()}
@@ -90,6 +103,11 @@ def assert_equals_eager(unet: nn.Module, program: Program, sizes: Mapping[str, i
     for ours, theirs in zip(got if isinstance(got, tuple) else (got,), expected, strict=True):
         assert ours.isfinite().all()
         assert relative(ours, theirs) <= 1e-6, scaled
+
+
+def slowly(*case: object, **more: Any) -> object:
+    """A case among the slow ones."""
+    return pytest.param(*case, marks=pytest.mark.slow, **more)
 
 
 def assert_equals_eager_at_all_sizes(name: str) -> None:
@@ -109,7 +127,7 @@ def test_a_rare_captured_model_equals_eager_too(name: str) -> None:
     assert_equals_eager_at_all_sizes(name)
 
 
-@pytest.mark.parametrize("name", [*COMMON, "plain", "self-attention"])
+@pytest.mark.parametrize("name", [*COMMON, "plain", *map(slowly, ("self-attention", "audio"))])
 def test_what_a_graph_reads_is_known_before_it_is_captured(name: str) -> None:
     unet, program = captured(name)
     assert [i.name for i in demanded(unet).inputs] == [i.name for i in program.inputs.inputs]
@@ -137,16 +155,21 @@ def test_a_program_takes_more_than_64_samples() -> None:
     assert_equals_eager(unet, program, {"B": 65, "H": 3, "W": 2, "T": 2})
 
 
-def test_blocks_that_cannot_double_to_an_odd_size_say_so_in_multiple_of() -> None:
-    assert captured("deep-floyd")[1].inputs.multiple_of == 4
+@pytest.mark.parametrize("levels", [2, slowly(3)])
+def test_blocks_that_cannot_double_to_an_odd_size_say_so_in_multiple_of(levels: int) -> None:
     assert tiny_unconditional()[1].inputs.multiple_of == 2
     later = conditional(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownBlock2D",) * 3,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownBlock2D",) * levels,
         mid_block_type=None,
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")[-levels:],
     )
-    assert capture(later.eval()).inputs.multiple_of == 4
+    assert capture(later.eval()).inputs.multiple_of == 2 ** (levels - 1)
+
+
+@pytest.mark.slow
+def test_blocks_of_resnets_that_cannot_double_to_an_odd_size_say_so_too() -> None:
+    assert captured("deep-floyd")[1].inputs.multiple_of == 4
 
 
 def test_a_timestep_may_differ_for_every_sample_of_a_batch() -> None:
@@ -289,7 +312,7 @@ def test_a_failed_capture_restores_modes_too() -> None:
     assert unet.training
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slowly(torch.float64)])
 def test_a_model_is_captured_in_its_own_dtype(dtype: torch.dtype) -> None:
     unet = fresh().to(dtype)
     program = capture(unet)
@@ -315,7 +338,7 @@ def test_a_control_net_reads_no_projected_context_and_no_picture_s_embedding() -
 
 
 def test_levels_of_different_context_widths_take_no_context() -> None:
-    assert "encoder_hidden_states" not in {i.name for i in captured("audio")[1].inputs.inputs}
+    assert "encoder_hidden_states" not in {i.name for i in demanded(model("audio")).inputs}
 
 
 def test_a_sample_size_that_does_not_halve_is_rounded_up_in_the_example() -> None:
@@ -356,7 +379,7 @@ def test_residuals_of_an_encoder_that_rounds_down_are_taken_at_sizes_that_halve_
     ("processor", "mid"),
     [
         (AttnProcessor(), "UNetMidBlock2DCrossAttn"),
-        (AttnAddedKVProcessor(), "UNetMidBlock2DSimpleCrossAttn"),
+        slowly(AttnAddedKVProcessor(), "UNetMidBlock2DSimpleCrossAttn"),
     ],
 )
 def test_other_attention_processors_are_captured_as_they_are(processor: object, mid: str) -> None:
@@ -506,7 +529,8 @@ REFUSED: list[tuple[str, Callable[[], object], str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("make", "address", "says"), [pytest.param(*case[1:], id=case[0]) for case in REFUSED]
+    ("make", "address", "says"),
+    [(slowly if case[3] == "specialized" else pytest.param)(*case[1:], id=case[0]) for case in REFUSED],
 )
 def test_what_cannot_be_captured_is_named_with_a_way_out(
     make: Callable[[], nn.Module], address: str, says: str

@@ -119,6 +119,12 @@ def test_the_bundled_model_is_compared_in_pictures_and_with_its_training_images(
     assert found["protocol"]["prompts"] == found["protocol"]["pictures_per_run"] == 2
     assert found["protocol"]["reference"]["pictures"] == 1026
     assert len(found["runs"][0]["ssim"]) == 2
+
+
+@pytest.mark.slow
+def test_the_bundled_model_is_compared_by_other_features_and_on_other_prompts(ask: Ask) -> None:
+    few = ("--pictures", "2", "--steps", "2", "--json")
+    found = data(ask("emoji-q", "emoji", *few))
     assert "reference" not in data(ask("emoji-q", "emoji", *few, "--features", "colours:mean"))["protocol"]
     own = data(ask("emoji-q", "emoji", "--prompts", "emoji.txt", "--steps", "2", "--guidance", "1", "--json"))
     assert own["protocol"]["prompts_sha256"] != found["protocol"]["prompts_sha256"]
@@ -146,6 +152,10 @@ def test_a_missed_gate_is_exit_code_3_and_the_results_are_kept(
 
 def test_gates_that_are_met_are_exit_code_0(ask: Ask) -> None:
     assert ask("q", "pipe", *DRAW, "--min-sqnr", "-50", "--min-psnr", "-50")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_gate_of_ssim_is_met_or_missed_by_pictures_that_are_large_enough(ask: Ask) -> None:
     assert ask("emoji-q", "emoji", "--pictures", "1", "--steps", "2", "--min-ssim", "0.1")[0] == 0
     assert ask("emoji-q", "emoji", "--pictures", "1", "--steps", "2", "--min-ssim", "1")[0] == terminal.MISSED
 

@@ -6,11 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_everything_stays_on_the_device_of_the_model() -> None:
-    """What on_device.py holds; every test of it runs."""
+
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_everything_stays_on_the_device_of_the_model(which: str) -> None:
+    """What on_device.py holds; every test of it runs, here or among the slow ones."""
     there = Path(__file__).with_name("on_device.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(there)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        which,
+        str(there),
+    ]
     done = subprocess.run(command, cwd=there.parents[1], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -86,7 +86,15 @@ def blocks(page: Path, language: str) -> list[str]:
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text() and page.name not in TESTED_APART]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
+LONG = {"getting-started.md"}
+"""Draws, compiles and evaluates the bundled model, as its reader would."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.name in LONG)) for page in WITH_PYTHON],
+    ids=name_of,
+)
 @pytest.mark.filterwarnings("ignore::dmqfx.calibration.calibration.CalibrationWarning")
 def test_the_python_of_a_page_runs_and_prints_what_the_page_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

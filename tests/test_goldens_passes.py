@@ -19,8 +19,12 @@ from dmqfx.graph.registry import create
 from dmqfx.seeing.show import diff
 
 GOLDENS = Path(__file__).parent / "goldens"
-OPTIONS = {"reconstruct-blocks": {"iterations": 600}, "quantize-attention": {"keys": 1}}
-"""Options with which every block ends far from where it began, on any machine, and attention of few keys is changed."""
+OPTIONS = {
+    "learn-steps": {},
+    "reconstruct-blocks": {"iterations": 600},
+    "quantize-attention": {"keys": 1},
+}
+"""Options with which steps and blocks end far from where they began, on any machine; attention of few keys is changed."""
 POLICY = dict.fromkeys([*SWEPT, "learn-steps"], "shifts") | dict.fromkeys(ORDER, "attention")
 POLICY |= {"split-attention": "softmax", "quantize-attention": "attended"}
 MEETS = {"choose-forms": "lower-reference", "correct-bias": "reconstruct-blocks"}
@@ -54,7 +58,13 @@ def made(name: str) -> Pass:
 OTHERS = ("learn-steps", "quantize-attention", "choose-forms")
 
 
-@pytest.mark.parametrize("name", [*dict.fromkeys([*SWEPT, *SPLIT, *ORDER]), *OTHERS, *LOWERINGS])
+ALL = (*dict.fromkeys([*SWEPT, *SPLIT, *ORDER]), *OTHERS, *LOWERINGS)
+LONG = ("reconstruct-blocks",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in ALL]
+)
 def test_a_pass_does_to_the_toy_what_its_golden_says(name: str) -> None:
     golden = GOLDENS / f"{name}.txt"
     found = text(made(name))

@@ -210,6 +210,7 @@ def test_the_slope_of_a_step_is_that_of_lsq(
     assert float(wanted.abs().max()) > 0.3 * float(each.abs().sum()) > 0
 
 
+@pytest.mark.slow
 def test_what_is_not_kept_is_computed_again_and_parts_of_a_batch_add_up() -> None:
     """Little memory: the same but for the order of sums, of which Adam makes more where slopes are next to nothing."""
     tight = learned(ready(memory=1))
@@ -242,7 +243,9 @@ def test_sparing_memory_keeps_less_and_gives_the_same_slopes() -> None:
     assert sum(float(one.norm()) > 0 for one in found[0]) > len(found[0]) / 2
 
 
-@pytest.mark.parametrize("stop", [1, 7, 29])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(29, marks=pytest.mark.slow)]
+)
 def test_iterations_are_not_made_again_and_the_bits_are_those_of_a_whole_run(
     tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,11 @@ def test_no_label_of_a_few_is_left_out(row: int, exact: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "name"), [(lambda: of_classes(1000), "class_labels"), (with_learned_time, "timestep")]
+    ("make", "name"),
+    [
+        (lambda: of_classes(1000), "class_labels"),
+        pytest.param(with_learned_time, "timestep", marks=pytest.mark.slow),
+    ],
 )
 def test_one_row_of_a_thousand_shows_and_is_named(make: Callable[[], Program], name: str) -> None:
     with pytest.raises(VerifyError, match=rf"relative L2 error of sample, .* with {name} 777, in float32"):

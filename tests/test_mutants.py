@@ -14,10 +14,58 @@ from dmqfx.graph.pipeline import run_step
 from dmqfx.graph.registry import GROUP
 
 BUILT_IN = {point.name for point in entry_points(group=GROUP) if point.module.startswith("dmqfx.passes.")}
+LONG = {
+    "learn-steps": {
+        "a channel loses its bias",
+        "a layer loses its codes by steps",
+        "a zero point moves with its step",
+    },
+    "reconstruct-blocks": {"a channel has no bias"},
+    "fuse": {
+        "a norm's weight and bias change places",
+        "codes of results are cut off",
+        "the bias is lost where something is added",
+        "the layer norm is dropped",
+        "upsampled codes are one pixel aside",
+        "what is added to a convolution is lost",
+    },
+    "hoist-invariants": {"kept by shape"},
+    "insert-qdq": {
+        "a dequantize has a stale zero point",
+        "an edge comes half a timestep late",
+        "each head has the other's step",
+        "one reader of three stays float",
+        "signed codes are unpacked as unsigned",
+        "the shift is that of the next channel",
+        "the step of the last group is off by a thousandth",
+        "the steps are twice as wide as they need be",
+    },
+    "lower-reference": {
+        "the bias is added twice",
+        "the codes of the weight count as unsigned",
+        "the groups are lost",
+        "the stride is lost",
+        "the zero point of the input is ignored",
+    },
+    "lower-cpu": {
+        "the last channel's scale counts for all",
+        "the padding is lost",
+        "the taps of a kernel are transposed",
+        "the zero points are those of the next group",
+    },
+    "correct-bias": {"each channel gets the correction of the next", "the first row counts for all"},
+    "fit-ranges": {"every searched grid has half its step", "steps are twice as wide as they need be"},
+}
+"""What fast bugs of the same pass are like."""
 HONEST = sorted({(mutant.pass_name, mutant.meets, mutant.policy) for mutant in MUTANTS})
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.pass_name}: {mutant.name}")
+def asked(mutant: Mutant) -> object:
+    marks = [pytest.mark.slow] * (mutant.name in LONG.get(mutant.pass_name, ()))
+    return pytest.param(mutant, marks=marks, id=f"{mutant.pass_name}: {mutant.name}")
+
+
+@pytest.mark.parametrize("mutant", map(asked, MUTANTS))
 def test_a_planted_bug_is_found_and_placed(mutant: Mutant) -> None:
     with pytest.raises(VerifyError) as caught:
         verify(mutant.program(), mutant.make(), context(mutant.policy))
@@ -50,3 +98,4 @@ def test_every_built_in_pass_has_its_bugs() -> None:
 def test_a_bug_has_one_name() -> None:
     names = [(mutant.pass_name, mutant.name) for mutant in MUTANTS]
     assert len(set(names)) == len(names)
+    assert {(step, name) for step, long in LONG.items() for name in long} <= set(names)

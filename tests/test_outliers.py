@@ -106,6 +106,7 @@ def whole(*without: str) -> CompiledUNet:
     return dmqfx.compile(wild(), policy, calibration=calls(), progress=False, target="simulate")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*random")
 def test_the_whole_method_is_finite_there_and_better_than_without_scales() -> None:
     plain = compiled("fit-ranges")
@@ -113,6 +114,7 @@ def test_the_whole_method_is_finite_there_and_better_than_without_scales() -> No
     assert whole().report.mean_db > plain.report.mean_db + 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*random")
 def test_scales_are_worth_their_place_in_the_whole_method() -> None:
     unscaled = whole("pair-layers", "learn-scaling", "apply-scaling", "absorb-scaling")

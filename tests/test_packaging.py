@@ -141,6 +141,7 @@ def test_an_installed_wheel_finds_its_passes_policies_and_model(wheel: Path, tmp
     check(environment, home=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_installation_in_place_finds_the_same_and_new_files_at_once(tree: Path, tmp_path: Path) -> None:
     environment = empty_environment(tmp_path / "environment")
     environment.pip_install("--no-build-isolation", "--editable", str(tree))

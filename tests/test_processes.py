@@ -21,10 +21,8 @@ from dmqfx.graph.table import Table
 from dmqfx.numbers.speeds import Speeds
 
 FAILING = ("raise", "few", "other")
-SHARED = (
-    *FAILING, "minmax", "mse", "percentile", "ema", "observed", "felt", "blocks", "steps", "les", "surrogate", "whole",
-    "alive", "resumed",
-)  # fmt: skip
+SHARED = (*FAILING, "minmax", "observed", "felt", "blocks", "steps", "les", "alive", "resumed")
+LONG = ("mse", "percentile", "ema", "surrogate", "whole")
 DYING = ("mortal0", ",", "mortal1", ",", "mortal2", ",", "mortal3", "die")
 CODES = [[0, -9], [-9, -9], [-9, 0], [0, 9]]
 
@@ -35,6 +33,15 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("both")
     codes, said = started((*SHARED, *DYING), folder)
     assert codes == CODES, said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of what takes long, and of what is much like the others."""
+    folder = tmp_path_factory.mktemp("long")
+    codes, said = started(LONG, folder)
+    assert codes == [[0, 0]], said
     return folder
 
 
@@ -63,11 +70,22 @@ def differing(kind: str, both: Path, tmp_path: Path) -> dict[str, float]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("kind", ["minmax", "mse", "percentile", "ema", "resumed", "les", "surrogate"])
+@pytest.mark.parametrize("kind", ["minmax", "resumed", "les"])
 def test_codes_scales_votes_and_extremes_are_those_of_one_process_bit_for_bit(
     kind: str, both: Path, tmp_path: Path
 ) -> None:
     """Means and variances are sums in another order; no code depends on them."""
+    assert_alike(kind, both, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", LONG[:-1])
+def test_codes_of_other_methods_are_those_of_one_process_too(kind: str, long: Path, tmp_path: Path) -> None:
+    assert_alike(kind, long, tmp_path)
+
+
+def assert_alike(kind: str, both: Path, tmp_path: Path) -> None:
     others = differing(kind, both, tmp_path)
     assert all(name.startswith("Range ") and name.endswith((" mean", " variance")) for name in others)
     assert all(off < 1e-6 for off in others.values())
@@ -115,12 +133,13 @@ def test_steps_are_learned_by_both_from_their_shares_of_every_batch(both: Path, 
     assert len(list((both / "run").glob("*learn-steps*/state-*"))) == 1  # the first one kept it
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_all_that_w4a6_does_ends_with_the_same_output_but_for_a_twentieth_of_its_error_at_most(
-    both: Path,
+    long: Path,
 ) -> None:
     """What is rounded by sums of another order may have other codes here and there."""
-    shared = [found("whole", both, rank) for rank in (0, 1)]
+    shared = [found("whole", long, rank) for rank in (0, 1)]
     assert torch.equal(shared[0]["quantized"], shared[1]["quantized"])
     alone = whole()
     assert torch.equal(alone["real"], shared[0]["real"])
@@ -192,6 +211,7 @@ def test_a_process_alone_needs_no_group() -> None:
         raise ProcessError("as it is")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_compile_under_torchrun_writes_and_prints_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -55,7 +55,7 @@ def rows(program: Program) -> list[tuple[object, ...]]:
 # --- any legal order
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(pipelines(), st.sampled_from(sorted(POLICIES)))
 def test_any_legal_order_of_exact_passes_preserves_the_output(steps: tuple[Pass, ...], policy: str) -> None:
     before = toy().astype(torch.float64)
@@ -95,7 +95,7 @@ PLACES = (
 )
 
 
-@settings(max_examples=4, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, suppress_health_check=list(HealthCheck))
 @given(plans(PLACES))
 def test_any_policy_is_carried_out_with_every_pass_verified_and_comes_back_bit_by_bit(policy: Policy) -> None:
     ctx = PassContext(policy, toy_rows())
@@ -116,7 +116,7 @@ def test_any_policy_is_carried_out_with_every_pass_verified_and_comes_back_bit_b
 # --- any program
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(programs())
 def test_canonicalize_is_idempotent(program: Program) -> None:
     step, ctx = passes()["canonicalize"](), PassContext()

@@ -26,6 +26,8 @@ from dmqfx.sweep.turn import Turn
 from dmqfx.sweep.values import Pair
 from dmqfx.sweep.walk import Walk
 
+pytestmark = pytest.mark.slow  # the toy goes through the same steps in fast tests
+
 STEPS = "canonicalize flag-skips split-skips plan-sites fit-ranges vote-shifts round-weights".split()
 
 

@@ -140,14 +140,19 @@ def test_a_process_stays_within_its_budget() -> None:
 
     A tenth is for what is no tensor.
     """
-    assert grown(1000) > 60
     assert grown(40) <= 44
+
+
+@pytest.mark.slow
+def test_a_process_with_room_takes_more() -> None:
+    """The bound above can fail."""
+    assert grown(1000) > 60
 
 
 # --- chunks
 
 
-@pytest.mark.parametrize("name", ["toy", "unconditional"])
+@pytest.mark.parametrize("name", ["toy", pytest.param("unconditional", marks=pytest.mark.slow)])
 def test_chunks_of_other_sizes_change_the_order_of_sums_and_nothing_else(name: str) -> None:
     """As long as nothing is rounded, ranges are the same but for last digits."""
     program = program_of(name)
@@ -160,7 +165,7 @@ def test_chunks_of_other_sizes_change_the_order_of_sums_and_nothing_else(name: s
         assert torch.equal(seen.count, again.count)
 
 
-@pytest.mark.parametrize("name", ["toy", "unconditional"])
+@pytest.mark.parametrize("name", ["toy", pytest.param("unconditional", marks=pytest.mark.slow)])
 def test_of_chunks_of_other_sizes_the_result_is_as_good(name: str) -> None:
     """A last digit decides about a number that stands between two codes, and so about all that follows: where
     the network is rounded no code is promised, but the quality is, within half a decibel.
@@ -285,7 +290,7 @@ def test_what_a_turn_draws_is_its_own() -> None:
     assert tuple(torch.randint(1000, (4,), generator=other).tolist()) != drawn[0]
 
 
-@pytest.mark.parametrize("name", ["toy", "unconditional"])
+@pytest.mark.parametrize("name", ["toy", pytest.param("unconditional", marks=pytest.mark.slow)])
 def test_sampled_rows_give_the_layers_own_output(name: str) -> None:
     """rows @ weight is what the convolution or the linear layer computes at those positions."""
     program = program_of(name)

@@ -20,6 +20,7 @@ from dmqfx.sweep.values import Pair
 from dmqfx.sweep.walk import Walk
 
 MODELS = ("toy", "conditional", "unconditional")
+ALL = ("toy", pytest.param("conditional", marks=pytest.mark.slow), "unconditional")
 SCALING = (("insert-observers", {}), ("freeze-observers", {}), ("pair-layers", {}), ("learn-scaling", {}))
 SCALED = (("apply-scaling", {}),)
 FINISH = (("insert-qdq", {}), ("lower-simulate", {}))
@@ -53,7 +54,7 @@ def sizes(program: Program, kind: str) -> Calibration:
     return recorded(program, *counts[kind])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 def test_the_float_value_is_the_programs_output_bit_for_bit(name: str) -> None:
     program = planned(name)
     data = recorded(program, 5, 3)
@@ -62,14 +63,24 @@ def test_the_float_value_is_the_programs_output_bit_for_bit(name: str) -> None:
     assert len(real) == 3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 def test_without_entries_the_quantized_value_is_the_float_value_itself(name: str) -> None:
     program = planned(name)
     assert all(pair.same for pair in walked(program, recorded(program, 2)))
 
 
-@pytest.mark.parametrize("kind", ["one row", "groups", "few", "one timestep"])
-@pytest.mark.parametrize("name", MODELS)
+KINDS = ("one row", "groups", "few", "one timestep")
+FAST = {("toy", kind) for kind in KINDS} | {("unconditional", "groups")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[pytest.mark.slow] * ((name, kind) not in FAST))
+        for name in MODELS
+        for kind in KINDS
+    ],
+)
 def test_the_quantized_value_is_what_the_compiled_program_computes(name: str, kind: str) -> None:
     program = planned(name)
     data = sizes(program, kind)

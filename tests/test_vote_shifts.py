@@ -384,7 +384,7 @@ def test_readers_of_one_tensor_with_other_shifts_do_not_share_a_quantize() -> No
     assert finished(both, ctx).constant_at(shared).dtype == torch.uint8
 
 
-@pytest.mark.parametrize("pending", [False, True])
+@pytest.mark.parametrize("pending", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_sweep_computes_what_the_compiled_program_will(pending: bool) -> None:
     """Scaled in the graph already, or (pending) about to be, split and shifted, in mixed timestep groups."""
     ctx = replace(context("shifts"), chunk=5)

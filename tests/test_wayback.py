@@ -59,7 +59,9 @@ def test_the_way_back_counts_and_what_is_computed_again_counts_less() -> None:
     assert 5 * layer + slopes <= spared.nbytes < whole.nbytes
 
 
-@pytest.mark.parametrize("share", [0.9, 0.5, 0.3])
+@pytest.mark.parametrize(
+    "share", [pytest.param(0.9, marks=pytest.mark.slow), pytest.param(0.5, marks=pytest.mark.slow), 0.3]
+)
 def test_rows_and_what_they_keep_give_way_until_a_step_of_learning_fits(share: float) -> None:
     program, chunk = _batch()
     network = Network(program)
