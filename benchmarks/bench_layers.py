@@ -3,8 +3,10 @@
 python benchmarks/bench_layers.py [--repeats 5] [--least 0.2] [--processor-time] [--avx2]
 
 All ways of one layer are timed in one turn, one after the other, and a turn is repeated: `ratio` is the median over turns
-of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's linear
-and convolution where this torch still has them. `peak_gops` is
+of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's and fbgemm's
+linear and convolution where this torch still has them. Those of fbgemm give codes, as the kernels' ways of that
+name; all others real numbers. Memory of large
+results is kept between calls, for all ways. `peak_gops` is
 the rate of the innermost instructions on data in the first cache, times the threads, measured in the same run, and `of_peak`
 a layer's share of it. With --avx2 all compute as on a machine without AVX-512 and VNNI. On a machine that runs other
 programs too, --processor-time counts what one thread really got.
@@ -13,10 +15,13 @@ programs too, --processor-time counts what one thread really got.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +31,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmqfx.runtime.kernels import layers, weights
+from dmqfx.runtime.kernels.coded import Coded
 from dmqfx.runtime.kernels.native import Library, library
 
 Way = Callable[[], object]
 Clock = Callable[[], float]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 FORMATS = {"W4A6": (4, 6), "W4A8": (4, 8), "W8A8": (8, 8)}
 
 
@@ -91,16 +98,19 @@ def float32(shape: Shape) -> dict[str, Way]:
     }
 
 
-def native(shape: Shape, weight_bits: int, activation_bits: int, instruction_set: str) -> Way:
-    """The kernel on codes in the layout that quantize leaves them in, real numbers out."""
+def native(
+    shape: Shape, weight_bits: int, activation_bits: int, instruction_set: str, gives_codes: bool = False
+) -> Way:
+    """The kernel on codes in the layout that quantize leaves them in, real numbers out, or codes of them."""
     x = torch.randint(2**activation_bits, shape.x, dtype=torch.uint8)
     w = torch.randint(-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1), shape.w, dtype=torch.int8)
     blob, zero_point = weights.pack(w, 1), torch.full((1, 1), 2 ** (activation_bits - 1), dtype=torch.int32)
     head = (x, torch.rand(1, 1), zero_point, None, blob, shape.w, torch.rand(1, len(w)), torch.randn(len(w)))
+    coded = Coded(torch.full((1, 1), 1e4), zero_point, 0, 2**activation_bits - 1) if gives_codes else None
     if not shape.is_conv:
-        return lambda: layers.linear(*head, instruction_set)
-    pad = shape.w[2] // 2
-    return lambda: layers.conv2d(*head, [shape.stride] * 2, [pad, pad], [1, 1], 1, instruction_set)
+        return lambda: layers.linear(*head, instruction_set, coded=coded)
+    tail = ([shape.stride] * 2, [shape.w[2] // 2] * 2, [1, 1], 1)
+    return lambda: layers.conv2d(*head, *tail, instruction_set, coded=coded)
 
 
 def onednn(shape: Shape) -> Way | None:
@@ -140,6 +150,30 @@ def onednn(shape: Shape) -> Way | None:
     return way
 
 
+def fbgemm(shape: Shape) -> Way | None:
+    """What this torch has of fbgemm's int8, W8A8 with 7 bit activations, or None."""
+    x, w = torch.randint(128, shape.x, dtype=torch.uint8), torch.randint(-127, 128, shape.w).to(torch.int8)
+    scales, zeros, bias = torch.ones(len(w)), torch.zeros(len(w), dtype=torch.int64), torch.randn(len(w))
+    try:
+        weight = torch._make_per_channel_quantized_tensor(w, scales, zeros, 0)
+        if shape.is_conv:
+            codes = torch._make_per_tensor_quantized_tensor(
+                x.contiguous(memory_format=torch.channels_last), 1.0, 3
+            )
+            pads, stride = [shape.w[2] // 2] * 2, [shape.stride] * 2
+            packed = torch.ops.quantized.conv2d_prepack(weight, bias, stride, pads, [1, 1], 1)
+            way: Way = lambda: torch.ops.quantized.conv2d(codes, packed, 1e4, 3)  # noqa: E731
+        else:
+            codes = torch._make_per_tensor_quantized_tensor(x, 1.0, 3)
+            packed = torch.ops.quantized.linear_prepack(weight, bias)
+            way = lambda: torch.ops.quantized.linear(codes, packed, 1e4, 3)  # noqa: E731
+        way()
+    except (AttributeError, RuntimeError) as error:
+        print(f"no fbgemm int8 for {shape}: {str(error).splitlines()[0][:100]}")
+        return None
+    return way
+
+
 def timed(way: Way, least: float, clock: Clock) -> float:
     """Seconds of a call: the least of as many as fit the time."""
     best, spent = float("inf"), 0.0
@@ -159,8 +193,9 @@ def measure(
     for name, bits in FORMATS.items():
         sets = [found.chosen] if found.chosen != found.instruction_sets[-1] else found.instruction_sets[1:]
         ways |= {f"{name} {each}": native(shape, *bits, each) for each in sets}
-    if (theirs := onednn(shape)) is not None:
-        ways["oneDNN int8"] = theirs
+        ways[f"{name} {sets[-1]}, codes"] = native(shape, *bits, sets[-1], gives_codes=True)
+    theirs = {"oneDNN int8": onednn(shape), "fbgemm int8": fbgemm(shape)}
+    ways |= {name: way for name, way in theirs.items() if way is not None}
     for way in ways.values():
         way()
     turns = [{name: timed(way, least, clock) for name, way in ways.items()} for _ in range(repeats)]
@@ -189,6 +224,14 @@ def peaks(found: Library) -> dict[str, float]:
     return {name: round(2 * rate * count, 1) for name, rate in every.items()}
 
 
+def keep_memory() -> None:
+    """Have the C library keep the memory of large results: otherwise the system makes it anew, and zero, at every call."""
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def main() -> None:
     """Measure, write results/layers_sd15.json, or layers_sd15_avx2.json."""
     parser = argparse.ArgumentParser(
@@ -204,6 +247,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.avx2:
         held_to_avx2()
+    keep_memory()
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        torch.backends.quantized.engine = "fbgemm"
+    warnings.filterwarnings("ignore", ".*quantized tensor creation.*")
     if options.processor_time:
         torch.set_num_threads(1)
     clock = time.process_time if options.processor_time else time.perf_counter

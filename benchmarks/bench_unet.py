@@ -33,7 +33,9 @@ from dmqfx.passes import lower_cpu
 from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
 
-UNHOISTED = Target("cpu without hoisting", ("lower-reference", "lower-cpu", "fuse"), "nothing is kept")
+UNHOISTED = Target(
+    "cpu without hoisting", ("lower-reference", "lower-cpu", "fuse", "lower-float"), "nothing is kept"
+)
 UNFUSED = Target("cpu without fuse", ("lower-reference", "lower-cpu"), "layers alone are native")
 MODELS = {"emoji": (emoji.load_unet, emoji.LATENT, (8, 128)), "sd15": (sd15, (4, 64, 64), (77, 768))}
 SHIFTS_IN_TORCH = "cpu, shifts in torch"

@@ -119,6 +119,15 @@ MUTANTS: tuple[Mutant, ...] = (
         policy="attended",
     ),
     *planted(
+        "lower-float",
+        {
+            "a kernel in float is told no scale": (edited("kernel_sdpa", without_scale), WHOLE),
+            "its queries and keys change roles": (edited("kernel_sdpa", keys_for_queries), WHOLE),
+            "it averages keys with values": (edited("kernel_sdpa", keys_added), WHOLE),
+            "its heads change places": (edited("kernel_sdpa", by_the_other_order), WHOLE),
+        },
+    ),
+    *planted(
         "insert-observers",
         {"the keys of a softmax are its channels": (patched("channel_axis", keys_for_heads), AVERAGE)},
         policy="softmax",

@@ -45,7 +45,8 @@ ORDER = (
 AFTER = {
     "lower-cpu": "lower-reference",
     "fuse": "lower-cpu",
-    "hoist-invariants": "fuse",
+    "lower-float": "fuse",
+    "hoist-invariants": "lower-float",
     "learn-steps": "round-weights",
 }
 """Passes that follow another one and stand in no pipeline here."""

@@ -166,7 +166,7 @@ def test_verify_names_every_pass_and_its_drift(made: dict[str, Answer]) -> None:
     drifts = {each["name"]: each["drift"] for each in answer.data["passes"]}
     assert list(drifts) == [
         "canonicalize", "plan-sites", "round-weights", "insert-qdq", "lower-simulate", "choose-forms",
-        "lower-reference", "lower-cpu", "fuse", "hoist-invariants",
+        "lower-reference", "lower-cpu", "fuse", "lower-float", "hoist-invariants",
     ]  # fmt: skip
     assert drifts["canonicalize"] == 0
     assert 0 < drifts["insert-qdq"] < 0.1

@@ -31,8 +31,8 @@ MEETS = {"choose-forms": "lower-reference", "correct-bias": "reconstruct-blocks"
 """Whether a block that was learned is taken may depend on the machine, and with it which layers have a new bias."""
 PART = dict.fromkeys(("insert-observers", "freeze-observers", "apply-scaling", "insert-qdq"), "mid.**")
 POLICY["hoist-invariants"] = "many prompts"
-LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu", "fuse", "hoist-invariants")
-PART |= dict.fromkeys((*LOWERINGS[:-1], "choose-forms"), "mid.**")
+LOWERINGS = ("lower-simulate", "lower-reference", "lower-cpu", "fuse", "lower-float", "hoist-invariants")
+PART |= dict.fromkeys((*LOWERINGS[:-2], "choose-forms"), "mid.**")
 
 
 def text(step: Pass) -> str:

@@ -131,7 +131,7 @@ def test_every_target_computes_what_the_program_does() -> None:
 
 def test_each_lowering_is_verified() -> None:
     program = quantized()
-    for name in ("lower-reference", "lower-cpu", "fuse", "hoist-invariants"):
+    for name in ("lower-reference", "lower-cpu", "fuse", "lower-float", "hoist-invariants"):
         assert verify(program, create(name), context("attended")).step == name
         program = run_step(create(name), program, context("attended"), observe=checking())
 

@@ -469,6 +469,7 @@ def test_the_native_target_gives_the_bits_of_the_reference_and_says_what_stayed_
         "lower-reference",
         "lower-cpu",
         "fuse",
+        "lower-float",
         "hoist-invariants",
     ]
     assert [str(done.at) for done in native.lowering[2].applied] == [

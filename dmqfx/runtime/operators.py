@@ -16,7 +16,7 @@ from dmqfx.numbers import packing, quant
 from dmqfx.runtime import fakes, integer
 from dmqfx.runtime.attention import attention_average, attention_softmax, qattention
 from dmqfx.runtime.kernels import layers
-from dmqfx.runtime.kernels.attend import attend
+from dmqfx.runtime.kernels.attend import attend, average
 from dmqfx.runtime.kernels.coded import Coded
 from dmqfx.runtime.kernels.codes import quantize as kernel_quantize
 
@@ -212,6 +212,7 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
     ),
     "qattention": (_ATTENTION, qattention, fakes.attention),
     "kernel_attention": (_ATTENTION, attend, fakes.attention),
+    "kernel_sdpa": ("Tensor query, Tensor key, Tensor value, float? scale=None", average, fakes.attention),
 }
 
 for _name, (_arguments, _kernel, _fake) in _OPERATORS.items():

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from dmqfx.runtime import arena
 from dmqfx.runtime.arena import Arena, UnlikeError, Watch
-from dmqfx.runtime.kernels.attend import attend
+from dmqfx.runtime.kernels.attend import attend, average
 from dmqfx.runtime.kernels.codes import quantize
 from dmqfx.runtime.kernels.native import Library, library, taped
 from dmqfx.runtime.operators import OPS, kernel_conv2d, kernel_linear
@@ -31,6 +31,7 @@ _NATIVE: Mapping[object, Callable[..., Tensor]] = {
     OPS.kernel_linear.default: kernel_linear,
     OPS.kernel_quantize.default: quantize,
     OPS.kernel_attention.default: attend,
+    OPS.kernel_sdpa.default: average,
 }
 
 

@@ -31,7 +31,7 @@ TARGETS: Final = (
     Target("reference", ("lower-reference",), "exact integer arithmetic in plain torch; any device, slow"),
     Target(
         "cpu",
-        ("choose-forms", "lower-reference", "lower-cpu", "fuse", "hoist-invariants"),
+        ("choose-forms", "lower-reference", "lower-cpu", "fuse", "lower-float", "hoist-invariants"),
         "exact integer arithmetic by native kernels; what they cannot take as in reference, what is slower so simulated",
     ),
 )

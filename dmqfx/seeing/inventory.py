@@ -59,7 +59,7 @@ def macs(node: fx.Node) -> int:
         return math.prod(_shape(node)) * _shape(named["query"])[-1]
     if ops.is_call(node, "attention_average"):
         return math.prod(_shape(node)) * _shape(named["softmax"])[-1]
-    if ops.is_call(node, "scaled_dot_product_attention", *RUN_TIME):
+    if ops.is_call(node, "scaled_dot_product_attention", "kernel_sdpa", *RUN_TIME):
         query, key, value = (_shape(named[arg]) for arg in ("query", "key", "value"))
         return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     weight, outputs = weight_shape(node), math.prod(_shape(node))

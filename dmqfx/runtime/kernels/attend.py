@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from dmqfx.runtime.attention import check, qattention
 from dmqfx.runtime.kernels.native import Attention, library, readable
 
-__all__ = ["WIDEST", "attend"]
+__all__ = ["WIDEST", "attend", "average"]
 
 WIDEST = 1024
 """Channels of a head up to which scores fit the 24 bits that the plain-torch reference has for them."""
@@ -28,13 +31,42 @@ def attend(
     Raises: as qattention; DmqfxError for an instruction set that is not there, or no memory.
     """
     factor = check(query, key, value, scale, bits)
-    native, operands = library(), (query, key, value)
-    batch, heads, queries, width = query.shape
-    empty = query.numel() == 0 or key.numel() == 0
-    if native is None or empty or width > WIDEST or any(not readable(each) for each in operands):
+    if not _fits(query, key, value):
         return qattention(query, key, value, scale, bits)
+    return _attended(query, key, value, factor, bits, instruction_set)
+
+
+def average(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, instruction_set: str | None = None
+) -> Tensor:
+    """softmax(query * scale @ key^T) @ value in real numbers, by the native kernel for float32 on the CPU.
+
+    Its time is that of the products: where there are few keys, torch's kernel takes longer to be called.
+
+    Shapes: as attend; others, and dtypes or devices that the kernel does not take, are left to torch.
+    Raises: DmqfxError for an instruction set that is not there, or no memory.
+    """
+    alike = query.dim() == 4 and query.shape[:2] == key.shape[:2] and key.shape == value.shape
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if not alike or query.shape[3] != key.shape[3] or not factor >= 0 or not _fits(query, key, value):
+        return scaled_dot_product_attention(query, key, value, scale=scale)
+    return _attended(query, key, value, factor, 0, instruction_set)
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel can read these."""
+    empty = query.numel() == 0 or key.numel() == 0
+    readable_all = all(map(readable, (query, key, value)))
+    return library() is not None and not empty and readable_all and query.shape[3] <= WIDEST
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, factor: float, bits: int, instruction_set: str | None
+) -> Tensor:
+    native, (batch, heads, queries, width) = library(), query.shape
+    assert native is not None
     found = Attention(batch, heads, queries, key.shape[2], width, bits, factor)
-    kept = [each if each.stride(3) == 1 else each.contiguous() for each in operands]
+    kept = [each if each.stride(3) == 1 else each.contiguous() for each in (query, key, value)]
     out = query.new_empty((batch, queries, heads, width)).transpose(1, 2)
     for name, each in zip("qkv", kept, strict=True):
         setattr(found, name, each.data_ptr())

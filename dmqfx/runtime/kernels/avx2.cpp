@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
+#include "averages.h"
 #include "code.h"
 #include "strips.h"
 
@@ -163,11 +164,11 @@ double peak_wide(double (*seconds)()) { return peak<Wide>(seconds); }
 
 }  // namespace
 
-const InstructionSet kAvx2{run<Narrow>, peak_narrow, code, nullptr};
-const InstructionSet kAvx2Middle{run_middle, nullptr, code, attend<Middle, Avx2Scores>};
-const InstructionSet kAvx2Wide{run_wide, peak_wide, code, attend<Wide, Avx2Scores>};
+const InstructionSet kAvx2{run<Narrow>, peak_narrow, code, nullptr, average_reals};
+const InstructionSet kAvx2Middle{run_middle, nullptr, code, attend<Middle, Avx2Scores>, average_reals};
+const InstructionSet kAvx2Wide{run_wide, peak_wide, code, attend<Wide, Avx2Scores>, average_reals};
 #else
-const InstructionSet kAvx2{nullptr, nullptr, nullptr, nullptr};
-const InstructionSet kAvx2Middle{nullptr, nullptr, nullptr, nullptr};
-const InstructionSet kAvx2Wide{nullptr, nullptr, nullptr, nullptr};
+const InstructionSet kAvx2{};
+const InstructionSet kAvx2Middle{};
+const InstructionSet kAvx2Wide{};
 #endif

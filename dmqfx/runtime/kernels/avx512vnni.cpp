@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
+#include "averages.h"
 #include "code.h"
 #include "strips.h"
 
@@ -60,7 +61,7 @@ double peak_vnni(double (*seconds)()) { return peak<Vnni>(seconds); }
 
 }  // namespace
 
-const InstructionSet kAvx512Vnni{run_vnni, peak_vnni, code, attend<Vnni, VnniScores>};
+const InstructionSet kAvx512Vnni{run_vnni, peak_vnni, code, attend<Vnni, VnniScores>, average_reals};
 #else
-const InstructionSet kAvx512Vnni{nullptr, nullptr, nullptr, nullptr};
+const InstructionSet kAvx512Vnni{};
 #endif

@@ -146,6 +146,7 @@ int64_t dmqfx_attention_size(void) { return sizeof(DmqfxAttention); }
 int dmqfx_attend(const DmqfxAttention* attention, int instruction_set, int threads) {
   if (!here(instruction_set)) return kNotHere;
   const InstructionSet* chosen = &named(instruction_set);
+  if (attention->bits == 0) return chosen->average(*attention, threads) ? kDone : kNoMemory;
   if (instruction_set == kOfAvx2)  // two products of a code with 127 and -127 fit 16 bits, of 7 bits alone
     chosen = attention->bits < 8 ? &kAvx2Middle : &kAvx2Wide;
   return chosen->attend(*attention, threads) ? kDone : kNoMemory;

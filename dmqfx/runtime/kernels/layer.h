@@ -82,10 +82,10 @@ struct DmqfxPacking {
   int32_t* bounds;                     // [1 + kRuns], DmqfxLayer's pair and runs
 };
 
-// softmax(q k^T * scale) v in codes, head by head; the channels of a head lie side by side.
+// softmax(q k^T * scale) v, head by head, in codes or real numbers; the channels of a head lie side by side.
 struct DmqfxAttention {
   int64_t batch, heads, queries, keys, width;  // width: channels of a head
-  int64_t bits;                        // 2..8, of the codes of Q and of the softmax; those of K and V have 8
+  int64_t bits;                        // 2..8, of the codes of Q and of the softmax; those of K and V have 8. 0: none are made
   double scale;                        // not negative
   int64_t of_q[3], of_k[3], of_v[3], of_out[3];  // strides of samples, heads and rows, in elements
   const float* q;

@@ -51,29 +51,50 @@ DMQFX_INLINE float exponential(float x, Limits limits) {
   return made;
 }
 
-DMQFX_INLINE float silu(float x, Limits limits) {
+// What an activation divides, and by what. The division and what follows is a loop of its own: a processor looks ahead no
+// further than a few numbers, each of which waits for its own last result.
+struct Ratio {
+  float over, under;
+};
+
+// x / (1 + e^-x).
+DMQFX_INLINE Ratio silu_of(float x, Limits limits) {
   const float y = x > limits.least_silu ? x : limits.least_silu;
-  return y / (1.0f + exponential(-y, limits));
+  return {y, 1.0f + exponential(-y, limits)};
 }
 
-// x times the share of the normal distribution below it, to 1e-7 |x|: Abramowitz and Stegun, 7.1.26.
-DMQFX_INLINE float gelu(float x, Limits limits) {
-  const float z = (x > 0 ? x : -x) * 0.707106781f, t = 1.0f / (1.0f + 0.3275911f * z);
-  float series = 1.061405429f;
-  series = series * t - 1.453152027f;
-  series = series * t + 1.421413741f;
-  series = series * t - 0.284496736f;
-  series = series * t + 0.254829592f;
-  const float beyond = 0.5f * (series * t * exponential(-z * z, limits));
-  return x > 0 ? x - x * beyond : x * beyond;
+// The share of the normal distribution below x, less a half, to 3e-7. It is odd: x times a rational function of x^2, fitted
+// for the least greatest error within kFar; beyond, the share is 0 or 1 to 1e-7.
+constexpr float kFar = 5.2f;
+DMQFX_INLINE Ratio share_of(float x) {
+  const float y = bounded(x, -kFar, kFar), square = y * y;
+  float above = 5.84046438e-6f, below = 5.01887087e-7f;
+  above = above * square + 3.14254983e-4f;
+  below = below * square + 1.12737507e-4f;
+  above = above * square + 5.51868323e-3f;
+  below = below * square + 2.70370208e-3f;
+  above = above * square + 4.95927893e-2f;
+  below = below * square + 3.73394266e-2f;
+  above = above * square + 3.98941904e-1f;
+  below = below * square + 2.90971458e-1f;
+  return {y * above, below * square + 1.0f};
 }
 
 template <int kActivation>
-DMQFX_INLINE float activated(float x, float gate, Limits limits) {
-  if constexpr (kActivation == kSilu) return silu(x, limits);
-  if constexpr (kActivation == kGelu) return gelu(x, limits);
-  if constexpr (kActivation == kGeglu) return x * gelu(gate, limits);
-  return x;
+DMQFX_INLINE Ratio ratio_of(float x, float gate, Limits limits) {
+  if constexpr (kActivation == kSilu) return silu_of(x, limits);
+  return share_of(kActivation == kGeglu ? gate : x);
+}
+
+// x times its share, which would not be quite 0 of a number far below.
+DMQFX_INLINE float gelu(float x, Ratio ratio) {
+  return (x > -kFar ? x : -kFar) * (0.5f + ratio.over / ratio.under);
+}
+
+template <int kActivation>
+DMQFX_INLINE float activated(float x, float gate, Ratio ratio) {
+  if constexpr (kActivation == kSilu) return ratio.over / ratio.under;
+  return kActivation == kGeglu ? x * gelu(gate, ratio) : gelu(x, ratio);
 }
 
 // Where quantize is all that is done, numbers are divided by the scale, else multiplied by its reciprocal.
@@ -99,13 +120,28 @@ struct Line {
 
 template <int kNorm, int kActivation, int kCount, class Known>
 DMQFX_INLINE void code_vector(const Known& line, Limits limits, uint8_t* to) {
+  float normed[kCount], overs[kCount], unders[kCount];
   int32_t codes[kCount];
   int16_t halves[kCount];
-  for (int k = 0; k < kCount; ++k) {
+  const auto given = [&](int k) {
     float y = line.x[k];
     if constexpr (kNorm != kNoNorm) y = y * line.times[k] + line.pluses[k];
     if constexpr (kNorm == kLayerNorm) y = y * line.gammas[k] + line.betas[k];
-    y = activated<kActivation>(y, kActivation == kGeglu ? line.gates[k] : 0, limits);
+    return y;
+  };
+  const auto gate = [&](int k) { return kActivation == kGeglu ? line.gates[k] : 0; };
+  for (int k = 0; kActivation != kNoActivation && k < kCount; ++k) {
+    normed[k] = given(k);
+    const Ratio ratio = ratio_of<kActivation>(normed[k], gate(k), limits);
+    overs[k] = ratio.over;
+    unders[k] = ratio.under;
+  }
+  for (int k = 0; k < kCount; ++k) {
+    float y;
+    if constexpr (kActivation == kNoActivation)
+      y = given(k);
+    else
+      y = activated<kActivation>(normed[k], gate(k), {overs[k], unders[k]});
     y = divides(kNorm, kActivation) ? y / line.steps[k] : y * line.steps[k];
     const float zero_point = line.zero_points[k];
     const float whole = bounded(y, limits.least - zero_point, limits.greatest - zero_point) + kRounder;

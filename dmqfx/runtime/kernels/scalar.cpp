@@ -1,5 +1,6 @@
 // The portable kernel: plain C++, which the compiler vectorises as it can.
 #include "attention.h"
+#include "averages.h"
 #include "code.h"
 #include "sets.h"
 #include "strips.h"
@@ -34,4 +35,4 @@ double peak_scalar(double (*seconds)()) { return peak<Scalar>(seconds); }
 
 }  // namespace
 
-const InstructionSet kScalar{run_scalar, peak_scalar, code, attend<Scalar, PlainScores>};
+const InstructionSet kScalar{run_scalar, peak_scalar, code, attend<Scalar, PlainScores>, average_reals};

@@ -13,7 +13,8 @@ struct InstructionSet {
   bool (*run)(const DmqfxLayer& layer, Room room, int threads);  // false: no memory
   double (*peak)(double (*seconds)());
   bool (*code)(const DmqfxCoding& coding, int threads);  // false: no memory
-  bool (*attend)(const DmqfxAttention& attention, int threads);  // false: no memory
+  bool (*attend)(const DmqfxAttention& attention, int threads);   // false: no memory
+  bool (*average)(const DmqfxAttention& attention, int threads);  // in real numbers; false: no memory
 };
 
 // The row of each table of a layer that belongs to a sample; internal linkage, as in tile.h.
