@@ -3,10 +3,9 @@
 python benchmarks/bench_layers.py [--repeats 5] [--least 0.2] [--processor-time] [--avx2]
 
 All ways of one layer are timed in one turn, one after the other, and a turn is repeated: `ratio` is the median over turns
-of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's and fbgemm's
-linear and convolution where this torch still has them. Those of fbgemm give codes, as the kernels' ways of that
-name; all others real numbers. Memory of large
-results is kept between calls, for all ways. `peak_gops` is
+of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's and
+fbgemm's linear and convolution where this torch still has them. Those of fbgemm give codes, and so do the kernels' ways of
+that name; all others give real numbers. Memory of large results is kept between calls, for all ways. `peak_gops` is
 the rate of the innermost instructions on data in the first cache, times the threads, measured in the same run, and `of_peak`
 a layer's share of it. With --avx2 all compute as on a machine without AVX-512 and VNNI. On a machine that runs other
 programs too, --processor-time counts what one thread really got.

@@ -11,15 +11,14 @@ from torch import fx
 from dmqfx.errors import PipelineError
 from dmqfx.globs import matcher
 from dmqfx.graph import ops
+from dmqfx.graph.attention import OPERANDS, more_than_plain
 from dmqfx.graph.facts import ATTENDED, INTEGER, QDQ, Fact
-from dmqfx.graph.modules import label
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.runtime.operators import OPS
 from dmqfx.seeing.bits import LAYOUT
 
-OPERANDS = ("query", "key", "value")
 EVERYWHERE = "**"
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -76,27 +75,14 @@ class QuantizeAttention(Pass):
 
 def _unfit(attention: fx.Node, fewest: int) -> str | None:
     """Why attention cannot be of codes, or None."""
-    named = ops.args(attention)
     operands = [ops.tensor(attention, arg) for arg in OPERANDS]
-    shapes = [node.meta["val"].shape for node in operands]
     if quantized := [arg for arg in OPERANDS if _is_quantized(ops.tensor(attention, arg))]:
         return f"the policy quantizes its {' and '.join(quantized)} already"
-    if named["attn_mask"] is not None:
-        return f"it has a mask, {label(ops.tensor(attention, 'attn_mask'))}"
-    if named["is_causal"]:
-        return "it is causal"
-    if named["dropout_p"] != 0:
-        return f"it drops {named['dropout_p']:.3g} of the softmax at random"
-    if named["enable_gqa"]:
-        return "groups of heads share keys"
-    if isinstance(named["scale"], (int, float)) and not named["scale"] >= 0:
-        return f"its scale {named['scale']:g} is below 0"
-    query, key, value = shapes
-    same = len(query) == len(key) == 4 and query[:2] == key[:2] and query[3] == key[3] and key == value
-    if not same:
-        return "its operands are not [batch, heads, tokens, channels], alike but for the tokens of queries"
-    if key[2] < fewest:
-        return f"it has {key[2]} keys, fewer than the {fewest} that codes are made for (keys: {fewest})"
+    if more := more_than_plain(attention):
+        return more
+    keys = operands[1].meta["val"].shape[2]
+    if keys < fewest:
+        return f"it has {keys} keys, fewer than the {fewest} that codes are made for (keys: {fewest})"
     dtypes = {node.meta["val"].dtype for node in operands}
     return None if len(dtypes) == 1 and dtypes <= {*REAL} else f"its operands are {sorted(map(str, dtypes))}"
 

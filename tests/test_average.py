@@ -1,9 +1,10 @@
-"""Attention in float by the native kernel: the same bits from every instruction set, about as near the exact result as torch."""
+"""Attention in float by the native kernel: the same bits from every instruction set, about as exact as torch's."""
 
 from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 from dmqfx.checking.judges import distance
 from dmqfx.graph.registry import create
 from dmqfx.graph.rewrite import Rewriter
+from dmqfx.runtime import timing
+from dmqfx.runtime.costs import Cost, keep
 from dmqfx.runtime.kernels.attend import average
 from dmqfx.runtime.operators import OPS
 
@@ -118,8 +121,8 @@ def test_attention_over_few_keys_becomes_native() -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"is_causal": True}, "it has is_causal"),
-        ({"dropout_p": 0.1}, "it has dropout_p"),
+        ({"is_causal": True}, "it is causal"),
+        ({"dropout_p": 0.1}, "it drops 0.1 of the softmax at random"),
         ({"scale": -1.0}, "its scale -1 is below 0"),
     ],
 )
@@ -130,16 +133,33 @@ def test_other_attention_stays_and_says_why(changed: dict[str, object], reason: 
 def test_more_keys_stay_and_so_does_all_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[type(create("lower-float")).__module__]
     monkeypatch.setattr(module, "MOST_KEYS", 1)
-    (made, reasons) = lowered()
+    made, reasons = lowered()
     assert (made, len(reasons)) == (0, 1)
-    assert "torch's own kernel is as fast over" in reasons[0]
+    assert "keys, more than the 1 up to which torch's own kernel is slower" in reasons[0]
     monkeypatch.setattr(module, "absent", lambda: "there is no library")
     assert lowered() == (0, ["there is no library"])
+
+
+def test_what_bench_found_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DMQFX_CACHE", str(tmp_path))
+    kinds = [
+        each for each in timing.kinds(program_before("lower-reference")) if each.name.startswith("attention")
+    ]
+    assert [each.name for each in kinds] == ["attention 2x4"]
+    cost = kinds[0].measure(0.01)
+    assert min(cost.native, cost.simulated) > 0
+    key = (kinds[0].name, kinds[0].size)
+    keep({key: Cost(2.0, 1.0)})
+    assert lowered() == (0, ["native 2 ms, by torch 1 ms (dmqfx bench)"])
+    keep({key: Cost(1.0, 2.0)})
+    monkeypatch.setattr(sys.modules[type(create("lower-float")).__module__], "MOST_KEYS", 1)
+    assert lowered() == (1, [])
 
 
 def test_a_program_in_float64_stays_with_torch() -> None:
     program = program_before("lower-float").astype(torch.float64)
     after = run_step(create("lower-float"), program, context())
-    assert [each.reason for each in after.log[-1].refused] == [
-        "its operands are float64, the kernel takes float32"
-    ]
+    (refused,) = after.log[-1].refused
+    assert refused.reason.startswith(
+        "the kernel takes float32 and heads of up to 1024 channels, not float64 of"
+    )

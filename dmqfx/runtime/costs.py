@@ -1,4 +1,4 @@
-"""What layers cost on this machine, natively and simulated: `dmqfx bench` measures it, choose-forms follows it."""
+"""What layers cost on this machine, natively and not: `dmqfx bench` measures it, choose-forms and lower-float follow it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import torch
 from torch import fx
 
 from dmqfx.graph import ops
+from dmqfx.graph.attention import OPERANDS, more_than_plain
 from dmqfx.machine import processor
+from dmqfx.runtime.kernels.attend import WIDEST
 from dmqfx.runtime.kernels.native import library
 from dmqfx.storage.atomic import replacing_file
 from dmqfx.storage.lock import locked
 
-__all__ = ["Cost", "Costs", "file", "keep", "layer_of", "machine", "size_of"]
+__all__ = ["Cost", "Costs", "attention_of", "file", "keep", "layer_of", "machine", "size_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ FORMAT = "dmqfx.costs/1"
 @dataclass(frozen=True)
 class Cost:
     """Milliseconds of one call: quantize and integer layer, or quantize, dequantize and float layer.
+
+    Of attention in float: by the kernel, or by torch.
 
     Example:
         >>> Cost(2.0, 3.0).simulated_is_faster, Cost(3.0, 2.0).simulated_is_faster
@@ -170,9 +174,24 @@ def layer_of(layer: fx.Node) -> str | None:
     return " ".join(words)
 
 
+def attention_of(node: fx.Node) -> str | None:
+    """What the cost of attention in float32 depends on beside the size of its queries; None for what has no kernel.
+
+    Of 8 heads of 40 channels it reads `attention 8x40`, and `attention 8x40 77 keys` where queries are more or fewer.
+    """
+    if not ops.is_call(node, "scaled_dot_product_attention") or more_than_plain(node) is not None:
+        return None
+    operands = [ops.tensor(node, arg).meta["val"] for arg in OPERANDS]
+    if {each.dtype for each in operands} != {torch.float32} or operands[0].shape[3] > WIDEST:
+        return None
+    _, heads, keys, width = map(int, operands[1].shape)
+    return f"attention {heads}x{width}" + (f" {keys} keys" if keys != operands[0].shape[2] else "")
+
+
 def size_of(layer: fx.Node) -> str:
-    """The size of a layer's input at the program's example sizes."""
-    return _by(ops.tensor(layer, "input").meta["val"].shape)
+    """The size of a layer's input, or of queries, at the program's example sizes."""
+    read = "query" if ops.is_call(layer, "scaled_dot_product_attention") else "input"
+    return _by(ops.tensor(layer, read).meta["val"].shape)
 
 
 def _dtype(node: fx.Node) -> str:

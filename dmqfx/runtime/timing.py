@@ -13,9 +13,10 @@ from tqdm import tqdm
 from dmqfx.errors import DmqfxError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address
+from dmqfx.graph.attention import OPERANDS
 from dmqfx.graph.modules import clone, constant_of, is_fixed, propagate
 from dmqfx.graph.program import Program
-from dmqfx.runtime.costs import Cost, layer_of, size_of
+from dmqfx.runtime.costs import Cost, attention_of, layer_of, size_of
 from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 from dmqfx.runtime.targets import Target, lower
@@ -45,6 +46,8 @@ class Kind:
     def forms(self) -> tuple[Run, Run]:
         """The first of them, natively and simulated, on the same random numbers: quantize and the layer."""
         layer = self.nodes[0]
+        if ops.is_call(layer, "scaled_dot_product_attention"):
+            return self._of_attention(layer)
         real = ops.tensor(layer, "input")
         codes = ops.tensor(real, "codes")
         kernel = self.native.node(layer.meta["address"])
@@ -64,12 +67,20 @@ class Kind:
 
         return run
 
+    def _of_attention(self, layer: fx.Node) -> tuple[Run, Run]:
+        """Attention by the kernel and by torch, its heads beside each other in memory."""
+        drawn = _values(self.program, (layer,))
+        values = {x: drawn[x].transpose(1, 2).contiguous().transpose(1, 2) for x in layer.all_input_nodes}
+        operands = {arg: values[ops.tensor(layer, arg)] for arg in OPERANDS}
+        scale = ops.args(layer)["scale"]
+        return lambda: OPS.kernel_sdpa(**operands, scale=scale), lambda: _call(layer, {**values})
+
     def _of(self, program: Program, nodes: Sequence[fx.Node]) -> Run:
         """Operations one after the other; the last one's result."""
         values = _values(program, nodes)
 
         def run() -> object:
-            made = dict(values)
+            made: dict[fx.Node, object] = {**values}
             for node in nodes:
                 made[node] = _call(node, made)
             return made[nodes[-1]]
@@ -91,7 +102,9 @@ class Kind:
 
 
 def kinds(program: Program) -> list[Kind]:
-    """The kinds of layers between quantize and dequantize that have a native form, at the program's example sizes.
+    """The kinds of layers between quantize and dequantize, and of attention in float, that have a native form.
+
+    They are those at the program's example sizes.
 
     Raises: DmqfxError where there are no native kernels, or the program is not on the CPU.
     """
@@ -105,6 +118,9 @@ def kinds(program: Program) -> list[Kind]:
         if name is not None and ops.is_call(
             native.node(node.meta["address"]), "kernel_conv2d", "kernel_linear"
         ):
+            found.setdefault((name, size_of(node)), []).append(node)
+    for node in program.calls("scaled_dot_product_attention"):
+        if (name := attention_of(node)) is not None:
             found.setdefault((name, size_of(node)), []).append(node)
     return [Kind(*key, nodes, program, native) for key, nodes in found.items()]
 
@@ -130,9 +146,9 @@ def resized(program: Program, **sizes: int) -> Program:
     return replace(program, gm=gm, inputs=inputs)
 
 
-def _values(program: Program, nodes: Sequence[fx.Node]) -> dict[fx.Node, object]:
+def _values(program: Program, nodes: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
     """What operations read from elsewhere: constants, the first timestep group for every sample, and random numbers."""
-    found: dict[fx.Node, object] = {}
+    found: dict[fx.Node, Tensor] = {}
     weights = program.weights()
     for read in {read for node in nodes for read in node.all_input_nodes} - set(nodes):
         if is_fixed(read):
