@@ -1,10 +1,11 @@
-"""lower-float: attention that stayed float, over few keys, to a native kernel."""
+"""lower-float: attention over few keys and norms that stayed float to native kernels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from dmqfx.graph import ops
@@ -22,10 +23,11 @@ MOST_KEYS = 64
 
 @dataclass(frozen=True)
 class LowerFloat(Pass):
-    """scaled_dot_product_attention(q, k, v) in float32  ->  kernel_sdpa(q, k, v), where that is faster.
+    """attention(q, k, v) over few keys  ->  kernel_sdpa(q, k, v); silu(group_norm(x))  ->  kernel_group_norm_silu(x).
 
-    It is over few keys: to call torch's takes longer than to compute. `dmqfx bench` finds out for a model's shapes; where it
-    was not asked, few keys are up to 64 at the example sizes. Sums are rounded in another order than torch's.
+    Over few keys it takes longer to call torch's attention than to compute it. `dmqfx bench` finds out for a model's shapes;
+    where it was not asked, few are up to 64 at the example sizes. Norms are those that no quantize reads, as the one
+    before a float convolution at the end. Sums are rounded in another order than torch's. Both are of float32.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
@@ -34,16 +36,39 @@ class LowerFloat(Pass):
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Another operator for each that is faster so; for each that is not, the reason."""
         costs, rw = Costs.here(), Rewriter(program, self.name(), ctx.journal)
-        for node in ctx.journal.fuelled(list(program.calls("scaled_dot_product_attention"))):
-            at = node.meta["address"]
-            if reason := absent() or _slow(node, costs):
+        for node in ctx.journal.fuelled(list(program.calls("scaled_dot_product_attention", "silu"))):
+            attends, at = not ops.is_call(node, "silu"), node.meta["address"]
+            if not attends and not ops.is_call(ops.tensor(node, "self"), "group_norm"):
+                continue
+            if reason := absent() or (_slow(node, costs) if attends else _apart(node)):
                 ctx.journal.refuse(at, "native", reason)
             elif ctx.journal.apply(at, "native"):
                 old = rw.node(at)
-                named = {arg: ops.args(old)[arg] for arg in (*OPERANDS, "scale")}
                 with rw.before(old):
-                    rw.replace(old, rw.call_at(OPS.kernel_sdpa.default, at, **named))
+                    rw.replace(old, _attention(rw, old) if attends else _norm(rw, old))
         return rw.finish()
+
+
+def _attention(rw: Rewriter, old: fx.Node) -> fx.Node:
+    named = {arg: ops.args(old)[arg] for arg in (*OPERANDS, "scale")}
+    return rw.call_at(OPS.kernel_sdpa.default, old.meta["address"], **named)
+
+
+def _norm(rw: Rewriter, old: fx.Node) -> fx.Node:
+    norm = ops.args(ops.tensor(old, "self"))
+    named = {"x": norm["input"]} | {arg: norm[arg] for arg in ("num_groups", "weight", "bias", "eps")}
+    return rw.call_at(OPS.kernel_group_norm_silu.default, old.meta["address"], **named)
+
+
+def _apart(silu: fx.Node) -> str | None:
+    """Why the kernel is not for this activation and the norm before it, or None."""
+    norm = ops.tensor(silu, "self")
+    if len(norm.users) > 1:
+        return "its norm has other readers"
+    made = norm.meta["val"]
+    if made.dim() != 4 or made.dtype != torch.float32:
+        return f"the kernel takes images in float32, not {made.dim()} dimensions in {str(made.dtype).removeprefix('torch.')}"
+    return None
 
 
 def _slow(attention: fx.Node, costs: Costs) -> str | None:

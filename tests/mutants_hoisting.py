@@ -50,7 +50,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(
             "kept by shape": (kept_by(lambda read: read.shape), GROUP),
             "kept by where a tensor is": (kept_by(lambda read: (read.data_ptr(), read.shape)), GROUP),
             "what the sample changes is hoisted": (
-                edited("scaled_dot_product_attention", of_the_sample),
+                edited("kernel_sdpa", of_the_sample),
                 "/transpose",
             ),
         },

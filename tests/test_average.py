@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from planting import context, edited, program_before, run_step
 from test_attend import draw
 from test_kernels import here
-from torch import fx
 from torch.nn import functional as F
 
 from dmqfx.checking.judges import distance
-from dmqfx.graph.registry import create
-from dmqfx.graph.rewrite import Rewriter
-from dmqfx.runtime import timing
-from dmqfx.runtime.costs import Cost, keep
 from dmqfx.runtime.kernels.attend import average
 from dmqfx.runtime.operators import OPS
 
@@ -94,72 +87,3 @@ def test_no_kernel_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     operands = tuple(torch.randn(1, 2, n, 8) for n in (3, 6, 6))
     monkeypatch.setattr(sys.modules[average.__module__], "library", lambda: None)
     assert torch.equal(average(*operands), F.scaled_dot_product_attention(*operands))
-
-
-# --- the pass
-
-
-def lowered(step: str = "lower-float", **changed: object) -> tuple[int, list[str]]:
-    """Kernels that a pass makes of the toy's attention with other arguments, and why it makes none."""
-
-    def change(rw: Rewriter, node: fx.Node) -> fx.Node:
-        return rw.like(node, **changed)
-
-    program = program_before("lower-float")
-    if changed:
-        program = run_step(
-            edited("scaled_dot_product_attention", change)("fuse"), program_before("fuse"), context()
-        )
-    after = run_step(create(step), program, context())
-    return len(list(after.calls("kernel_sdpa"))), [each.reason for each in after.log[-1].refused]
-
-
-def test_attention_over_few_keys_becomes_native() -> None:
-    assert lowered() == (1, [])
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"is_causal": True}, "it is causal"),
-        ({"dropout_p": 0.1}, "it drops 0.1 of the softmax at random"),
-        ({"scale": -1.0}, "its scale -1 is below 0"),
-    ],
-)
-def test_other_attention_stays_and_says_why(changed: dict[str, object], reason: str) -> None:
-    assert lowered(**changed) == (0, [reason])
-
-
-def test_more_keys_stay_and_so_does_all_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[type(create("lower-float")).__module__]
-    monkeypatch.setattr(module, "MOST_KEYS", 1)
-    made, reasons = lowered()
-    assert (made, len(reasons)) == (0, 1)
-    assert "keys, more than the 1 up to which torch's own kernel is slower" in reasons[0]
-    monkeypatch.setattr(module, "absent", lambda: "there is no library")
-    assert lowered() == (0, ["there is no library"])
-
-
-def test_what_bench_found_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DMQFX_CACHE", str(tmp_path))
-    kinds = [
-        each for each in timing.kinds(program_before("lower-reference")) if each.name.startswith("attention")
-    ]
-    assert [each.name for each in kinds] == ["attention 2x4"]
-    cost = kinds[0].measure(0.01)
-    assert min(cost.native, cost.simulated) > 0
-    key = (kinds[0].name, kinds[0].size)
-    keep({key: Cost(2.0, 1.0)})
-    assert lowered() == (0, ["native 2 ms, by torch 1 ms (dmqfx bench)"])
-    keep({key: Cost(1.0, 2.0)})
-    monkeypatch.setattr(sys.modules[type(create("lower-float")).__module__], "MOST_KEYS", 1)
-    assert lowered() == (1, [])
-
-
-def test_a_program_in_float64_stays_with_torch() -> None:
-    program = program_before("lower-float").astype(torch.float64)
-    after = run_step(create("lower-float"), program, context())
-    (refused,) = after.log[-1].refused
-    assert refused.reason.startswith(
-        "the kernel takes float32 and heads of up to 1024 channels, not float64 of"
-    )

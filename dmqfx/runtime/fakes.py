@@ -155,6 +155,11 @@ def kernel_quantize(x: Tensor, *given: Any) -> Tensor:
     return codes.laid_out(x, axis, qmin, activation, beside)
 
 
+def group_norm_silu(x: Tensor, *_: object) -> Tensor:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, bits: int = 8) -> Tensor:
     batch, heads, queries, width = query.shape
     return query.new_empty([batch, queries, heads, width]).transpose(1, 2)

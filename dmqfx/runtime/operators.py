@@ -19,6 +19,7 @@ from dmqfx.runtime.kernels import layers
 from dmqfx.runtime.kernels.attend import attend, average
 from dmqfx.runtime.kernels.coded import Coded
 from dmqfx.runtime.kernels.codes import quantize as kernel_quantize
+from dmqfx.runtime.kernels.norms import group_norm_silu
 
 _GRID = "Tensor scale, Tensor zero_point"
 _INPUT = "Tensor x_codes, Tensor x_scale, Tensor x_zero_point, Tensor? group"
@@ -209,6 +210,11 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
         "Tensor? beside=None",
         kernel_quantize,
         fakes.kernel_quantize,
+    ),
+    "kernel_group_norm_silu": (
+        "Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-05",
+        group_norm_silu,
+        fakes.group_norm_silu,
     ),
     "qattention": (_ATTENTION, qattention, fakes.attention),
     "kernel_attention": (_ATTENTION, attend, fakes.attention),

@@ -17,6 +17,7 @@ from dmqfx.runtime.arena import Arena, UnlikeError, Watch
 from dmqfx.runtime.kernels.attend import attend, average
 from dmqfx.runtime.kernels.codes import quantize
 from dmqfx.runtime.kernels.native import Library, library, taped
+from dmqfx.runtime.kernels.norms import group_norm_silu
 from dmqfx.runtime.operators import OPS, kernel_conv2d, kernel_linear
 from dmqfx.runtime.replay import Call, FailedError, Replay, Row, Slot, filled, given, layout, slots, tensors
 
@@ -32,6 +33,7 @@ _NATIVE: Mapping[object, Callable[..., Tensor]] = {
     OPS.kernel_quantize.default: quantize,
     OPS.kernel_attention.default: attend,
     OPS.kernel_sdpa.default: average,
+    OPS.kernel_group_norm_silu.default: group_norm_silu,
 }
 
 

@@ -77,9 +77,9 @@ void code_planes(const DmqfxCoding& coding, Norm norm, int64_t image, int64_t fi
 }
 
 // Some positions of some channels of an image, with these steps and zero points.
-template <int kNorm, int kActivation, class Steps, class ZeroPoints>
+template <int kNorm, int kActivation, class Steps, class ZeroPoints, class Made>
 void code_column(const DmqfxCoding& coding, Norm norm, Column from, int64_t channel, int64_t rows, Steps steps,
-                 ZeroPoints zero_points, uint8_t* to) {
+                 ZeroPoints zero_points, Made* to) {
   const Limits limits = limits_of(coding);
   const bool waits = kNorm == kGroupNorm && from.next > 0 && from.next < kInCache;
   const int64_t fetched = waits ? from.count : 0;  // of the next image, into the second cache
@@ -142,6 +142,18 @@ void code_rows(const DmqfxCoding& coding, Norm norm, int64_t image, int64_t firs
   }
 }
 
+// Some positions of an image, normed and activated, as real numbers.
+template <int kActivation>
+void norm_rows(const DmqfxCoding& coding, Norm norm, int64_t image, int64_t first, int64_t rows) {
+  float* to = coding.real + (image * coding.positions + first) * coding.channels;
+  for (int64_t channel = 0, count; channel < coding.channels; channel += count) {
+    Column from = column(coding, image, channel);
+    from.x += first * from.row;
+    count = from.count;
+    code_column<kGroupNorm, kActivation>(coding, norm, from, channel, rows, One<float>{1}, One<float>{0}, to + channel);
+  }
+}
+
 // Results of a layer at one position as codes: no norm, gates apart, a step and a zero point for each.
 inline void code_results(const DmqfxCoding& coding, const float* x, const float* gates, const float* steps,
                          const float* zero_points, int64_t count, uint8_t* to) {
@@ -200,7 +212,9 @@ bool code_all(const DmqfxCoding& coding, int threads) {
       const int64_t first = k % runs * run, left = coding.positions - first, image = k / runs;
       const Norm norm = kNorm == kGroupNorm ? Norm{desks.times_of(image), desks.pluses_of(image)} : Norm{};
       constexpr int kNormOfPlanes = kNorm == kLayerNorm ? kNoNorm : kNorm;
-      const auto one = coding.planes ? code_planes<kNormOfPlanes, kActivation> : code_rows<kNorm, kActivation>;
+      auto one = coding.planes ? code_planes<kNormOfPlanes, kActivation> : code_rows<kNorm, kActivation>;
+      if constexpr (kNorm == kGroupNorm && kActivation == kSilu)
+        if (coding.real != nullptr) one = norm_rows<kActivation>;
       one(coding, norm, from + image, first, left < run ? left : run);
     }
   }

@@ -70,6 +70,7 @@ struct DmqfxCoding {
   int64_t timestep_groups;             // rows of scales and zero points
   const int64_t* group;                // [batch], which of them, or null: the first
   uint8_t* codes;                      // [batch, positions, channels]; signed ones in two's complement
+  float* real;                         // or null: where the numbers go that codes would be of, of silu(group norm) of rows
 };
 
 // Codes of a weight to the form in which layers read them.

@@ -118,11 +118,12 @@ struct Line {
   ZeroPoints zero_points;
 };
 
-template <int kNorm, int kActivation, int kCount, class Known>
-DMQFX_INLINE void code_vector(const Known& line, Limits limits, uint8_t* to) {
+// Codes; or the numbers themselves, where `to` is of such.
+template <int kNorm, int kActivation, int kCount, class Known, class Made>
+DMQFX_INLINE void code_vector(const Known& line, Limits limits, Made* to) {
   float normed[kCount], overs[kCount], unders[kCount];
-  int32_t codes[kCount];
-  int16_t halves[kCount];
+  [[maybe_unused]] int32_t codes[kCount];
+  [[maybe_unused]] int16_t halves[kCount];
   const auto given = [&](int k) {
     float y = line.x[k];
     if constexpr (kNorm != kNoNorm) y = y * line.times[k] + line.pluses[k];
@@ -142,13 +143,19 @@ DMQFX_INLINE void code_vector(const Known& line, Limits limits, uint8_t* to) {
       y = given(k);
     else
       y = activated<kActivation>(normed[k], gate(k), {overs[k], unders[k]});
-    y = divides(kNorm, kActivation) ? y / line.steps[k] : y * line.steps[k];
-    const float zero_point = line.zero_points[k];
-    const float whole = bounded(y, limits.least - zero_point, limits.greatest - zero_point) + kRounder;
-    codes[k] = bits_of(whole + zero_point);  // the last byte of the sum is the code
+    if constexpr (sizeof(Made) > 1) {
+      to[k] = y + (normed[k] - normed[k]);  // what is not finite stays so
+    } else {
+      y = divides(kNorm, kActivation) ? y / line.steps[k] : y * line.steps[k];
+      const float zero_point = line.zero_points[k];
+      const float whole = bounded(y, limits.least - zero_point, limits.greatest - zero_point) + kRounder;
+      codes[k] = bits_of(whole + zero_point);  // the last byte of the sum is the code
+    }
   }
-  for (int k = 0; k < kCount; ++k) halves[k] = static_cast<int16_t>(codes[k]);  // in two steps: fewer shuffles
-  for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(halves[k]);
+  if constexpr (sizeof(Made) == 1) {
+    for (int k = 0; k < kCount; ++k) halves[k] = static_cast<int16_t>(codes[k]);  // in two steps: fewer shuffles
+    for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(halves[k]);
+  }
 }
 
 // From number n on; and a few numbers from there, with room behind the last.
@@ -168,8 +175,8 @@ inline const Number* few(const Number* from, int64_t n, int64_t left, Number* ro
   return room;
 }
 
-template <int kNorm, int kActivation, class Known>
-inline void code_line(const Known& line, Limits limits, int64_t count, uint8_t* to) {
+template <int kNorm, int kActivation, class Known, class Made>
+inline void code_line(const Known& line, Limits limits, int64_t count, Made* to) {
   const auto from = [&](int64_t n) -> Known {
     return {line.x + n, behind(line.gates, n), behind(line.times, n), behind(line.pluses, n),
             behind(line.gammas, n), behind(line.betas, n), behind(line.steps, n), behind(line.zero_points, n)};
@@ -180,13 +187,13 @@ inline void code_line(const Known& line, Limits limits, int64_t count, uint8_t* 
   for (; n < count; n += kShort) {  // arrays of everything: with `One` a loop so short is not vectorised
     const int64_t left = count - n;
     float rooms[8][kShort];
-    uint8_t last[kShort];
+    Made last[kShort];
     const Line<const float*, const float*, const float*, const float*> next{
         few(line.x, n, left, rooms[0]),      few(line.gates, n, left, rooms[1]),  few(line.times, n, left, rooms[2]),
         few(line.pluses, n, left, rooms[3]), few(line.gammas, n, left, rooms[4]), few(line.betas, n, left, rooms[5]),
         few(line.steps, n, left, rooms[6]),  few(line.zero_points, n, left, rooms[7])};
     code_vector<kNorm, kActivation, kShort>(next, limits, left < kShort ? last : to + n);
-    if (left < kShort) std::memcpy(to + n, last, static_cast<size_t>(left));
+    if (left < kShort) std::memcpy(to + n, last, static_cast<size_t>(left) * sizeof(Made));
   }
 }
 

@@ -82,7 +82,7 @@ class Coding(ctypes.Structure):
         ("eps", c_double),
         *((name, c_void_p) for name in ("x", "beside", "gammas", "betas", "scales", "zero_points")),
         ("timestep_groups", c_int64),
-        *((name, c_void_p) for name in ("group", "codes")),
+        *((name, c_void_p) for name in ("group", "codes", "real")),
     )
 
 
