@@ -43,7 +43,7 @@ def test_a_large_model_is_checked_with_few_channels(monkeypatch: pytest.MonkeyPa
     assert found.narrow
     assert seen < [sum(each.numel() for each in unet.parameters())]
     assert str(found).endswith(
-        "w8a16 on UNet2DConditionModel with few channels: 10 passes keep their promises"
+        "w8a16 on UNet2DConditionModel with few channels: 11 passes keep their promises"
     )
     assert found.to_data()["passes"][0] == {
         "name": "canonicalize", "preserves": "bitwise", "applied": len(found.passes[0].applied), "refused": 0,

@@ -50,47 +50,71 @@ struct Finish {
   int32_t total(const int32_t* sums, int64_t n) const {
     return static_cast<int32_t>(static_cast<uint32_t>(sums[n]) - less[n]);
   }
-  // Channels from..to of the part: times both scales, plus bias, plus what is added to them, rounded one by one.
-  void real(const int32_t* sums, const float* added, int64_t from, int64_t to, float* made) const {
+  // Channels from..to of the part, to made[0]..: times both scales, plus bias, plus what is added, rounded one by one.
+  void real(const int32_t* sums, const float* added, int64_t from, int64_t to, float* __restrict made) const {
     if (added == nullptr) {
-      for (int64_t n = from; n < to; ++n) made[n] = static_cast<float>(total(sums, n)) * scales[n] + biases[n];
+      for (int64_t n = from; n < to; ++n) made[n - from] = static_cast<float>(total(sums, n)) * scales[n] + biases[n];
     } else {
       for (int64_t n = from; n < to; ++n)
-        made[n] = (static_cast<float>(total(sums, n)) * scales[n] + biases[n]) + added[n];
+        made[n - from] = (static_cast<float>(total(sums, n)) * scales[n] + biases[n]) + added[n];
     }
   }
 };
 
+// Where the results of a span and part begin in tensors of all channels, and what is added to them.
+struct Place {
+  int64_t width, used, channel, first;  // sums of a position; results of it that there are; the first channel and position
+  const float* added;
+
+  Place(const DmqfxLayer& layer, const Span& span, const Part& part)
+      : width(part.blocks * kLane), used(least(part.half() * kLane, layer.out_channels - part.block * kLane)),
+        channel(span.group * layer.out_channels + part.block * kLane),
+        first(span.image * layer.out_height * layer.out_width + span.first), added(layer.added) {
+    if (added != nullptr) added += span.image * layer.added_image + span.first * layer.added_position + channel;
+  }
+};
+
+// Results as codes; where a part is narrow those of several positions together, since few numbers take as long as many.
+// Inlined: else what `how` holds might be written by what it is read for.
+DMQFX_INLINE void finish_codes(const DmqfxLayer& layer, const Span& span, const Part& part, const Finish& how, const Place& at,
+                         const int32_t* sums) {
+  constexpr int64_t kMost = kMostBlocks * kLane;
+  const DmqfxCoding& coding = *layer.coding;
+  const Grid grid(coding, span.image);
+  const int64_t half = part.half() * kLane, together = half < kMiddle ? kMost / half : 1, behind = part.gates * kLane;
+  alignas(64) float line[kMost] = {}, gates[kMost] = {}, steps[kMost] = {}, zero_points[kMost] = {};
+  alignas(64) uint8_t codes[kMost];
+  for (int64_t n = 0; n < at.used; ++n)
+    for (int64_t j = n; j < together * half; j += half)
+      steps[j] = grid.step(at.channel + n), zero_points[j] = grid.zero_point(at.channel + n);
+  for (int64_t k = 0, some; k < span.count; k += some) {
+    some = least(together, span.count - k);
+    for (int64_t j = 0; j < some; ++j) {
+      const int32_t* own = sums + (k + j) * at.width;
+      const float* added = at.added == nullptr ? nullptr : at.added + (k + j) * layer.added_position;
+      how.real(own, added, 0, at.used, line + j * half);
+      if (part.gates == 0) continue;
+      how.real(own, added == nullptr ? nullptr : added + behind - half, half, at.width, gates + j * half);
+    }
+    uint8_t* to = coding.codes + (at.first + k) * coding.channels + at.channel;
+    const bool apart = some > 1;
+    code_results(coding, line, part.gates == 0 ? nullptr : gates, steps, zero_points, apart ? some * half : at.used, apart ? codes : to);
+    for (int64_t j = 0; apart && j < some; ++j, to += coding.channels) std::memcpy(to, codes + j * half, static_cast<size_t>(at.used));
+  }
+}
+
 // Sums to results: the sums alone, real numbers, or the codes of these.
 inline void finish(const DmqfxLayer& layer, const Span& span, const Part& part, const int32_t* sums) {
   const Finish how(layer, span, part, sums);
-  const int64_t width = part.blocks * kLane, all = layer.groups * layer.out_channels;
-  const int64_t within = part.block * kLane, used = least(part.half() * kLane, layer.out_channels - within);
-  const int64_t channel = span.group * layer.out_channels + within;
-  const int64_t first = span.image * layer.out_height * layer.out_width + span.first;
-  const float* added = layer.added;
-  if (added != nullptr) added += span.image * layer.added_image + span.first * layer.added_position + channel;
-  if (layer.integer != nullptr) {
-    for (int64_t k = 0; k < span.count; ++k)
-      for (int64_t n = 0; n < used; ++n) layer.integer[(first + k) * all + channel + n] = how.total(sums + k * width, n);
-    return;
-  }
-  const auto more = [&](int64_t k) { return added == nullptr ? nullptr : added + k * layer.added_position; };
-  if (layer.coding == nullptr) {
-    for (int64_t k = 0; k < span.count; ++k)
-      how.real(sums + k * width, more(k), 0, used, layer.real + (first + k) * all + channel);
-    return;
-  }
-  const DmqfxCoding& coding = *layer.coding;
-  const Grid grid(coding, span.image);
-  float line[kMostBlocks * kLane], steps[kMostBlocks * kLane], zero_points[kMostBlocks * kLane];
-  for (int64_t n = 0; n < used; ++n) steps[n] = grid.step(channel + n), zero_points[n] = grid.zero_point(channel + n);
-  for (int64_t k = 0; k < span.count; ++k) {
-    const int64_t half = part.half() * kLane, behind = part.gates * kLane - half;  // a gate's number is not its channel's
-    how.real(sums + k * width, more(k), 0, used, line);
-    if (part.gates != 0) how.real(sums + k * width, added == nullptr ? nullptr : more(k) + behind, half, width, line);
-    code_results(coding, line, part.gates == 0 ? nullptr : line + half, steps, zero_points, used,
-                 coding.codes + (first + k) * coding.channels + channel);
+  const Place at(layer, span, part);
+  const int64_t all = layer.groups * layer.out_channels;
+  if (layer.coding != nullptr) return finish_codes(layer, span, part, how, at, sums);
+  for (int64_t k = 0; k < span.count; ++k, sums += at.width) {
+    const int64_t place = (at.first + k) * all + at.channel;
+    if (layer.integer != nullptr)
+      for (int64_t n = 0; n < at.used; ++n) layer.integer[place + n] = how.total(sums, n);
+    else
+      how.real(sums, at.added == nullptr ? nullptr : at.added + k * layer.added_position, 0, at.used, layer.real + place);
   }
 }
 
