@@ -185,9 +185,9 @@ def timed(way: Way, least: float, clock: Clock) -> float:
 
 
 def measure(
-    shape: Shape, found: Library, rates: Mapping[str, float], repeats: int, least: float, clock: Clock
-) -> dict[str, object]:
-    """One layer, every way."""
+    shape: Shape, found: Library, repeats: int, least: float, clock: Clock
+) -> tuple[Shape, list[dict[str, float]]]:
+    """One layer, every way: seconds, turn by turn."""
     ways = float32(shape)
     for name, bits in FORMATS.items():
         sets = [found.chosen] if found.chosen != found.instruction_sets[-1] else found.instruction_sets[1:]
@@ -197,11 +197,12 @@ def measure(
     ways |= {name: way for name, way in theirs.items() if way is not None}
     for way in ways.values():
         way()
-    turns = [{name: timed(way, least, clock) for name, way in ways.items()} for _ in range(repeats)]
-    return row(shape, turns, rates)
+    return shape, [{name: timed(way, least, clock) for name, way in ways.items()} for _ in range(repeats)]
 
 
-def row(shape: Shape, turns: list[dict[str, float]], rates: Mapping[str, float]) -> dict[str, object]:
+def row(
+    shape: Shape, turns: list[dict[str, float]], rates: Mapping[str, float], count: int
+) -> dict[str, object]:
     """GOP/s of each way (two for a multiply-add), its paired ratio to float32, and its share of the peak."""
     floats = [min(t for name, t in turn.items() if name.startswith("float32")) for turn in turns]
     ways = {}
@@ -211,7 +212,7 @@ def row(shape: Shape, turns: list[dict[str, float]], rates: Mapping[str, float])
         ways[name] = {"gops": round(rate, 1), "ratio": round(statistics.median(ratios), 2)}
         if (peak := rates.get(name) or rates.get(name.rpartition(" ")[2])) is not None:
             ways[name]["of_peak"] = round(rate / peak, 2)
-    return {"layer": str(shape), "megamacs": round(shape.macs / 1e6, 1), "ways": ways}
+    return {"layer": str(shape), "megamacs": round(shape.macs / 1e6, 1), "ways": ways, "count": count}
 
 
 def peaks(found: Library) -> dict[str, float]:
@@ -259,10 +260,13 @@ def main() -> None:
     counted = sorted(shapes().items(), key=lambda each: -each[0].macs * each[1])[: options.first]
     rates = peaks(found)
     with torch.no_grad():
-        rows = [
-            {**measure(shape, found, rates, options.repeats, options.least, clock), "count": count}
-            for shape, count in counted
-        ]
+        spent = [measure(shape, found, options.repeats, options.least, clock) for shape, _ in counted]
+    rates = {
+        name: max(rate, rates[name]) for name, rate in peaks(found).items()
+    }  # one of them may be disturbed
+    rows = [
+        row(shape, turns, rates, count) for (shape, turns), (_, count) in zip(spent, counted, strict=True)
+    ]
     what = (__doc__ or "").partition("\n")[0]
     told = {"what": what, "clock": clock.__name__, "peak_gops": rates, "layers": rows}
     write("layers_sd15" + "_avx2" * options.avx2, told)
