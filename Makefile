@@ -24,7 +24,7 @@ demo: $(STAMP)  ## quantize the bundled emoji model and draw float beside quanti
 test: $(STAMP)  ## the fast tests
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-slow: $(STAMP)  ## the tests that take long and are much like a fast one
+test-slow: $(STAMP)  ## the tests that take long
 	$(BIN)/pytest -m slow $(ARGS)
 
 check: check-format check-lint check-types check-house  ## format, lint, types, house rules

@@ -19,15 +19,16 @@ from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 
 MOST_KEYS = 64
+"""Where nothing was measured: up to so many keys the kernel is about as fast as torch's, or faster."""
 
 
 @dataclass(frozen=True)
 class LowerFloat(Pass):
     """attention(q, k, v) over few keys  ->  kernel_sdpa(q, k, v); silu(group_norm(x))  ->  kernel_group_norm_silu(x).
 
-    Over few keys it takes longer to call torch's attention than to compute it. `dmqfx bench` finds out for a model's shapes;
-    where it was not asked, few are up to 64 at the example sizes. Norms are those that no quantize reads, as the one
-    before a float convolution at the end. Sums are rounded in another order than torch's. Both are of float32.
+    `dmqfx bench` finds out which attention is faster natively, at the sizes that it was asked for; at others few keys are up
+    to 64, at the example sizes. Norms are those that fuse left, as the one before a float convolution at the end, of what
+    lies channels last. Sums are rounded in another order than torch's. Both kernels are of float32.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({INTEGER})
@@ -65,9 +66,11 @@ def _apart(silu: fx.Node) -> str | None:
     norm = ops.tensor(silu, "self")
     if len(norm.users) > 1:
         return "its norm has other readers"
-    made = norm.meta["val"]
+    made, read = norm.meta["val"], ops.tensor(norm, "input").meta["val"]
     if made.dim() != 4 or made.dtype != torch.float32:
         return f"the kernel takes images in float32, not {made.dim()} dimensions in {str(made.dtype).removeprefix('torch.')}"
+    if not read.is_contiguous(memory_format=torch.channels_last):
+        return "what it norms does not lie channels last"
     return None
 
 
@@ -80,11 +83,9 @@ def _slow(attention: fx.Node, costs: Costs) -> str | None:
     if name is None:
         words = str(query.dtype).removeprefix("torch.")
         return f"the kernel takes float32 and heads of up to 1024 channels, not {words} of {query.shape[3]}"
-    cost = costs.of(name, size_of(attention))
+    cost = costs.found.get((name, size_of(attention)))
     if cost is not None and cost.simulated_is_faster:
         return f"native {cost.native:.3g} ms, by torch {cost.simulated:.3g} ms (dmqfx bench)"
     if cost is None and key.shape[2] > MOST_KEYS:
-        return (
-            f"it has {key.shape[2]} keys, more than the {MOST_KEYS} up to which torch's own kernel is slower"
-        )
+        return f"it has {key.shape[2]} keys, more than {MOST_KEYS}: torch's kernel is the faster over many"
     return None

@@ -1,4 +1,4 @@
-"""Planted bugs in attention: where it is split or quantized, and where a kernel computes it, or a norm, in float."""
+"""Planted bugs in attention: where it is split or quantized, and where a kernel computes it in float."""
 
 from __future__ import annotations
 
@@ -83,19 +83,6 @@ def around_zero(entry: QParams) -> QParams:
     return QParams(entry.scale * 2, middle, entry.qmin, entry.qmax, entry.axis, entry.boundaries)
 
 
-def of_one_group(rw: Rewriter, node: fx.Node) -> fx.Node:
-    return rw.like(node, num_groups=1)
-
-
-def bias_for_weight(rw: Rewriter, node: fx.Node) -> fx.Node:
-    named = ops.args(node)
-    return rw.like(node, weight=named["bias"], bias=named["weight"])
-
-
-def with_large_eps(rw: Rewriter, node: fx.Node) -> fx.Node:
-    return rw.like(node, eps=0.1)
-
-
 MUTANTS: tuple[Mutant, ...] = (
     *planted(
         "split-attention",
@@ -138,12 +125,6 @@ MUTANTS: tuple[Mutant, ...] = (
             "its queries and keys change roles": (edited("kernel_sdpa", keys_for_queries), WHOLE),
             "it averages keys with values": (edited("kernel_sdpa", keys_added), WHOLE),
             "its heads change places": (edited("kernel_sdpa", by_the_other_order), WHOLE),
-            "a norm is over all channels": (edited("kernel_group_norm_silu", of_one_group), "up.1/silu"),
-            "a norm's weight and bias change places": (
-                edited("kernel_group_norm_silu", bias_for_weight),
-                "up.1/silu",
-            ),
-            "a norm has a large eps": (edited("kernel_group_norm_silu", with_large_eps), "up.1/silu"),
         },
     ),
     *planted(

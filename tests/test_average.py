@@ -67,15 +67,19 @@ def test_what_is_not_finite_is_not_hidden(which: int, odd: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_scales_and_shapes_are_left_to_torch(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_left_to_torch(dtype: torch.dtype) -> None:
+    operands = tuple(torch.randn(1, 2, n, 16).to(dtype) for n in (5, 9, 9))
+    assert torch.equal(average(*operands), F.scaled_dot_product_attention(*operands))
+
+
+@pytest.mark.parametrize("scale", [-1.0, math.inf, 1e300])
+def test_other_scales_shapes_and_many_keys_are_left_to_torch(scale: float) -> None:
     q, k, v = (torch.randn(1, 2, n, 16) for n in (5, 9, 9))
-    for given_, scale in (
-        ((q.to(dtype), k.to(dtype), v.to(dtype)), None),
-        ((q, k, v), -1.0),
-        ((q[0], k[0], v[0]), None),
-    ):
-        expected = F.scaled_dot_product_attention(*given_, scale=scale)
-        assert torch.equal(average(*given_, scale), expected)
+    many = torch.randn(1, 2, 600, 16)
+    expected = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    torch.testing.assert_close(average(q, k, v, scale), expected, rtol=0, atol=0, equal_nan=True)
+    for operands in ((q[0], k[0], v[0]), (q, many, many), (q, k, v[..., :8])):
+        assert torch.equal(average(*operands), F.scaled_dot_product_attention(*operands))
 
 
 def test_the_operator_passes_the_checks_of_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from test_kernels import here
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from dmqfx.checking.verify import verify
+from dmqfx.errors import VerifyError
+from dmqfx.graph import ops
+from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.runtime import timing
@@ -71,6 +76,8 @@ def test_all_else_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(group_norm_silu(other, 4), F.silu(F.group_norm(other, 4)))
     with pytest.raises(RuntimeError, match="divisible"):
         group_norm_silu(last(x), 3)
+    with pytest.raises(RuntimeError, match="weight"):
+        group_norm_silu(last(x), 4, torch.ones(1))
     monkeypatch.setattr(sys.modules[group_norm_silu.__module__], "library", lambda: None)
     assert torch.equal(group_norm_silu(last(x), 4), F.silu(F.group_norm(last(x), 4)))
 
@@ -86,9 +93,10 @@ def test_what_is_not_finite_spoils_its_group(odd: float) -> None:
         assert torch.equal(bad, expected)
 
 
-@pytest.mark.parametrize("form", [torch.channels_last, torch.contiguous_format])
-def test_the_operator_passes_the_checks_of_torch(form: torch.memory_format) -> None:
-    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=form)
+@pytest.mark.parametrize("form", ["last", "first", "slice"])
+def test_the_operator_passes_the_checks_of_torch(form: str) -> None:
+    x = torch.randn(2, 12, 4, 4)
+    x = last(x)[:, :8] if form == "slice" else last(x[:, :8]) if form == "last" else x[:, :8].contiguous()
     results = torch.library.opcheck(
         OPS.kernel_group_norm_silu.default, (x, 4, torch.randn(8), torch.randn(8), 1e-5)
     )
@@ -135,7 +143,7 @@ def test_more_keys_stay_and_so_does_all_without_the_library(monkeypatch: pytest.
     monkeypatch.setattr(module, "MOST_KEYS", 1)
     made, reasons = lowered()
     assert (made, len(reasons)) == (0, 1)
-    assert "keys, more than the 1 up to which torch's own kernel is slower" in reasons[0]
+    assert "keys, more than 1: torch's kernel is the faster over many" in reasons[0]
     monkeypatch.setattr(module, "absent", lambda: "there is no library")
     assert lowered() == (0, ["there is no library"])
 
@@ -164,9 +172,36 @@ def test_a_program_in_float64_stays_with_torch() -> None:
     assert set(norms) == {"the kernel takes images in float32, not 4 dimensions in float64"}
 
 
-def test_norms_that_no_quantize_reads_become_native() -> None:
-    after = run_step(create("lower-float"), program_before("lower-float"), context())
-    native = {str(node.meta["address"]) for node in after.calls("kernel_group_norm_silu")}
-    assert native == {"up.1/silu", "up.1/silu#2", "/silu"}
+def laid_out() -> Program:
+    """The toy with norms of what lies channels last."""
+
+    def lay(rw: Rewriter, node: fx.Node) -> fx.Node:
+        how = {"self": ops.args(node)["input"], "memory_format": torch.channels_last}
+        return rw.like(node, input=rw.call(torch.ops.aten.contiguous.default, near=node, **how))
+
+    return run_step(edited("group_norm", lay)("fuse"), program_before("fuse"), context())
+
+
+def test_norms_that_fuse_left_become_native_where_they_lie_channels_last() -> None:
+    norms = {"up.1/silu", "up.1/silu#2", "/silu"}
+    left = run_step(create("lower-float"), program_before("lower-float"), context())
+    reasons = {str(each.at): each.reason for each in left.log[-1].refused}
+    assert reasons == dict.fromkeys(norms, "what it norms does not lie channels last")
+    assert verify(laid_out(), create("lower-float"), context()).error < 1e-5
+    after = run_step(create("lower-float"), laid_out(), context())
+    assert {str(node.meta["address"]) for node in after.calls("kernel_group_norm_silu")} == norms
     assert not list(after.calls("group_norm"))
     assert len(list(after.calls("silu"))) == 1  # that of a time embedding
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda rw, node: rw.like(node, num_groups=1),
+        lambda rw, node: rw.like(node, weight=ops.args(node)["bias"], bias=ops.args(node)["weight"]),
+        lambda rw, node: rw.like(node, eps=0.1),
+    ],
+)
+def test_a_bug_in_norms_is_found(edit: Callable[[Rewriter, fx.Node], fx.Node]) -> None:
+    with pytest.raises(VerifyError, match=r"up\.1/silu"):
+        verify(laid_out(), edited("kernel_group_norm_silu", edit)("lower-float"), context())

@@ -131,7 +131,12 @@ def test_attention_that_torch_lays_out_in_another_way_is_not_taken_for_the_same(
     for told_apart in (True, False):
         if not told_apart:  # as of a switch of torch's that nobody thought of
             monkeypatch.setattr(hoisted, "_settings", lambda: ())
-        module = fresh()
+        step = create("hoist-invariants")
+        before = program_before("lower-float", "many prompts")  # whose attention is still torch's
+        left = run_step(step, before, context("many prompts"))
+        assert list(left.calls("scaled_dot_product_attention"))
+        module = left.fork().gm
+        assert isinstance(module, HoistedModule)
         for k in range(8):
             each = inputs(seed=k)
             with sdpa_kernel(backend) if k > 3 else nullcontext():

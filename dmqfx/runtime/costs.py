@@ -175,23 +175,24 @@ def layer_of(layer: fx.Node) -> str | None:
 
 
 def attention_of(node: fx.Node) -> str | None:
-    """What the cost of attention in float32 depends on beside the size of its queries; None for what has no kernel.
+    """What the cost of attention in float32 depends on beside its sizes, as `attention 8x40`: 8 heads of 40 channels.
 
-    Of 8 heads of 40 channels it reads `attention 8x40`, and `attention 8x40 77 keys` where queries are more or fewer.
+    None for what has no kernel.
     """
     if not ops.is_call(node, "scaled_dot_product_attention") or more_than_plain(node) is not None:
         return None
     operands = [ops.tensor(node, arg).meta["val"] for arg in OPERANDS]
     if {each.dtype for each in operands} != {torch.float32} or operands[0].shape[3] > WIDEST:
         return None
-    _, heads, keys, width = map(int, operands[1].shape)
-    return f"attention {heads}x{width}" + (f" {keys} keys" if keys != operands[0].shape[2] else "")
+    return f"attention {operands[0].shape[1]}x{operands[0].shape[3]}"
 
 
-def size_of(layer: fx.Node) -> str:
-    """The size of a layer's input, or of queries, at the program's example sizes."""
-    read = "query" if ops.is_call(layer, "scaled_dot_product_attention") else "input"
-    return _by(ops.tensor(layer, read).meta["val"].shape)
+def size_of(node: fx.Node) -> str:
+    """The size of a layer's input at the program's example sizes; of attention that of its queries, and how many keys."""
+    if not ops.is_call(node, "scaled_dot_product_attention"):
+        return _by(ops.tensor(node, "input").meta["val"].shape)
+    query, key = (ops.tensor(node, arg).meta["val"].shape for arg in ("query", "key"))
+    return f"{_by(query)} to {key[2]} keys"
 
 
 def _dtype(node: fx.Node) -> str:

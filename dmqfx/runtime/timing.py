@@ -73,7 +73,7 @@ class Kind:
         values = {x: drawn[x].transpose(1, 2).contiguous().transpose(1, 2) for x in layer.all_input_nodes}
         operands = {arg: values[ops.tensor(layer, arg)] for arg in OPERANDS}
         scale = ops.args(layer)["scale"]
-        return lambda: OPS.kernel_sdpa(**operands, scale=scale), lambda: _call(layer, {**values})
+        return lambda: OPS.kernel_sdpa.default(**operands, scale=scale), lambda: _call(layer, {**values})
 
     def _of(self, program: Program, nodes: Sequence[fx.Node]) -> Run:
         """Operations one after the other; the last one's result."""

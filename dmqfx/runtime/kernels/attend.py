@@ -1,4 +1,4 @@
-"""Attention in codes by the native kernels; equal to `runtime.attention` bit for bit."""
+"""Attention by the native kernels: in codes, equal to `runtime.attention` bit for bit, and in real numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from dmqfx.runtime.kernels.native import Attention, library, readable
 __all__ = ["WIDEST", "attend", "average"]
 
 WIDEST = 1024
-"""Channels of a head up to which scores fit the 24 bits that the plain-torch reference has for them."""
+"""Channels of a head up to which scores of codes fit the 24 bits that the plain-torch reference has for them."""
+
+MANY = 512
+"""Keys up to which scores in real numbers stay in the second cache."""
+
+FAR = 1e30
+"""Scales of scores that are below it times what is finite are finite."""
 
 
 def attend(
@@ -41,16 +47,19 @@ def average(
 ) -> Tensor:
     """softmax(query * scale @ key^T) @ value in real numbers, by the native kernel for float32 on the CPU.
 
-    Its time is that of the products: where there are few keys, torch's kernel takes longer to be called.
+    Over more than `MANY` keys, where torch's kernel is faster, it is left to that, and so are other shapes, scales, dtypes
+    and devices.
 
-    Shapes: as attend; others, and dtypes or devices that the kernel does not take, are left to torch.
+    Shapes: as attend; returns [B, heads, T, E], in memory as [B, T, heads, E] where it has four dimensions.
     Raises: DmqfxError for an instruction set that is not there, or no memory.
     """
-    alike = query.dim() == 4 and query.shape[:2] == key.shape[:2] and key.shape == value.shape
-    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if not alike or query.shape[3] != key.shape[3] or not factor >= 0 or not _fits(query, key, value):
-        return scaled_dot_product_attention(query, key, value, scale=scale)
-    return _attended(query, key, value, factor, 0, instruction_set)
+    alike = query.dim() == key.dim() == 4 and query.shape[:2] == key.shape[:2] and key.shape == value.shape
+    if alike and query.shape[3] == key.shape[3] and key.shape[2] <= MANY and _fits(query, key, value):
+        factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+        if 0 <= factor < FAR:
+            return _attended(query, key, value, factor, 0, instruction_set)
+    made = scaled_dot_product_attention(query, key, value, scale=scale)
+    return made.transpose(1, 2).contiguous().transpose(1, 2) if made.dim() == 4 else made
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -132,6 +132,7 @@ bool average_reals(const DmqfxAttention& of, int threads) {
   const auto head_of = [&](auto* x, const int64_t* strides, int64_t number) {
     return x + number / of.heads * strides[0] + number % of.heads * strides[1];
   };
+  threads = static_cast<int>(least(threads, all * strips));
   if (all * of.queries * of.keys * of.width < 65536) threads = 1;  // less is not worth a team
   bool failed = false;
 #pragma omp parallel num_threads(threads > 1 ? threads : 1) if (threads > 1)

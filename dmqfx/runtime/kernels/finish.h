@@ -77,7 +77,7 @@ struct Place {
 // Results as codes; where a part is narrow those of several positions together, since few numbers take as long as many.
 // Inlined: else what `how` holds might be written by what it is read for.
 DMQFX_INLINE void finish_codes(const DmqfxLayer& layer, const Span& span, const Part& part, const Finish& how, const Place& at,
-                         const int32_t* sums) {
+                               const int32_t* sums) {
   constexpr int64_t kMost = kMostBlocks * kLane;
   const DmqfxCoding& coding = *layer.coding;
   const Grid grid(coding, span.image);
@@ -98,8 +98,10 @@ DMQFX_INLINE void finish_codes(const DmqfxLayer& layer, const Span& span, const 
     }
     uint8_t* to = coding.codes + (at.first + k) * coding.channels + at.channel;
     const bool apart = some > 1;
-    code_results(coding, line, part.gates == 0 ? nullptr : gates, steps, zero_points, apart ? some * half : at.used, apart ? codes : to);
-    for (int64_t j = 0; apart && j < some; ++j, to += coding.channels) std::memcpy(to, codes + j * half, static_cast<size_t>(at.used));
+    code_results(coding, line, part.gates == 0 ? nullptr : gates, steps, zero_points, apart ? some * half : at.used,
+                 apart ? codes : to);
+    for (int64_t j = 0; apart && j < some; ++j, to += coding.channels)
+      std::memcpy(to, codes + j * half, static_cast<size_t>(at.used));
   }
 }
 

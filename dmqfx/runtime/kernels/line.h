@@ -88,7 +88,7 @@ DMQFX_INLINE Ratio ratio_of(float x, float gate, Limits limits) {
 
 // x times its share, which would not be quite 0 of a number far below.
 DMQFX_INLINE float gelu(float x, Ratio ratio) {
-  return (x > -kFar ? x : -kFar) * (0.5f + ratio.over / ratio.under);
+  return (x < -kFar ? -kFar : x) * (0.5f + ratio.over / ratio.under);
 }
 
 template <int kActivation>

@@ -204,9 +204,7 @@ class Library:
             )
         if status != 0:
             heads = f"{attention.batch} x {attention.heads} heads of {attention.keys} keys"
-            raise DmqfxError(
-                f"no memory left for the codes of {heads}; mend: fewer rows at a time, or a smaller image"
-            )
+            raise DmqfxError(f"no memory left for {heads}; mend: fewer rows at a time, or a smaller image")
         _note(attention)
 
     def steps(self, calls: Sequence[ctypes.Structure]) -> ctypes.Array[Step]:
