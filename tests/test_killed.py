@@ -190,6 +190,7 @@ def kept(folder: Path) -> list[Path]:
     return list((folder / "run").glob("*/turn-*"))
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_again_and_again_ends_with_the_bits_of_a_whole_one(
     workers: Workers, tmp_path: Path
 ) -> None:

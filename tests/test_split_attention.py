@@ -149,6 +149,7 @@ def test_any_heads_keys_scale_and_mask_are_split_exactly(
     assert distance_of(program, result) < 1e-12
 
 
+@pytest.mark.slow
 def test_every_attention_of_a_real_unet_is_split_and_no_multiplication_is_lost() -> None:
     canonical = run_step(create("canonicalize"), captured("conditional")[1], PassContext())
     assert verify(canonical, create("split-attention"), PassContext()).error < 1e-13

@@ -358,6 +358,7 @@ def saving(target: Path) -> tuple[subprocess.Popen[str], Path]:
     return process, made
 
 
+@pytest.mark.slow
 def test_the_next_save_removes_what_a_killed_one_left_and_nothing_else(saved: Path, tmp_path: Path) -> None:
     target = Path(shutil.copytree(saved, tmp_path / "unet"))
     (dead, left), (alive, used), (other, others) = map(saving, (target, target, tmp_path / "net"))
