@@ -15,6 +15,7 @@ from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.runtime.costs import Costs, attention_of, size_of
+from dmqfx.runtime.kernels.attend import WIDEST
 from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 
@@ -82,7 +83,9 @@ def _slow(attention: fx.Node, costs: Costs) -> str | None:
     query, key, _ = (ops.tensor(attention, arg).meta["val"] for arg in OPERANDS)
     if name is None:
         words = str(query.dtype).removeprefix("torch.")
-        return f"the kernel takes float32 and heads of up to 1024 channels, not {words} of {query.shape[3]}"
+        return (
+            f"the kernel takes float32 and heads of up to {WIDEST} channels, not {words} of {query.shape[3]}"
+        )
     cost = costs.found.get((name, size_of(attention)))
     if cost is not None and cost.simulated_is_faster:
         return f"native {cost.native:.3g} ms, by torch {cost.simulated:.3g} ms (dmqfx bench)"

@@ -19,7 +19,7 @@ MANY = 512
 """Keys up to which scores in real numbers stay in the second cache."""
 
 FAR = 1e30
-"""Scales of scores that are below it times what is finite are finite."""
+"""A scale as large could be infinite in float32, and no number times a difference of 0."""
 
 
 def attend(

@@ -105,9 +105,9 @@ struct Averaging {
   }
 };
 
-// Scores of each column to e^(scale * (score - the greatest)), and one over their sum, which is no number where a score is
-// none or infinite.
-inline void soften(Lines scores, int64_t keys, float scale, float* shares) {
+// The softmax of each column: scores to e^(scale * (score - the greatest)), and one over their sum, which is no number
+// where a score is none or infinite.
+inline void softmax(Lines scores, int64_t keys, float scale, float* shares) {
   const Limits limits{0, 0, kLeastPower, kLeastSilu};
   float most[kColumns], totals[kColumns] = {};
   std::memcpy(most, scores.x, sizeof most);
@@ -154,7 +154,7 @@ bool average_reals(const DmqfxAttention& of, int threads) {
       const int64_t columns = pieces(rows, kVector) * kVector;
       multiply_reals({head_of(of.k, of.of_k, number), of.of_k[2]}, of.keys, room.queries, of.width, columns, room.scores);
       float shares[kColumns];
-      soften(room.scores, of.keys, static_cast<float>(of.scale), shares);
+      softmax(room.scores, of.keys, static_cast<float>(of.scale), shares);
       multiply_reals({room.scores.x, 1, kColumns}, rows, room.values, of.keys, room.channels, room.averages);
       float* out = head_of(of.out, of.of_out, number) + first * of.of_out[2];
       for (int64_t row = 0; row < rows; ++row, out += of.of_out[2]) {
