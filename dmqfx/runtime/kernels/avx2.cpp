@@ -38,7 +38,10 @@ struct Narrow {
     _mm256_storeu_si256(place, _mm256_sub_epi16(_mm256_setzero_si256(), sums.low));
     _mm256_storeu_si256(place + 1, _mm256_sub_epi16(_mm256_setzero_si256(), sums.high));
   }
-  static void begin(Sums& sums, const int16_t* start) { load(sums, reinterpret_cast<const int8_t*>(start)); }
+  static void begin(Sums& sums, const int16_t* start, Codes codes, const Weights& weights) {
+    load(sums, reinterpret_cast<const int8_t*>(start));
+    add(sums, codes, weights);
+  }
   static void load(Weights& weights, const int8_t* from) {
     weights.low = read(from);
     weights.high = read(from + 32);
@@ -64,7 +67,10 @@ struct Middle {
   };
   using Weights = Narrow::Weights;
   using Codes = __m256i;
-  static void begin(Sums& sums, const int16_t*) { sums.low = sums.high = _mm256_setzero_si256(); }
+  static void begin(Sums& sums, const int16_t*, Codes codes, const Weights& weights) {
+    sums.low = sums.high = _mm256_setzero_si256();
+    add(sums, codes, weights);
+  }
   static void load(Weights& weights, const int8_t* from) { Narrow::load(weights, from); }
   static Codes spread(const uint8_t* from) { return four_everywhere(from); }
   static void add(Sums& sums, Codes codes, const Weights& weights) {
@@ -91,7 +97,10 @@ struct Wide {
   struct Codes {
     __m256i even, odd;
   };
-  static void begin(Sums& sums, const int16_t*) { sums.low = sums.high = _mm256_setzero_si256(); }
+  static void begin(Sums& sums, const int16_t*, const Codes& codes, const Weights& weights) {
+    sums.low = sums.high = _mm256_setzero_si256();
+    add(sums, codes, weights);
+  }
   static void load(Weights& weights, const int8_t* from) {
     const __m256i low = read(from), high = read(from + 32);
     weights.even_low = _mm256_srai_epi16(_mm256_slli_epi16(low, 8), 8);

@@ -17,7 +17,9 @@ struct Vnni {
   using Sums = __m512i;
   using Weights = __m512i;
   using Codes = __m512i;
-  static void begin(Sums& sums, const int16_t*) { sums = _mm512_setzero_si512(); }
+  static void begin(Sums& sums, const int16_t*, Codes codes, Weights weights) {
+    sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, weights);
+  }
   static void load(Weights& weights, const int8_t* from) { weights = _mm512_loadu_si512(from); }
   static Codes spread(const uint8_t* from) {
     int32_t four;

@@ -65,7 +65,7 @@ void code_planes(const DmqfxCoding& coding, Norm norm, int64_t image, int64_t fi
       const int64_t c = channel + k;
       using Same = One<float>;
       const float* x = coding.x + (image * channels + c) * coding.positions + first;
-      Line<Same, Same, Same, Same> line{x, nullptr, {1}, {0}, {1}, {0}, {grid.step(c)}, {grid.zero_point(c)}};
+      Line<const float*, Same, Same, Same, Same> line{x, nullptr, {1}, {0}, {1}, {0}, {grid.step(c)}, {grid.zero_point(c)}};
       if constexpr (kNorm != kNoNorm) line.times = {norm.times[c]}, line.pluses = {norm.pluses[c]};
       code_line<kNorm, kActivation>(line, limits, count, lines[k]);
     }
@@ -87,12 +87,12 @@ void code_column(const DmqfxCoding& coding, Norm norm, Column from, int64_t chan
     const float* x = from.x + k * from.row;
     for (int64_t n = 0; n < fetched; n += 16) __builtin_prefetch(x + from.next + n, 0, 2);
     if constexpr (kNorm == kLayerNorm) {
-      const Line<One<float>, const float*, Steps, ZeroPoints> line{
+      const Line<const float*, One<float>, const float*, Steps, ZeroPoints> line{
           x, nullptr, {norm.times[k]}, {norm.pluses[k]}, coding.gammas + channel, coding.betas + channel, steps, zero_points};
       code_line<kNorm, kActivation>(line, limits, from.count, to);
     } else {
       const float* gates = kActivation == kGeglu ? x + coding.channels : nullptr;
-      const Line<const float*, const float*, Steps, ZeroPoints> line{
+      const Line<const float*, const float*, const float*, Steps, ZeroPoints> line{
           x, gates, behind(norm.times, channel), behind(norm.pluses, channel), nullptr, nullptr, steps, zero_points};
       code_line<kNorm, kActivation>(line, limits, from.count, to);
     }
@@ -154,12 +154,11 @@ void norm_rows(const DmqfxCoding& coding, Norm norm, int64_t image, int64_t firs
   }
 }
 
-// Results of a layer at one position as codes: no norm, gates apart, a step and a zero point for each.
-inline void code_results(const DmqfxCoding& coding, const float* x, const float* gates, const float* steps,
-                         const float* zero_points, int64_t count, uint8_t* to) {
+// Results of a layer as codes: no norm, gates apart.
+template <class Numbers, class Steps, class ZeroPoints>
+void code_results(const DmqfxCoding& coding, Numbers x, Numbers gates, Steps steps, ZeroPoints zero_points, int64_t count, uint8_t* to) {
   const Limits limits = limits_of(coding);
-  using Known = Line<const float*, const float*, const float*, const float*>;
-  const Known line{x, gates, nullptr, nullptr, nullptr, nullptr, steps, zero_points};
+  const Line<Numbers, const float*, const float*, Steps, ZeroPoints> line{x, gates, nullptr, nullptr, nullptr, nullptr, steps, zero_points};
   switch (coding.activation) {
     case kSilu: return code_line<kNoNorm, kSilu>(line, limits, count, to);
     case kGelu: return code_line<kNoNorm, kGelu>(line, limits, count, to);

@@ -5,7 +5,11 @@
 
 namespace {
 
+constexpr int64_t kLanes = 16;  // output channels of a block
+constexpr int64_t kFewRows = 4;  // positions that are not worth finding what 16 bit sums of the weights begin with
 constexpr int64_t kFew = 3;  // steps of 16 bit sums that are not worth their flushes
+
+constexpr int64_t kAlone = 1 << 17;  // codes that one thread reads as fast as a team
 
 enum { kOfScalar = 0, kOfAvx2 = 1, kOfAvx512Vnni = 2 };
 
@@ -44,9 +48,10 @@ struct Range {
 };
 
 // Of the codes of the input; padding is a zero point.
-Range range_of(const DmqfxLayer& layer) {
+Range range_of(const DmqfxLayer& layer, int threads) {
   const int64_t count = layer.batch * layer.height * layer.width * layer.groups * layer.channels;
   uint8_t least = 255, greatest = 0;
+#pragma omp parallel for reduction(min : least) reduction(max : greatest) num_threads(threads) if (threads > 1 && count > kAlone)
   for (int64_t k = 0; k < count; ++k) {
     least = layer.codes[k] < least ? layer.codes[k] : least;
     greatest = layer.codes[k] > greatest ? layer.codes[k] : greatest;
@@ -66,23 +71,20 @@ int64_t greatest_shift(const DmqfxLayer& layer) {
   return greatest;
 }
 
-constexpr int64_t length_of(int run) { return run < kDoubled ? int64_t{1} << run : int64_t{3} << (run - kDoubled); }
-
-// What 16 bit sums surely hold with these weights and activations. Two products saturate, so the pair itself has to fit;
-// sums of pairs wrap around, so only what a run of codes less their middle comes to has to.
-Room room_of(const DmqfxLayer& layer, int64_t shift) {
+// Codes less their middle. Two products saturate, so that the pair itself has to fit; sums of pairs wrap around, so only what a
+// run comes to has to. `steps` is 0 where pairs do not fit, else what the sums of every block hold.
+Room room_of(const DmqfxLayer& layer, int64_t shift, int threads, int64_t& steps) {
   const int64_t within = shift < layer.headroom ? shift : layer.headroom;  // the sums take the rest
-  const Range range = range_of(layer);
-  if (layer.pair * (int64_t{range.greatest} << within) > INT16_MAX) return {0, 0};
+  const Range range = range_of(layer, threads);
   const int32_t half = (range.greatest - range.least + 1) / 2;
-  int64_t most = 0;
-  for (int k = 0; k < kRuns; ++k) {
-    const int64_t one = layer.runs[k] * (int64_t{half} << within);
-    if (one <= 0) return {INT64_MAX, range.least + half};
-    const int64_t steps = length_of(k) * (INT16_MAX / one);
-    most = steps > most ? steps : most;
+  const Room room{int64_t{half} << within, range.least + half};
+  steps = layer.pair * (int64_t{range.greatest} << within) > INT16_MAX ? 0 : INT64_MAX;
+  const int64_t blocks = layer.groups * ((layer.out_channels + kLanes - 1) / kLanes);
+  for (int64_t k = 0; steps > 0 && k < blocks; ++k) {
+    const int64_t of_block = steps_within(layer.runs + k * kRuns, room.reach);
+    steps = of_block < steps ? of_block : steps;
   }
-  return {most, range.least + half};
+  return room;
 }
 
 double seconds() {
@@ -129,8 +131,10 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
   Room room;
   const InstructionSet* chosen = &named(instruction_set);
   if (instruction_set == kOfAvx2) {
-    room = room_of(*layer, shift);
-    if (room.steps < kFew) chosen = room.steps == 0 ? &kAvx2Wide : &kAvx2Middle;
+    int64_t steps;
+    room = room_of(*layer, shift, threads, steps);
+    const bool few = steps < kFew || layer->batch * layer->out_height * layer->out_width < kFewRows;
+    if (few) chosen = steps == 0 ? &kAvx2Wide : &kAvx2Middle;
   }
   return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
 }

@@ -15,20 +15,23 @@ struct Span {
 };
 
 // Part of a layer: up to kBlocks blocks of 16 output channels, or of GEGLU as many of gates behind up to half of them,
-// and what their sums hold.
+// and what their sums are of and how many steps they hold.
 struct Part {
   int64_t block, blocks;
   Room room;
+  int64_t run;
   int64_t gates;  // blocks from a channel to its gate, or 0
 
   int64_t half() const { return gates == 0 ? blocks : blocks / 2; }
   int64_t number(int64_t k) const { return k < half() ? block + k : block + k - half() + gates; }
 };
 
+constexpr int64_t kPeriod = kMostBlocks * kLane;
+
 // What a position's results are made with; channels of a part, which need not lie side by side in the layer.
 struct Finish {
-  uint32_t less[kMostBlocks * kLane];
-  float scales[kMostBlocks * kLane], biases[kMostBlocks * kLane];
+  uint32_t less[kPeriod] = {};
+  float scales[kPeriod] = {}, biases[kPeriod] = {};
 
   // Of shifted weights the product of weights and zero point is the sum behind the span's last.
   Finish(const DmqfxLayer& layer, const Span& span, const Part& part, const int32_t* sums) {
@@ -46,9 +49,12 @@ struct Finish {
         biases[at + n] = layer.biases != nullptr ? layer.biases[channel + n] : -0.0f;  // x + -0 is x, of both zeros
       }
     }
+    for (int64_t n = width; n < kPeriod; ++n)  // of the next positions
+      less[n] = less[n - width], scales[n] = scales[n - width], biases[n] = biases[n - width];
   }
-  int32_t total(const int32_t* sums, int64_t n) const {
-    return static_cast<int32_t>(static_cast<uint32_t>(sums[n]) - less[n]);
+  int32_t total(const int32_t* sums, int64_t n) const { return total(sums, n, n); }
+  int32_t total(const int32_t* sums, int64_t n, int64_t channel) const {
+    return static_cast<int32_t>(static_cast<uint32_t>(sums[n]) - less[channel]);
   }
   // Channels from..to of the part, to made[0]..: times both scales, plus bias, plus what is added, rounded one by one.
   void real(const int32_t* sums, const float* added, int64_t from, int64_t to, float* __restrict made) const {
@@ -60,6 +66,32 @@ struct Finish {
     }
   }
 };
+
+// Numbers that come again with each kPeriod of a line.
+struct Again {
+  const float* all;
+  int64_t within = 0;
+  float operator[](int64_t n) const { return all[within + n]; }
+};
+inline Again behind(Again from, int64_t n) { return {from.all, (from.within + n) % kPeriod}; }
+inline const float* few(Again from, int64_t n, int64_t, float*) { return from.all + (from.within + n) % kPeriod; }
+
+// Results that nothing is added to, made as they are read; what belongs to them comes again with each kPeriod of them.
+struct Results {
+  const int32_t* sums = nullptr;
+  const Finish* how = nullptr;
+  int64_t within = 0;
+
+  float operator[](int64_t n) const {
+    return static_cast<float>(how->total(sums, n, within + n)) * how->scales[within + n] + how->biases[within + n];
+  }
+};
+inline Results behind(Results from, int64_t n) { return {from.sums + n, from.how, (from.within + n) % kPeriod}; }
+inline const float* few(Results from, int64_t n, int64_t left, float* room) {
+  const Results last = behind(from, n);
+  for (int k = 0; k < kShort; ++k) room[k] = last[k < left ? k : 0];
+  return room;
+}
 
 // Where the results of a span and part begin in tensors of all channels, and what is added to them.
 struct Place {
@@ -74,34 +106,52 @@ struct Place {
   }
 };
 
-// Results as codes; where a part is narrow those of several positions together, since few numbers take as long as many.
+// Codes of some positions from where they lie side by side to where they belong.
+template <int64_t kUsed>
+void spread_codes(const uint8_t* codes, int64_t width, int64_t count, uint8_t* to, int64_t channels) {
+  for (int64_t k = 0; k < count; ++k) std::memcpy(to + k * channels, codes + k * width, kUsed);
+}
+inline void spread_codes(const uint8_t* codes, int64_t width, int64_t used, int64_t count, uint8_t* to, int64_t channels) {
+  if (used == kLane) return spread_codes<kLane>(codes, width, count, to, channels);
+  if (used == 2 * kLane) return spread_codes<2 * kLane>(codes, width, count, to, channels);
+  if (used == 4 * kLane) return spread_codes<4 * kLane>(codes, width, count, to, channels);
+  for (int64_t k = 0; k < count; ++k) std::memcpy(to + k * channels, codes + k * width, static_cast<size_t>(used));
+}
+
+// Results as codes, of several positions together: few numbers take as long as many.
 // Inlined: else what `how` holds might be written by what it is read for.
 DMQFX_INLINE void finish_codes(const DmqfxLayer& layer, const Span& span, const Part& part, const Finish& how, const Place& at,
                                const int32_t* sums) {
-  constexpr int64_t kMost = kMostBlocks * kLane;
   const DmqfxCoding& coding = *layer.coding;
   const Grid grid(coding, span.image);
-  const int64_t half = part.half() * kLane, together = half < kMiddle ? kMost / half : 1, behind = part.gates * kLane;
-  alignas(64) float line[kMost] = {}, gates[kMost] = {}, steps[kMost] = {}, zero_points[kMost] = {};
-  alignas(64) uint8_t codes[kMost];
-  for (int64_t n = 0; n < at.used; ++n)
-    for (int64_t j = n; j < together * half; j += half)
+  const bool made = at.added != nullptr || part.gates != 0;
+  const int64_t half = part.half() * kLane, fit = kPeriod / half, behind = part.gates * kLane;
+  const int64_t together = made || kPeriod % half != 0 ? fit : kStrip;
+  alignas(64) float line[kPeriod] = {}, gates[kPeriod] = {}, steps[kPeriod] = {}, zero_points[kPeriod] = {};
+  alignas(64) uint8_t codes[kStrip * kPeriod];
+  for (int64_t n = 0; grid.wide() && n < at.used; ++n)
+    for (int64_t j = n; j < fit * half; j += half)
       steps[j] = grid.step(at.channel + n), zero_points[j] = grid.zero_point(at.channel + n);
   for (int64_t k = 0, some; k < span.count; k += some) {
     some = least(together, span.count - k);
-    for (int64_t j = 0; j < some; ++j) {
+    for (int64_t j = 0; made && j < some; ++j) {
       const int32_t* own = sums + (k + j) * at.width;
       const float* added = at.added == nullptr ? nullptr : at.added + (k + j) * layer.added_position;
       how.real(own, added, 0, at.used, line + j * half);
       if (part.gates == 0) continue;
       how.real(own, added == nullptr ? nullptr : added + behind - half, half, at.width, gates + j * half);
     }
-    uint8_t* to = coding.codes + (at.first + k) * coding.channels + at.channel;
-    const bool apart = some > 1;
-    code_results(coding, line, part.gates == 0 ? nullptr : gates, steps, zero_points, apart ? some * half : at.used,
-                 apart ? codes : to);
-    for (int64_t j = 0; apart && j < some; ++j, to += coding.channels)
-      std::memcpy(to, codes + j * half, static_cast<size_t>(at.used));
+    const auto code = [&](auto numbers, auto beside) {
+      if (grid.wide())
+        code_results(coding, numbers, beside, Again{steps}, Again{zero_points}, some * half, codes);
+      else
+        code_results(coding, numbers, beside, One<float>{grid.step(0)}, One<float>{grid.zero_point(0)}, some * half, codes);
+    };
+    if (made)
+      code(static_cast<const float*>(line), static_cast<const float*>(gates));
+    else
+      code(Results{sums + k * at.width, &how}, Results{});
+    spread_codes(codes, half, at.used, some, coding.codes + (at.first + k) * coding.channels + at.channel, coding.channels);
   }
 }
 

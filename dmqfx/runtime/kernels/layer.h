@@ -22,8 +22,8 @@ struct DmqfxLayer {
   int64_t out_height, out_width;
   int64_t nibbles;                    // whether two weights share a byte
   int64_t pair;                       // the greatest magnitude that two neighbouring weights make of codes of 0 or 1
-  int64_t runs[kRuns];                // that those in every step of a run make of codes of -1 to 1; it begins at a multiple
-                                      // of its length
+  const int32_t* runs;                // [groups, blocks of 16, kRuns], that those of a block in every step of a run make of
+                                      // codes of -1 to 1; it begins at a multiple of its length
   int64_t headroom;                   // bits by which every weight can be shifted within its 8
   int64_t planes;                     // whether `raw` has its channels outside, [batch, groups * given, height, width]
   int64_t flip;                       // 128 to make signed codes unsigned, else 0
@@ -80,7 +80,8 @@ struct DmqfxPacking {
   const int8_t* raw;                   // [groups * out_channels, channels, taps]
   uint8_t* weights;                    // as DmqfxLayer has them
   int32_t* sums;
-  int32_t* bounds;                     // [1 + kRuns], DmqfxLayer's pair and runs
+  int32_t* pair;                       // [1] and [groups, blocks, kRuns], as DmqfxLayer has them
+  int32_t* runs;
 };
 
 // softmax(q k^T * scale) v, head by head, in codes or real numbers; the channels of a head lie side by side.

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "layer.h"
 
@@ -107,11 +108,12 @@ struct One {
   Number operator[](int) const { return value; }
 };
 
-// What belongs to each number of a line, arrays or `One`: gates for GEGLU; times and pluses of a norm, and for a layer
-// norm gammas and betas behind them; steps, which are scales or reciprocals, and zero points.
-template <class Moment, class Weights, class Steps, class ZeroPoints>
+// What belongs to each number of a line, arrays or `One`: the numbers, which may be made as they are read, and gates for
+// GEGLU; times and pluses of a norm, and for a layer norm gammas and betas behind them; steps, which are scales or
+// reciprocals, and zero points.
+template <class Numbers, class Moment, class Weights, class Steps, class ZeroPoints>
 struct Line {
-  const float *x, *gates;
+  Numbers x, gates;
   Moment times, pluses;
   Weights gammas, betas;
   Steps steps;
@@ -124,6 +126,7 @@ DMQFX_INLINE void code_vector(const Known& line, Limits limits, Made* to) {
   float normed[kCount], overs[kCount], unders[kCount];
   [[maybe_unused]] int32_t codes[kCount];
   [[maybe_unused]] int16_t halves[kCount];
+  constexpr bool kSame = std::is_same_v<std::remove_const_t<decltype(Known::zero_points)>, One<float>>;
   const auto given = [&](int k) {
     float y = line.x[k];
     if constexpr (kNorm != kNoNorm) y = y * line.times[k] + line.pluses[k];
@@ -149,12 +152,12 @@ DMQFX_INLINE void code_vector(const Known& line, Limits limits, Made* to) {
       y = divides(kNorm, kActivation) ? y / line.steps[k] : y * line.steps[k];
       const float zero_point = line.zero_points[k];
       const float whole = bounded(y, limits.least - zero_point, limits.greatest - zero_point) + kRounder;
-      codes[k] = bits_of(whole + zero_point);  // the last byte of the sum is the code
+      codes[k] = kSame ? bits_of(whole) : bits_of(whole + zero_point);  // the last byte is the code, or that less the zero point
     }
   }
   if constexpr (sizeof(Made) == 1) {
     for (int k = 0; k < kCount; ++k) halves[k] = static_cast<int16_t>(codes[k]);  // in two steps: fewer shuffles
-    for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(halves[k]);
+    for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(halves[k]) + (kSame ? static_cast<uint8_t>(static_cast<int32_t>(line.zero_points[k])) : 0);
   }
 }
 
@@ -178,7 +181,7 @@ inline const Number* few(const Number* from, int64_t n, int64_t left, Number* ro
 template <int kNorm, int kActivation, class Known, class Made>
 inline void code_line(const Known& line, Limits limits, int64_t count, Made* to) {
   const auto from = [&](int64_t n) -> Known {
-    return {line.x + n, behind(line.gates, n), behind(line.times, n), behind(line.pluses, n),
+    return {behind(line.x, n), behind(line.gates, n), behind(line.times, n), behind(line.pluses, n),
             behind(line.gammas, n), behind(line.betas, n), behind(line.steps, n), behind(line.zero_points, n)};
   };
   int64_t n = 0;
@@ -188,8 +191,10 @@ inline void code_line(const Known& line, Limits limits, int64_t count, Made* to)
     const int64_t left = count - n;
     float rooms[8][kShort];
     Made last[kShort];
-    const Line<const float*, const float*, const float*, const float*> next{
-        few(line.x, n, left, rooms[0]),      few(line.gates, n, left, rooms[1]),  few(line.times, n, left, rooms[2]),
+    const float* gates = nullptr;
+    if constexpr (kActivation == kGeglu) gates = few(line.gates, n, left, rooms[1]);
+    const Line<const float*, const float*, const float*, const float*, const float*> next{
+        few(line.x, n, left, rooms[0]),      gates,                               few(line.times, n, left, rooms[2]),
         few(line.pluses, n, left, rooms[3]), few(line.gammas, n, left, rooms[4]), few(line.betas, n, left, rooms[5]),
         few(line.steps, n, left, rooms[6]),  few(line.zero_points, n, left, rooms[7])};
     code_vector<kNorm, kActivation, kShort>(next, limits, left < kShort ? last : to + n);

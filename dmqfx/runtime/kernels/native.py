@@ -58,7 +58,7 @@ class Layer(ctypes.Structure):
         *((name, c_int64) for name in ("out_height", "out_width")),
         *((name, c_int64) for name in ("nibbles",)),
         ("pair", c_int64),
-        ("runs", c_int64 * len(RUNS)),
+        ("runs", c_void_p),
         *((name, c_int64) for name in ("headroom", "planes", "flip")),
         *((name, c_void_p) for name in ("raw", "codes")),
         ("timestep_groups", c_int64),
@@ -91,7 +91,7 @@ class Packing(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("groups", "out_channels", "channels", "taps", "nibbles")),
-        *((name, c_void_p) for name in ("raw", "weights", "sums", "bounds")),
+        *((name, c_void_p) for name in ("raw", "weights", "sums", "pair", "runs")),
     )
 
 
@@ -217,7 +217,7 @@ class Library:
         return not self.handle.dmqfx_run_all(steps, len(steps), number, threads)
 
     def pack(self, packing: Packing) -> None:
-        """Lay out weights, with the bounds of their pairs and runs of steps."""
+        """Lay out weights, with the bounds of their pairs and of the runs of steps of each block."""
         self.handle.dmqfx_pack(ctypes.byref(packing), torch.get_num_threads())
 
     def peak(self, instruction_set: str, *, widening: bool = False) -> float:

@@ -131,12 +131,13 @@ void dmqfx_pack(const DmqfxPacking* packing, int threads) {
   const int64_t blocks = (packing->out_channels + kLanes - 1) / kLanes;
   const int64_t steps = packing->taps * ((packing->channels + kQuad - 1) / kQuad);
   const int64_t length = steps * (packing->nibbles ? kStep / 2 : kStep);
-  int32_t most[1 + kRuns] = {};
-#pragma omp parallel for num_threads(threads > 1 ? threads : 1) reduction(max : most) if (threads > 1)
+  int32_t pair = 0;
+#pragma omp parallel for num_threads(threads > 1 ? threads : 1) reduction(max : pair) if (threads > 1)
   for (int64_t k = 0; k < packing->groups * blocks; ++k) {
     Bounds bounds;
     pack_block(*packing, k / blocks, k % blocks, packing->weights + k * length, bounds);
-    for (int level = 0; level <= kRuns; ++level) most[level] = std::max(most[level], bounds.most[level]);
+    pair = std::max(pair, bounds.most[0]);
+    std::copy(bounds.most + 1, bounds.most + 1 + kRuns, packing->runs + k * kRuns);
   }
-  std::copy(most, most + 1 + kRuns, packing->bounds);
+  *packing->pair = pair;
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmqfx.runtime.kernels.kept import Kept, Stamp, stamp
-from dmqfx.runtime.kernels.native import RUNS, Layer
+from dmqfx.runtime.kernels.native import Layer
 from dmqfx.runtime.kernels.weights import QUAD, Weights
 
 __all__ = ["Operands", "Prepared", "Window", "prepare"]
@@ -95,7 +95,12 @@ def prepare(operands: Operands, weight_shape: Sequence[int], window: Window, *, 
     weights = Weights.open(operands.blob, weight_shape, window.groups)
     layer, tables = _layer(weights, window), _tables(operands, weights, signed)
     layer.flip, layer.timestep_groups = 128 * signed, len(operands.x_zero_point)
-    for name, tensor in {**tables, "weights": weights.codes, "sums": weights.sums}.items():
+    for name, tensor in {
+        **tables,
+        "weights": weights.codes,
+        "sums": weights.sums,
+        "runs": weights.runs,
+    }.items():
         setattr(layer, name, tensor.data_ptr())
     kept = (*tables.values(), operands.blob.untyped_storage())  # a view of the blob would keep that itself
     without_blob = operands._replace(blob=operands.x_zero_point)
@@ -114,7 +119,7 @@ def _layer(weights: Weights, window: Window) -> Layer:
         channels=weights.channels + -weights.channels % QUAD, nibbles=weights.nibbles,
         headroom=weights.headroom,
     )  # fmt: skip
-    layer.pair, layer.runs = weights.pair, (c_int64 * len(RUNS))(*weights.runs)
+    layer.pair = weights.pair
     layer.taps, layer.stride, layer.padding, layer.dilation = (
         (c_int64 * 2)(*pair) for pair in (weights.taps, window.stride, window.padding, window.dilation)
     )

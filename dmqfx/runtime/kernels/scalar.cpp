@@ -17,7 +17,10 @@ struct Scalar {
   struct Codes {
     int32_t of[kQuad];
   };
-  static void begin(Sums& sums, const int16_t*) { std::memset(&sums, 0, sizeof sums); }
+  static void begin(Sums& sums, const int16_t*, const Codes& codes, Weights weights) {
+    std::memset(&sums, 0, sizeof sums);
+    add(sums, codes, weights);
+  }
   static void load(Weights& weights, const int8_t* from) { weights = from; }
   static Codes spread(const uint8_t* from) { return {{from[0], from[1], from[2], from[3]}}; }
   static void add(Sums& sums, const Codes& codes, Weights weights) {

@@ -3,9 +3,9 @@
 
 #include "layer.h"
 
-// What 16 bit sums of products surely hold: so many steps of codes less their middle.
+// What 16 bit sums are of: codes less their middle, which reach so far from it, shifts included.
 struct Room {
-  int64_t steps = INT64_MAX;
+  int64_t reach = 0;
   int32_t middle = 0;
 };
 
@@ -17,8 +17,23 @@ struct InstructionSet {
   bool (*average)(const DmqfxAttention& attention, int threads);  // in real numbers; false: no memory
 };
 
-// The row of each table of a layer that belongs to a sample; internal linkage, as in tile.h.
+// Internal linkage, as in tile.h.
 namespace {
+constexpr int64_t length_of(int run) { return run < kDoubled ? int64_t{1} << run : int64_t{3} << (run - kDoubled); }
+
+// Steps whose sums 16 bits surely hold, of a block with these bounds of its runs.
+inline int64_t steps_within(const int32_t* runs, int64_t reach) {
+  int64_t most = 0;
+  for (int k = 0; k < kRuns; ++k) {
+    const int64_t one = runs[k] * reach;
+    if (one <= 0) return INT64_MAX;
+    const int64_t steps = length_of(k) * (INT16_MAX / one);
+    most = steps > most ? steps : most;
+  }
+  return most;
+}
+
+// The row of each table of a layer that belongs to a sample.
 inline int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.group == nullptr ? 0 : layer.group[image]; }
 }  // namespace
 

@@ -55,21 +55,31 @@ inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
 
 // What the sums of each run of steps begin with: minus the middle times their weights, as if codes were less by it.
 template <class Isa>
-void start(const int8_t* weights, int64_t steps, Room room, int16_t* starts) {
-  const uint32_t four = 0x01010101u * static_cast<uint32_t>(room.middle);
+void start(const int8_t* weights, int64_t steps, int64_t run, int32_t of_all, int16_t* starts) {
+  const uint32_t four = 0x01010101u * static_cast<uint32_t>(of_all);
   uint8_t middle[kQuad];
   std::memcpy(middle, &four, sizeof middle);
   const typename Isa::Codes codes = Isa::spread(middle);
-  for (int64_t first = 0; first < steps; first += room.steps, starts += kStart) {
+  for (int64_t first = 0; first < steps; first += run, starts += kStart) {
     typename Isa::Sums sums;
     Isa::clear(sums);
-    for (int64_t end = least(first + room.steps, steps), step = first; step < end; ++step, weights += kStep) {
+    for (int64_t end = least(first + run, steps), step = first; step < end; ++step, weights += kStep) {
       typename Isa::Weights loaded;
       Isa::load(loaded, weights);
       Isa::add(sums, codes, loaded);
     }
     Isa::negate(sums, starts);
   }
+}
+
+// Steps that the sums of all blocks of a part hold.
+inline int64_t run_of(const DmqfxLayer& layer, const Part& part, int64_t group) {
+  int64_t run = INT64_MAX;
+  for (int64_t k = 0; k < part.blocks; ++k) {
+    const int64_t block = group * pieces(layer.out_channels, kLane) + part.number(k);
+    run = least(run, steps_within(layer.runs + block * kRuns, part.room.reach));
+  }
+  return run;
 }
 
 // The weights of steps from..to of a part: where they lie, or unpacked, beside their gates' and times factors on the desk,
@@ -82,8 +92,8 @@ Panel panel(const DmqfxLayer& layer, const Part& part, const Held& wanted, int64
   const bool as_they_lie = !layer.nibbles && factors == nullptr && part.gates == 0;
   Panel found{desk.weights, count * kStep};
   if (as_they_lie) found = {reinterpret_cast<const int8_t*>(packed + (part.block * steps + from) * bytes), steps * kStep};
-  const Room room{least(part.room.steps, count), part.room.middle};
-  if (Isa::kCentred) found.starts = desk.starts, found.starts_stride = pieces(count, room.steps) * kStart, found.room = room.steps;
+  const int64_t run = least(part.run, count);
+  if (Isa::kCentred) found.starts = desk.starts, found.starts_stride = pieces(count, run) * kStart, found.room = run;
   if (desk.held == wanted) return found;
   for (int64_t k = 0; k < part.blocks; ++k) {
     const uint8_t* of_block = packed + (part.number(k) * steps + from) * bytes;
@@ -94,7 +104,7 @@ Panel panel(const DmqfxLayer& layer, const Part& part, const Held& wanted, int64
       std::memcpy(place, of_block, static_cast<size_t>(found.stride));
     if (factors != nullptr)
       multiply(layer.nibbles ? place : reinterpret_cast<const int8_t*>(of_block), from, count, quads, factors, place);
-    if constexpr (Isa::kCentred) start<Isa>(found.weights + k * found.stride, count, room, desk.starts + k * found.starts_stride);
+    if constexpr (Isa::kCentred) start<Isa>(found.weights + k * found.stride, count, run, part.room.middle, desk.starts + k * found.starts_stride);
   }
   desk.held = wanted;
   return found;
@@ -214,7 +224,8 @@ bool run(const DmqfxLayer& layer, Room room, int threads) {
       const int64_t number = k / panels, group = number / cut.bundles, start = number % cut.bundles * cut.bundle;
       const int64_t block = k % panels * together, end = least(start + cut.bundle, cut.images * cut.strips);
       const int64_t some = least(together, blocks - block);
-      const Part part{block, gated ? 2 * some : some, Isa::kCentred ? room : Room{}, gated ? blocks : 0};
+      Part part{block, gated ? 2 * some : some, Isa::kCentred ? room : Room{}, INT64_MAX, gated ? blocks : 0};
+      if (Isa::kCentred) part.run = run_of(layer, part, group);
       for (int64_t at = start; at < end; ++at) {
         const int64_t first = at % cut.strips * cut.length, place = at - start;
         const Strip strip{group, at / cut.strips * cut.positions + first, least(cut.length, cut.positions - first),

@@ -7,7 +7,8 @@
 //   Codes                4 codes of one position, in every lane
 //   kCentred             whether sums begin with what a panel has for them, and hold no more than its room; then also
 //                        clear and negate(sums, int16[32])
-//   begin, load, spread, add(sums, codes, weights), flush(sums, int32[16], fresh), which adds unless these are fresh
+//   load, spread, add(sums, codes, weights), begin(sums, int16[32], codes, weights), which makes sums of a first step,
+//   flush(sums, int32[16], fresh), which adds unless these are fresh
 // Everything here has internal linkage: each file that includes it is compiled for its own instruction set, and
 // nothing of it may be taken for the code of another.
 #pragma once
@@ -15,6 +16,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "desk.h"
 #include "layer.h"
@@ -41,34 +43,42 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
   typename Isa::Sums running[kTall][kUsed];
   const int8_t* weights = panel.weights;
   const int16_t* starts = panel.starts;
-  for (int64_t tap = from / quads, quad = from % quads; from < to; fresh = false) {
-#pragma GCC unroll 8
-    for (int row = 0; row < kTall; ++row)
+  const uint8_t* codes[kTall];
+  const auto step = [&](auto begins, int64_t number) __attribute__((always_inline)) {
+    typename Isa::Weights loaded[kUsed];
 #pragma GCC unroll 4
-      for (int block = 0; block < kUsed; ++block) Isa::begin(running[row][block], starts + block * panel.starts_stride);
+    for (int block = 0; block < kUsed; ++block) Isa::load(loaded[block], weights + block * panel.stride);
+#pragma GCC unroll 8
+    for (int row = 0; row < kTall; ++row) {
+      const typename Isa::Codes four = Isa::spread(codes[row] + number * kQuad);
+#pragma GCC unroll 4
+      for (int block = 0; block < kUsed; ++block)
+        if constexpr (begins)
+          Isa::begin(running[row][block], starts + block * panel.starts_stride, four, loaded[block]);
+        else
+          Isa::add(running[row][block], four, loaded[block]);
+    }
+    weights += kStep;
+  };
+  int64_t tap = from / quads, quad = from % quads;
+  const auto look = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int row = 0; row < kTall; ++row) codes[row] = rows[row * taps + tap] + quad * kQuad;
+  };
+  for (; from < to; fresh = false) {
     int64_t left = least(to - from, panel.room);
     from += left;
-    if (Isa::kCentred) starts += kStart;
-    while (left > 0) {
+    look();
+    step(std::true_type{}, 0);
+    for (int64_t next = 1; left > 0; next = 0) {
       const int64_t count = least(left, quads - quad);
-      const uint8_t* codes[kTall];
-#pragma GCC unroll 8
-      for (int row = 0; row < kTall; ++row) codes[row] = rows[row * taps + tap] + quad * kQuad;
-      for (int64_t step = 0; step < count; ++step, weights += kStep) {
-        typename Isa::Weights loaded[kUsed];
-#pragma GCC unroll 4
-        for (int block = 0; block < kUsed; ++block) Isa::load(loaded[block], weights + block * panel.stride);
-#pragma GCC unroll 8
-        for (int row = 0; row < kTall; ++row) {
-          const typename Isa::Codes four = Isa::spread(codes[row] + step * kQuad);
-#pragma GCC unroll 4
-          for (int block = 0; block < kUsed; ++block) Isa::add(running[row][block], four, loaded[block]);
-        }
-      }
+      for (; next < count; ++next) step(std::false_type{}, next);
       left -= count;
       quad += count;
       if (quad == quads) quad = 0, ++tap;
+      if (left > 0) look();
     }
+    if (Isa::kCentred) starts += kStart;
 #pragma GCC unroll 8
     for (int row = 0; row < kTall; ++row)
 #pragma GCC unroll 4

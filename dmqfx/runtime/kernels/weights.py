@@ -1,7 +1,7 @@
 """The form in which the kernels read weights: blocks of 16 output channels, four input channels side by side.
 
-A blob is one uint8 tensor: a header, the sum of each output channel's codes, and the codes
-[groups, blocks, taps, channels / 4, 16, 4], output and input channels filled up with 0. Two codes share a byte
+A blob is one uint8 tensor: a header, the sum of each output channel's codes, the bounds of each block's runs, and the
+codes [groups, blocks, taps, channels / 4, 16, 4], output and input channels filled up with 0. Two codes share a byte
 where all of them have 4 bits: of the 64 of a step, number k the low half and number k + 32 the high one.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -22,18 +23,20 @@ from dmqfx.runtime.kernels.native import RUNS, Packing, absent, library
 __all__ = ["LANE", "QUAD", "Weights", "pack", "unpack"]
 
 LANE, QUAD = 16, 4
-_STEP, _HEADER = LANE * QUAD, 32  # codes of a step; int32 numbers of the header
+_STEP, _HEADER = LANE * QUAD, 16  # codes of a step; int32 numbers of the header
 _MOST_HEADROOM = 7
-_MAGIC, _VERSION = 0x4B514D44, 4
+_MAGIC, _VERSION = 0x4B514D44, 5
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
     """A blob, opened: views of its parts.
 
-    Shapes: codes uint8, 1-D, as the kernel reads them; sums int32 [groups * out_channels].
-    Units: pair is the greatest magnitude that two neighbouring codes can make of activation codes of 0 or 1, runs[k] that
-    those in every step of a run of RUNS[k] steps, which begins at a multiple of its length, can make of -1 to 1;
+    Shapes: codes uint8, 1-D, as the kernel reads them; sums int32 [groups * out_channels]; runs int32
+    [groups * blocks, len(RUNS)].
+    Units: pair is the greatest magnitude that two neighbouring codes can make of activation codes of 0 or 1,
+    runs[:, k] that those of a block in every step of a run of RUNS[k] steps, which begins at a multiple of its length,
+    can make of -1 to 1;
     headroom the bits by which every code can be shifted to the left and still has 8; out_channels and channels are
     those of one group, channels before they are filled up.
     """
@@ -46,7 +49,7 @@ class Weights:
     channels: int
     taps: tuple[int, int]
     pair: int
-    runs: tuple[int, ...]
+    runs: Tensor
     headroom: int
 
     @classmethod
@@ -64,20 +67,20 @@ class Weights:
             raise _malformed(
                 f"{blob.dtype} {list(blob.shape)} does not start with the header of version {_VERSION}"
             )
-        nibbles, *sizes, headroom = numbers[2:9]
-        (pair, *runs), expected = numbers[9 : 10 + len(RUNS)], _sizes(shape, groups)
-        least = dict(zip(RUNS, runs, strict=True))
-        bounded = 0 <= headroom <= _MOST_HEADROOM and pair <= least[1] <= 2 * pair
-        bounded &= all(least.get(n // 2, 0) <= run <= 256 * n for n, run in least.items())
-        if sizes != expected or not bounded or nibbles not in (0, 1):
-            raise _malformed(f"it says {numbers[2 : 10 + len(RUNS)]} where the layer has {expected}")
-        sums = 4 * shape[0]
-        length = head + sums + _length(expected, bool(nibbles))
-        if blob.numel() != length:
-            raise _malformed(f"it has {blob.numel()} bytes where the layer {list(shape)} needs {length}")
+        nibbles, *sizes, headroom, pair = numbers[2:10]
+        expected = _sizes(shape, groups)
+        if sizes != expected or not 0 <= headroom <= _MOST_HEADROOM or nibbles not in (0, 1):
+            raise _malformed(f"it says {numbers[2:10]} where the layer has {expected}")
+        ends = _ends_of_parts(expected, bool(nibbles))
+        if blob.numel() != ends[-1]:
+            raise _malformed(f"it has {blob.numel()} bytes where the layer {list(shape)} needs {ends[-1]}")
+        _, sums, runs, codes = (blob[start:end] for start, end in pairwise((0, *ends)))
+        bounds = runs.view(torch.int32).view(-1, len(RUNS))
+        if not _may_bound(bounds, pair):
+            raise _malformed(f"no codes have runs within {bounds.amax(0).tolist()} and pairs within {pair}")
         return cls(
-            blob[head + sums :], blob[head : head + sums].view(torch.int32), bool(nibbles), groups, expected[1],
-            shape[1], (expected[3], expected[4]), pair, tuple(runs), headroom,
+            codes, sums.view(torch.int32), bool(nibbles), groups, expected[1], shape[1], (expected[3], expected[4]),
+            pair, bounds, headroom,
         )  # fmt: skip
 
 
@@ -101,24 +104,25 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
     if _may_overflow(codes, max(greatest, -least), shift) and (why := integer.overflow(codes.float(), shift)):
         raise ValueError(why)
     sizes, nibbles = _sizes(codes.shape, groups), least >= -8 and greatest <= 7
-    start, end = 4 * _HEADER, 4 * (_HEADER + len(codes))
-    blob = torch.zeros(end + _length(sizes, nibbles), dtype=torch.uint8)
-    bounds = _laid_out(codes.cpu().contiguous(), sizes, nibbles, blob[start:end], blob[end:])
-    numbers = [_MAGIC, _VERSION, int(nibbles), *sizes, _headroom(least, greatest), *bounds]
+    ends = _ends_of_parts(sizes, nibbles)
+    blob = torch.zeros(ends[-1], dtype=torch.uint8)
+    pair = _laid_out(codes.cpu().contiguous(), sizes, nibbles, [blob[end:] for end in ends[:-1]])
+    numbers = [_MAGIC, _VERSION, int(nibbles), *sizes, _headroom(least, greatest), pair]
     blob[: 4 * len(numbers)] = torch.tensor(numbers, dtype=torch.int32).view(torch.uint8)
     return blob.to(codes.device)
 
 
-def _laid_out(codes: Tensor, sizes: Sequence[int], nibbles: bool, sums: Tensor, into: Tensor) -> list[int]:
-    """Sums and codes written where they go; the bounds of their pairs and runs."""
+def _laid_out(codes: Tensor, sizes: Sequence[int], nibbles: bool, parts: Sequence[Tensor]) -> int:
+    """Sums, bounds of runs and codes written where they go; the bound of pairs."""
     kernels = library()
     if kernels is None:
         raise DmqfxError(absent())
     groups, out, channels, high, wide = sizes
-    bounds = torch.zeros(1 + len(RUNS), dtype=torch.int32)
-    places = (codes.data_ptr(), into.data_ptr(), sums.data_ptr(), bounds.data_ptr())
+    sums, runs, into = (part.data_ptr() for part in parts)
+    pair = torch.zeros(1, dtype=torch.int32)
+    places = (codes.data_ptr(), into, sums, pair.data_ptr(), runs)
     kernels.pack(Packing(groups, out, channels, high * wide, nibbles, *places))
-    return [int(bound) for bound in bounds]
+    return int(pair)
 
 
 def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
@@ -137,22 +141,33 @@ def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     codes = laid.permute(0, 1, 4, 3, 5, 2).reshape(groups, -1, quads * QUAD, high * wide)
     filled, codes = codes, codes[:, : weights.out_channels, : weights.channels]
     codes = codes.reshape(tuple(shape)).contiguous()
-    bounds = (*_bounds(laid), _headroom(*_ends(laid)))
+    pair, runs = _bounds(laid)
     sums = codes.flatten(1).sum(1, dtype=torch.int32)
-    if bounds != (weights.pair, *weights.runs, weights.headroom) or not torch.equal(sums, weights.sums):
+    known = (pair, _headroom(*_ends(laid))) == (weights.pair, weights.headroom)
+    if not known or not torch.equal(runs, weights.runs) or not torch.equal(sums, weights.sums):
         raise _malformed("its sums do not follow from its codes")
     if int(filled.count_nonzero()) != int(codes.count_nonzero()):
         raise _malformed("what fills it up is not 0")
     return codes
 
 
-def _bounds(laid: Tensor) -> list[int]:
+def _may_bound(runs: Tensor, pair: int) -> bool:
+    """Whether there are codes of 8 bits of which these are the bounds, as far as that is seen without looking at codes."""
+    if runs.numel() == 0:
+        return pair == 0
+    least = dict(zip(RUNS, runs.unbind(1), strict=True))
+    shorter = torch.stack([least.get(n // 2, torch.zeros_like(run)) for n, run in least.items()], 1)
+    within = (shorter <= runs).all() and (runs <= 256 * torch.tensor(RUNS)).all()
+    return bool(within) and pair <= int(least[1].amax()) <= 2 * pair
+
+
+def _bounds(laid: Tensor) -> tuple[int, Tensor]:
     """Weights' pair and runs.
 
     Shapes: laid int8 [groups, blocks, taps, quads, 16, 4].
     """
     if laid.numel() == 0:
-        return [0] * (1 + len(RUNS))
+        return 0, torch.zeros(laid.shape[0] * laid.shape[1], len(RUNS), dtype=torch.int32)
     steps = laid.int().reshape(laid.shape[0] * laid.shape[1], -1, _STEP // 2, 2)
     up, down = (steps.clamp(*ends).sum(3, dtype=torch.int32) for ends in ((0, None), (None, 0)))
     sums = {1: up - down}
@@ -160,7 +175,8 @@ def _bounds(laid: Tensor) -> list[int]:
         shorter = length // 2 if length // 2 in sums else 1
         whole = F.pad(sums[shorter], (0, 0, 0, -sums[shorter].shape[1] % (length // shorter)))
         sums[length] = whole.reshape(len(whole), -1, length // shorter, _STEP // 2).sum(2, dtype=torch.int32)
-    return [int(max(up.amax(), -down.amin())), *(int(sums[length].amax()) for length in RUNS)]
+    runs = torch.stack([sums[length].amax((1, 2)) for length in RUNS], 1)
+    return int(max(up.amax(), -down.amin())), runs
 
 
 def _ends(codes: Tensor) -> tuple[int, int]:
@@ -191,11 +207,12 @@ def _sizes(shape: Sequence[int], groups: int) -> list[int]:
     return [groups, shape[0] // max(groups, 1), shape[1], *taps]
 
 
-def _length(sizes: Sequence[int], nibbles: bool) -> int:
-    """Bytes of the codes."""
+def _ends_of_parts(sizes: Sequence[int], nibbles: bool) -> list[int]:
+    """Where header, sums, runs and codes end, in bytes."""
     groups, out, channels, high, wide = sizes
-    steps = groups * math.ceil(out / LANE) * high * wide * math.ceil(channels / QUAD)
-    return steps * (_STEP // 2 if nibbles else _STEP)
+    blocks = groups * math.ceil(out / LANE)
+    codes = blocks * high * wide * math.ceil(channels / QUAD) * (_STEP // 2 if nibbles else _STEP)
+    return list(accumulate((4 * _HEADER, 4 * groups * out, 4 * blocks * len(RUNS), codes)))
 
 
 def _malformed(what: str) -> StoreError:
