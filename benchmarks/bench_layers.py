@@ -6,11 +6,11 @@ All ways of one layer are timed in one turn, one after the other, and a turn is 
 of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's and
 fbgemm's linear and convolution where this torch still has them. Those of fbgemm give codes, and so do the kernels' ways of
 that name; all others give real numbers. Codes of images lie channels last for all, as quantize leaves them and as both int8
-libraries are fastest. The kernels are called as a UNet that runs again calls them, without Python; the others by one call of
-torch. Memory of large results is kept between calls, for all ways. `peak_gops` is
-the rate of the innermost instructions on data in the first cache, times the threads, measured in the same run, and `of_peak`
-a layer's share of it. With --avx2 all compute as on a machine without AVX-512 and VNNI. On a machine that runs other
-programs too, --processor-time counts what one thread really got.
+libraries are fastest. The kernels are called as a UNet that runs again calls them, without Python, but for the way that says
+so; the others by one call of torch. Memory of large results is kept between calls, for all ways. `peak_gops` is the rate of
+the innermost instructions on data in the first cache, times the threads, measured in the same run, and `of_peak` a layer's
+share of it; `summary` tells of all layers together. With --avx2 all compute as on a machine without AVX-512 and VNNI. On a
+machine that runs other programs too, --processor-time counts what one thread really got.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from layers_summary import summary
 from machine import held_to_avx2, write
 from models import sd15
 from torch import Tensor, nn
@@ -33,7 +35,8 @@ from torch.nn import functional as F
 
 from dmqfx.runtime.kernels import layers, weights
 from dmqfx.runtime.kernels.coded import Coded
-from dmqfx.runtime.kernels.native import Library, library, taped
+from dmqfx.runtime.kernels.native import Layer, Library, library, taped
+from dmqfx.runtime.replay import Row
 
 Way = Callable[[], object]
 Clock = Callable[[], float]
@@ -100,7 +103,13 @@ def float32(shape: Shape) -> dict[str, Way]:
 
 
 def native(
-    shape: Shape, bits: tuple[int, int], found: Library, instruction_set: str, gives_codes: bool = False
+    shape: Shape,
+    bits: tuple[int, int],
+    found: Library,
+    instruction_set: str,
+    *,
+    gives_codes: bool = False,
+    from_python: bool = False,
 ) -> Way:
     """The kernel on codes, real numbers out, or codes of them: the call alone, as `runtime.replay` repeats it."""
     weight_bits, activation_bits = bits
@@ -109,20 +118,19 @@ def native(
     blob, zero_point = weights.pack(w, 1), torch.full((1, 1), 2 ** (activation_bits - 1), dtype=torch.int32)
     head = (x, torch.rand(1, 1), zero_point, None, blob, shape.w, torch.rand(1, len(w)), torch.randn(len(w)))
     coded = Coded(torch.full((1, 1), 1e4), zero_point, 0, 2**activation_bits - 1) if gives_codes else None
-    with taped() as calls:
-        if shape.is_conv:
-            tail = ([shape.stride] * 2, [shape.w[2] // 2] * 2, [1, 1], 1)
-            out = layers.conv2d(*head, *tail, instruction_set, coded=coded)
-        else:
-            out = layers.linear(*head, instruction_set, coded=coded)
-    chosen, again = replace(found, chosen=instruction_set), found.steps(calls)
-    points_to = (head, coded, out, calls)  # and has to be outlived by them
-
-    def way(_: object = points_to) -> None:
-        if not chosen.run_all(again):
-            raise SystemExit(f"{shape} cannot be computed again")
-
-    return way
+    tail = ([shape.stride] * 2, [shape.w[2] // 2] * 2, [1, 1], 1)
+    if shape.is_conv:
+        python = partial(layers.conv2d, *head, *tail, instruction_set, coded=coded)
+    else:
+        python = partial(layers.linear, *head, instruction_set, coded=coded)
+    if from_python:
+        return python
+    row = Row(replace(found, chosen=instruction_set))
+    with taped() as row.calls:
+        out = python()
+    if any(isinstance(call, Layer) and call.raw for call in row.calls):
+        raise SystemExit(f"{shape} is laid out anew in memory that is gone by now")
+    return lambda kept=(python, out): row([])  # what the row points to
 
 
 def _last(x: Tensor) -> Tensor:
@@ -214,6 +222,8 @@ def measure(
         sets = [found.chosen] if found.chosen != found.instruction_sets[-1] else found.instruction_sets[1:]
         ways |= {f"{name} {each}": native(shape, bits, found, each) for each in sets}
         ways[f"{name} {sets[-1]}, codes"] = native(shape, bits, found, sets[-1], gives_codes=True)
+    called = {"gives_codes": True, "from_python": True}
+    ways[f"W4A6 {sets[-1]}, codes, from Python"] = native(shape, FORMATS["W4A6"], found, sets[-1], **called)
     theirs = {"oneDNN int8": onednn(shape), "fbgemm int8": fbgemm(shape)}
     ways |= {name: way for name, way in theirs.items() if way is not None}
     for way in ways.values():
@@ -289,7 +299,13 @@ def main() -> None:
         row(shape, turns, rates, count) for (shape, turns), (_, count) in zip(spent, counted, strict=True)
     ]
     what = (__doc__ or "").partition("\n")[0]
-    told = {"what": what, "clock": clock.__name__, "peak_gops": rates, "layers": rows}
+    told = {
+        "what": what,
+        "clock": clock.__name__,
+        "peak_gops": rates,
+        "summary": summary(rows),
+        "layers": rows,
+    }
     write("layers_sd15" + "_avx2" * options.avx2, told)
 
 

@@ -160,7 +160,7 @@ def test_sums_as_long_and_large_as_they_can_be_do_not_overflow_on_the_way(
 
 
 @given(
-    st.integers(2, 8), st.integers(4, 8), st.sampled_from((63, 1030, 4099)), st.sampled_from((0.1, 0.5, 1.0)),
+    st.integers(2, 8), st.integers(4, 8), st.sampled_from((63, 1000, 1030, 4099)), st.sampled_from((0.1, 0.5, 1.0)),
     st.integers(0, 2**31),
 )  # fmt: skip
 def test_codes_that_meet_only_weights_of_one_sign_go_as_far_as_the_weights_allow_and_no_further(
@@ -242,6 +242,24 @@ def test_padding_counts_in_the_room_of_16_bit_sums() -> None:
             x, None, zero_point, None, weights.pack(w, 1), w.shape, ZERO, None, *where, each
         )
         assert torch.equal(found, expected), each
+
+
+@pytest.mark.parametrize("heavy", [0, 1])
+def test_blocks_that_are_summed_together_have_runs_that_suit_each(heavy: int) -> None:
+    """30 heavy steps of one block lie half in one run of 128 steps; runs of the other's 51 would hold them all."""
+    w = torch.zeros(32, 1024, dtype=torch.int8)
+    w[16 * heavy : 16 * heavy + 16, 452:572] = -8
+    w[16 * (1 - heavy) : 16 * (1 - heavy) + 16, 0::2] = 3
+    w[16 * (1 - heavy) : 16 * (1 - heavy) + 16, 1::2] = 2
+    x = torch.zeros(8, 1024, dtype=torch.uint8)
+    x[1:] = 255
+    expected = integer.linear_accumulators(x, ZERO, None, w, ZERO)
+    grid = Coded(torch.ones(1, 1), ZERO, 0, 255, "geglu")
+    for each in here():
+        head = (ZERO, None, weights.pack(w, 1), w.shape)
+        assert torch.equal(layers.linear(x, None, *head, ZERO, None, each), expected), each
+        gated = layers.linear(x, torch.ones(1, 1), *head, torch.full((1, 1), 1e-4), None, each, coded=grid)
+        assert torch.equal(gated, grid.of(expected * 1e-4, None, 1)), each
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -412,8 +430,9 @@ def test_results_that_become_codes_have_the_codes_of_quantize(
 @given(data=st.data())
 def test_upsampled_codes_are_read_where_torch_reads_them(data: st.DataObject) -> None:
     high, wide = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    x, zero_point, group = draw_input(data, (2, 5, high, wide))
-    w, where = draw_weight(data, (4, 5, 3, 3)), ([data.draw(st.integers(1, 2))] * 2, [1, 1], [1, 1], 1)
+    depth = data.draw(st.sampled_from((5, 20)))
+    x, zero_point, group = draw_input(data, (2, depth, high, wide))
+    w, where = draw_weight(data, (4, depth, 3, 3)), ([data.draw(st.integers(1, 2))] * 2, [1, 1], [1, 1], 1)
     size = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
     factors = data.draw(st.tuples(*[st.sampled_from((1.0, 2.0, 3.0))] * 2))
     blob, scales = weights.pack(w, 1), (torch.rand(len(zero_point), 1), torch.rand(1, 4))
@@ -515,7 +534,8 @@ def test_malformed_weights_are_refused_before_the_kernel_sees_them(wrong: Tensor
 
 
 @pytest.mark.parametrize(
-    ("at", "value"), [(32, 3), (36, 14), (64, 200), (76, 200), (144, 0x77), (-1, 0x10), (148, 0x77)]
+    ("at", "value"),
+    [(32, 3), (36, 14), (64, 200), (76, 200), (144, 0x77), (-1, 0x10), (148, 0x77), (192, 0x77)],
 )
 def test_numbers_that_do_not_follow_from_the_codes_are_found(at: int, value: int) -> None:
     assert torch.equal(

@@ -1,4 +1,5 @@
-// Codes as the kernels read them: the channels of a pixel side by side, each group filled up to whole quads.
+// Codes as the kernels read them: the channels of a pixel side by side, each group filled up to whole quads; where they are
+// few, those under all taps.
 #include <cstring>
 
 #include "sets.h"
@@ -38,7 +39,47 @@ void fill(const DmqfxLayer& layer, uint8_t* to, Block block) {
     std::memset(to + k * pixel + layer.given, 0, static_cast<size_t>(more));
 }
 
+// What lies under the taps of a line of positions.
+void gather_line(const DmqfxLayer& layer, int64_t image, int64_t down, uint8_t* to) {
+  const int64_t tall = layer.upsampled[0], wide = layer.upsampled[1], pixel = layer.channels;
+  const auto padding = static_cast<uint8_t>(layer.zero_points[row_of(layer, image)]);
+  const uint8_t* codes = layer.codes + image * layer.height * layer.width * pixel;
+  for (int64_t across = 0; across < layer.out_width; ++across)
+    for (int64_t high = 0; high < layer.taps[0]; ++high) {
+      const int64_t y = down * layer.stride[0] - layer.padding[0] + high * layer.dilation[0];
+      const bool inside = y >= 0 && y < tall;
+      const uint8_t* line = inside ? codes + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * pixel : nullptr;
+      int64_t x = across * layer.stride[1] - layer.padding[1];
+      for (int64_t tap = 0; tap < layer.taps[1]; ++tap, x += layer.dilation[1], to += pixel) {
+        const bool there = inside && x >= 0 && x < wide;
+        const uint8_t* from = there ? line + nearest(x, layer.width, wide, layer.steps[1]) * pixel : nullptr;
+        for (int64_t c = 0; c < pixel; c += 4)
+          there ? std::memcpy(to + c, from + c, 4) : std::memset(to + c, padding, 4);
+      }
+    }
+}
+
 }  // namespace
+
+bool has_few_channels(const DmqfxLayer& layer) {
+  constexpr int64_t kFew = 16;
+  return layer.groups == 1 && layer.shifts == nullptr && layer.channels <= kFew && layer.taps[0] * layer.taps[1] > 1;
+}
+
+DmqfxLayer gather(const DmqfxLayer& layer, uint8_t* codes, int threads) {
+  DmqfxLayer flat = layer;
+  flat.codes = codes;
+  flat.raw = nullptr;
+  flat.height = flat.upsampled[0] = layer.out_height;
+  flat.width = flat.upsampled[1] = layer.out_width;
+  flat.given = flat.channels = layer.taps[0] * layer.taps[1] * layer.channels;
+  for (int axis = 0; axis < 2; ++axis) flat.taps[axis] = flat.stride[axis] = flat.dilation[axis] = 1, flat.padding[axis] = 0;
+  const int64_t lines = layer.batch * layer.out_height, length = layer.out_width * flat.channels;
+  threads = lines * length > 65536 ? threads : 1;
+#pragma omp parallel for num_threads(threads > 1 ? threads : 1) if (threads > 1)
+  for (int64_t k = 0; k < lines; ++k) gather_line(layer, k / layer.out_height, k % layer.out_height, codes + k * length);
+  return flat;
+}
 
 void arrange(const DmqfxLayer& layer, int threads) {
   constexpr int64_t kPositions = 64;

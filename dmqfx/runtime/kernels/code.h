@@ -156,15 +156,15 @@ void norm_rows(const DmqfxCoding& coding, Norm norm, int64_t image, int64_t firs
 
 // Results of a layer as codes: no norm, gates apart.
 template <class Numbers, class Steps, class ZeroPoints>
-void code_results(const DmqfxCoding& coding, Numbers x, Numbers gates, Steps steps, ZeroPoints zero_points, int64_t count, uint8_t* to) {
+void code_results(const DmqfxCoding& coding, Numbers x, const float* gates, Steps steps, ZeroPoints zero_points, int64_t count,
+                  uint8_t* to) {
   const Limits limits = limits_of(coding);
-  const Line<Numbers, const float*, const float*, Steps, ZeroPoints> line{x, gates, nullptr, nullptr, nullptr, nullptr, steps, zero_points};
-  switch (coding.activation) {
-    case kSilu: return code_line<kNoNorm, kSilu>(line, limits, count, to);
-    case kGelu: return code_line<kNoNorm, kGelu>(line, limits, count, to);
-    case kGeglu: return code_line<kNoNorm, kGeglu>(line, limits, count, to);
-    default: return code_line<kNoNorm, kNoActivation>(line, limits, count, to);
-  }
+  using Known = Line<Numbers, const float*, const float*, Steps, ZeroPoints>;
+  const Known line{x, gates, nullptr, nullptr, nullptr, nullptr, steps, zero_points};
+  if (coding.activation == kSilu) return code_line<kNoNorm, kSilu>(line, limits, count, to);
+  if (coding.activation == kGelu) return code_line<kNoNorm, kGelu>(line, limits, count, to);
+  if (coding.activation == kGeglu) return code_line<kNoNorm, kGeglu>(line, limits, count, to);
+  code_line<kNoNorm, kNoActivation>(line, limits, count, to);
 }
 
 // Room for what is known of channels of some images before they are coded: sums for a group norm, then that.

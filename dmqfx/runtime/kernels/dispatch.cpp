@@ -1,5 +1,7 @@
-// The C interface: which kernel a machine can run, and how many steps its 16 bit sums surely hold.
+// The C interface: which kernel a machine can run, and which sums a layer takes.
+#include <cstdlib>
 #include <ctime>
+#include <memory>
 
 #include "sets.h"
 
@@ -51,7 +53,8 @@ struct Range {
 Range range_of(const DmqfxLayer& layer, int threads) {
   const int64_t count = layer.batch * layer.height * layer.width * layer.groups * layer.channels;
   uint8_t least = 255, greatest = 0;
-#pragma omp parallel for reduction(min : least) reduction(max : greatest) num_threads(threads) if (threads > 1 && count > kAlone)
+  const int team = threads > 1 && count > kAlone ? threads : 1;
+#pragma omp parallel for reduction(min : least) reduction(max : greatest) num_threads(team) if (team > 1)
   for (int64_t k = 0; k < count; ++k) {
     least = layer.codes[k] < least ? layer.codes[k] : least;
     greatest = layer.codes[k] > greatest ? layer.codes[k] : greatest;
@@ -71,20 +74,23 @@ int64_t greatest_shift(const DmqfxLayer& layer) {
   return greatest;
 }
 
-// Codes less their middle. Two products saturate, so that the pair itself has to fit; sums of pairs wrap around, so only what a
-// run comes to has to. `steps` is 0 where pairs do not fit, else what the sums of every block hold.
-Room room_of(const DmqfxLayer& layer, int64_t shift, int threads, int64_t& steps) {
+// Codes less their middle. Two products saturate, so that the pair itself has to fit, or `pairs_fit` is false; sums of pairs
+// wrap around, so only what a run comes to has to.
+Room room_of(const DmqfxLayer& layer, int64_t shift, int threads, bool& pairs_fit) {
   const int64_t within = shift < layer.headroom ? shift : layer.headroom;  // the sums take the rest
   const Range range = range_of(layer, threads);
   const int32_t half = (range.greatest - range.least + 1) / 2;
-  const Room room{int64_t{half} << within, range.least + half};
-  steps = layer.pair * (int64_t{range.greatest} << within) > INT16_MAX ? 0 : INT64_MAX;
+  pairs_fit = layer.pair * (int64_t{range.greatest} << within) <= INT16_MAX;
+  return {int64_t{half} << within, range.least + half};
+}
+
+// Whether sums of 32 bits are faster, since others would hold few steps.
+bool is_middle(const DmqfxLayer& layer, int64_t reach) {
+  if (layer.batch * layer.out_height * layer.out_width < kFewRows) return true;
+  Runs runs;
   const int64_t blocks = layer.groups * ((layer.out_channels + kLanes - 1) / kLanes);
-  for (int64_t k = 0; steps > 0 && k < blocks; ++k) {
-    const int64_t of_block = steps_within(layer.runs + k * kRuns, room.reach);
-    steps = of_block < steps ? of_block : steps;
-  }
-  return room;
+  for (int64_t k = 0; k < blocks; ++k) runs.join(layer.runs + k * kRuns);
+  return runs.steps(reach) < kFew;
 }
 
 double seconds() {
@@ -131,12 +137,19 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
   Room room;
   const InstructionSet* chosen = &named(instruction_set);
   if (instruction_set == kOfAvx2) {
-    int64_t steps;
-    room = room_of(*layer, shift, threads, steps);
-    const bool few = steps < kFew || layer->batch * layer->out_height * layer->out_width < kFewRows;
-    if (few) chosen = steps == 0 ? &kAvx2Wide : &kAvx2Middle;
+    bool pairs_fit;
+    room = room_of(*layer, shift, threads, pairs_fit);
+    if (!pairs_fit)
+      chosen = &kAvx2Wide;
+    else if (is_middle(*layer, room.reach))
+      chosen = &kAvx2Middle;
   }
-  return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
+  if (!has_few_channels(*layer)) return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
+  const int64_t under = layer->taps[0] * layer->taps[1] * layer->channels;
+  const auto bytes = static_cast<size_t>(layer->batch * layer->out_height * layer->out_width * under) + 1;
+  const std::unique_ptr<void, decltype(&std::free)> codes(std::malloc(bytes), &std::free);
+  if (codes == nullptr) return kNoMemory;
+  return chosen->run(gather(*layer, static_cast<uint8_t*>(codes.get()), threads), room, threads) ? kDone : kNoMemory;
 }
 
 int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads) {

@@ -14,13 +14,12 @@ struct Span {
   int64_t image, group, first, count;
 };
 
-// Part of a layer: up to kBlocks blocks of 16 output channels, or of GEGLU as many of gates behind up to half of them,
-// and what their sums are of and how many steps they hold.
+// Part of a layer: up to kMostBlocks blocks of 16 output channels, or of GEGLU as many of gates behind up to half of them.
 struct Part {
   int64_t block, blocks;
-  Room room;
-  int64_t run;
-  int64_t gates;  // blocks from a channel to its gate, or 0
+  int64_t gates;            // blocks from a channel to its gate, or 0
+  int32_t middle = 0;       // what codes are less in the sums
+  int64_t run = INT64_MAX;  // steps that those hold
 
   int64_t half() const { return gates == 0 ? blocks : blocks / 2; }
   int64_t number(int64_t k) const { return k < half() ? block + k : block + k - half() + gates; }
@@ -36,7 +35,7 @@ struct Finish {
   // Of shifted weights the product of weights and zero point is the sum behind the span's last.
   Finish(const DmqfxLayer& layer, const Span& span, const Part& part, const int32_t* sums) {
     const int64_t width = part.blocks * kLane, row = row_of(layer, span.image);
-    const auto zero_point = static_cast<uint32_t>(layer.zero_points[row] - part.room.middle);
+    const auto zero_point = static_cast<uint32_t>(layer.zero_points[row] - part.middle);
     for (int64_t k = 0; k < part.blocks; ++k) {
       const int64_t within = part.number(k) * kLane, used = least(kLane, layer.out_channels - within);
       const int64_t channel = span.group * layer.out_channels + within, at = k * kLane;
@@ -78,8 +77,8 @@ inline const float* few(Again from, int64_t n, int64_t, float*) { return from.al
 
 // Results that nothing is added to, made as they are read; what belongs to them comes again with each kPeriod of them.
 struct Results {
-  const int32_t* sums = nullptr;
-  const Finish* how = nullptr;
+  const int32_t* sums;
+  const Finish* how;
   int64_t within = 0;
 
   float operator[](int64_t n) const {
@@ -141,16 +140,16 @@ DMQFX_INLINE void finish_codes(const DmqfxLayer& layer, const Span& span, const 
       if (part.gates == 0) continue;
       how.real(own, added == nullptr ? nullptr : added + behind - half, half, at.width, gates + j * half);
     }
-    const auto code = [&](auto numbers, auto beside) {
+    const auto make = [&](auto numbers, const float* beside) {
       if (grid.wide())
         code_results(coding, numbers, beside, Again{steps}, Again{zero_points}, some * half, codes);
       else
         code_results(coding, numbers, beside, One<float>{grid.step(0)}, One<float>{grid.zero_point(0)}, some * half, codes);
     };
     if (made)
-      code(static_cast<const float*>(line), static_cast<const float*>(gates));
+      make(static_cast<const float*>(line), gates);
     else
-      code(Results{sums + k * at.width, &how}, Results{});
+      make(Results{sums + k * at.width, &how}, nullptr);
     spread_codes(codes, half, at.used, some, coding.codes + (at.first + k) * coding.channels + at.channel, coding.channels);
   }
 }

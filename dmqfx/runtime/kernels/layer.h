@@ -23,7 +23,8 @@ struct DmqfxLayer {
   int64_t nibbles;                    // whether two weights share a byte
   int64_t pair;                       // the greatest magnitude that two neighbouring weights make of codes of 0 or 1
   const int32_t* runs;                // [groups, blocks of 16, kRuns], that those of a block in every step of a run make of
-                                      // codes of -1 to 1; it begins at a multiple of its length
+                                      // codes of -1 to 1; it begins at a multiple of its length, from
+                                      // the first step of the layer
   int64_t headroom;                   // bits by which every weight can be shifted within its 8
   int64_t planes;                     // whether `raw` has its channels outside, [batch, groups * given, height, width]
   int64_t flip;                       // 128 to make signed codes unsigned, else 0

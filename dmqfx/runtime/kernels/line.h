@@ -108,12 +108,13 @@ struct One {
   Number operator[](int) const { return value; }
 };
 
-// What belongs to each number of a line, arrays or `One`: the numbers, which may be made as they are read, and gates for
-// GEGLU; times and pluses of a norm, and for a layer norm gammas and betas behind them; steps, which are scales or
-// reciprocals, and zero points.
+// What belongs to each number of a line, arrays or `One`: the numbers, which may be made as they are read; gates for GEGLU;
+// times and pluses of a norm, and for a layer norm gammas and betas behind them; steps, which are scales or reciprocals, and
+// zero points.
 template <class Numbers, class Moment, class Weights, class Steps, class ZeroPoints>
 struct Line {
-  Numbers x, gates;
+  Numbers x;
+  const float* gates;
   Moment times, pluses;
   Weights gammas, betas;
   Steps steps;
@@ -126,7 +127,7 @@ DMQFX_INLINE void code_vector(const Known& line, Limits limits, Made* to) {
   float normed[kCount], overs[kCount], unders[kCount];
   [[maybe_unused]] int32_t codes[kCount];
   [[maybe_unused]] int16_t halves[kCount];
-  constexpr bool kSame = std::is_same_v<std::remove_const_t<decltype(Known::zero_points)>, One<float>>;
+  constexpr bool kSame = std::is_same_v<decltype(Known::zero_points), One<float>>;
   const auto given = [&](int k) {
     float y = line.x[k];
     if constexpr (kNorm != kNoNorm) y = y * line.times[k] + line.pluses[k];
@@ -157,7 +158,8 @@ DMQFX_INLINE void code_vector(const Known& line, Limits limits, Made* to) {
   }
   if constexpr (sizeof(Made) == 1) {
     for (int k = 0; k < kCount; ++k) halves[k] = static_cast<int16_t>(codes[k]);  // in two steps: fewer shuffles
-    for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(halves[k]) + (kSame ? static_cast<uint8_t>(static_cast<int32_t>(line.zero_points[k])) : 0);
+    const auto more = static_cast<uint8_t>(kSame ? static_cast<int32_t>(line.zero_points[0]) : 0);
+    for (int k = 0; k < kCount; ++k) to[k] = static_cast<uint8_t>(static_cast<uint8_t>(halves[k]) + more);
   }
 }
 
@@ -191,10 +193,8 @@ inline void code_line(const Known& line, Limits limits, int64_t count, Made* to)
     const int64_t left = count - n;
     float rooms[8][kShort];
     Made last[kShort];
-    const float* gates = nullptr;
-    if constexpr (kActivation == kGeglu) gates = few(line.gates, n, left, rooms[1]);
     const Line<const float*, const float*, const float*, const float*, const float*> next{
-        few(line.x, n, left, rooms[0]),      gates,                               few(line.times, n, left, rooms[2]),
+        few(line.x, n, left, rooms[0]),      few(line.gates, n, left, rooms[1]),  few(line.times, n, left, rooms[2]),
         few(line.pluses, n, left, rooms[3]), few(line.gammas, n, left, rooms[4]), few(line.betas, n, left, rooms[5]),
         few(line.steps, n, left, rooms[6]),  few(line.zero_points, n, left, rooms[7])};
     code_vector<kNorm, kActivation, kShort>(next, limits, left < kShort ? last : to + n);

@@ -21,16 +21,32 @@ struct InstructionSet {
 namespace {
 constexpr int64_t length_of(int run) { return run < kDoubled ? int64_t{1} << run : int64_t{3} << (run - kDoubled); }
 
-// Steps whose sums 16 bits surely hold, of a block with these bounds of its runs.
-inline int64_t steps_within(const int32_t* runs, int64_t reach) {
-  int64_t most = 0;
-  for (int k = 0; k < kRuns; ++k) {
-    const int64_t one = runs[k] * reach;
-    if (one <= 0) return INT64_MAX;
-    const int64_t steps = length_of(k) * (INT16_MAX / one);
-    most = steps > most ? steps : most;
+// What the runs of several blocks come to. They are bounded together, since a run begins at a multiple of its length: one
+// that suits a block alone may lie across two of another's.
+struct Runs {
+  int32_t most[kRuns] = {};
+
+  void join(const int32_t* of_block) {
+    for (int k = 0; k < kRuns; ++k) most[k] = of_block[k] > most[k] ? of_block[k] : most[k];
   }
-  return most;
+  // Steps whose sums 16 bits surely hold.
+  int64_t steps(int64_t reach) const {
+    int64_t found = 0;
+    for (int k = 0; k < kRuns; ++k) {
+      const int64_t one = most[k] * reach;
+      if (one <= 0) return INT64_MAX;
+      const int64_t steps = length_of(k) * (INT16_MAX / one);
+      found = steps > found ? steps : found;
+    }
+    return found;
+  }
+};
+
+// Where an upsampled position is in the input; rounded as torch does it.
+inline int64_t nearest(int64_t position, int64_t size, int64_t upsampled, float step) {
+  if (size == upsampled) return position;
+  const auto at = static_cast<int64_t>(static_cast<float>(position) * step);
+  return at < size ? at : size - 1;
 }
 
 // The row of each table of a layer that belongs to a sample.
@@ -39,11 +55,16 @@ inline int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.gro
 
 void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes
 
+// A layer of so few channels that the tables of its taps take longer than its steps; as one of a single tap, whose channels
+// are those under all taps. `codes` has room for them, [batch, out_height, out_width, taps, channels].
+bool has_few_channels(const DmqfxLayer& layer);
+DmqfxLayer gather(const DmqfxLayer& layer, uint8_t* codes, int threads);
+
 // Bounds of code.h's numbers, whose values compilers of other files shall not know.
 extern const float kLeastPower, kLeastSilu;
 
 extern const InstructionSet kScalar;
-extern const InstructionSet kAvx2;       // 16 bit sums: `room` steps hold
+extern const InstructionSet kAvx2;       // 16 bit sums of a run of steps
 extern const InstructionSet kAvx2Middle; // 32 bit sums of two products that surely fit 16
 extern const InstructionSet kAvx2Wide;   // 32 bit sums
 extern const InstructionSet kAvx512Vnni;

@@ -12,13 +12,6 @@
 
 namespace {
 
-// Where an upsampled position is in the input; rounded as torch does it.
-inline int64_t nearest(int64_t position, int64_t size, int64_t upsampled, float step) {
-  if (size == upsampled) return position;
-  const auto at = static_cast<int64_t>(static_cast<float>(position) * step);
-  return at < size ? at : size - 1;
-}
-
 // Positions of a group that are worked on together, counted over all images; `rows` and `padding` are its own.
 struct Strip {
   int64_t group, first, count;
@@ -55,8 +48,8 @@ inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
 
 // What the sums of each run of steps begin with: minus the middle times their weights, as if codes were less by it.
 template <class Isa>
-void start(const int8_t* weights, int64_t steps, int64_t run, int32_t of_all, int16_t* starts) {
-  const uint32_t four = 0x01010101u * static_cast<uint32_t>(of_all);
+void start(const int8_t* weights, int64_t steps, int64_t run, int32_t middle_of_all, int16_t* starts) {
+  const uint32_t four = 0x01010101u * static_cast<uint32_t>(middle_of_all);
   uint8_t middle[kQuad];
   std::memcpy(middle, &four, sizeof middle);
   const typename Isa::Codes codes = Isa::spread(middle);
@@ -72,14 +65,12 @@ void start(const int8_t* weights, int64_t steps, int64_t run, int32_t of_all, in
   }
 }
 
-// Steps that the sums of all blocks of a part hold.
-inline int64_t run_of(const DmqfxLayer& layer, const Part& part, int64_t group) {
-  int64_t run = INT64_MAX;
-  for (int64_t k = 0; k < part.blocks; ++k) {
-    const int64_t block = group * pieces(layer.out_channels, kLane) + part.number(k);
-    run = least(run, steps_within(layer.runs + block * kRuns, part.room.reach));
-  }
-  return run;
+// Steps that the sums of some blocks hold.
+inline int64_t run_of(const DmqfxLayer& layer, const Part& part, int64_t group, int64_t reach) {
+  Runs runs;
+  const int32_t* of_group = layer.runs + group * pieces(layer.out_channels, kLane) * kRuns;
+  for (int64_t k = 0; k < part.blocks; ++k) runs.join(of_group + part.number(k) * kRuns);
+  return runs.steps(reach);
 }
 
 // The weights of steps from..to of a part: where they lie, or unpacked, beside their gates' and times factors on the desk,
@@ -93,7 +84,7 @@ Panel panel(const DmqfxLayer& layer, const Part& part, const Held& wanted, int64
   Panel found{desk.weights, count * kStep};
   if (as_they_lie) found = {reinterpret_cast<const int8_t*>(packed + (part.block * steps + from) * bytes), steps * kStep};
   const int64_t run = least(part.run, count);
-  if (Isa::kCentred) found.starts = desk.starts, found.starts_stride = pieces(count, run) * kStart, found.room = run;
+  if (Isa::kCentred) found.starts = desk.starts, found.starts_stride = pieces(count, run) * kStart, found.run = run;
   if (desk.held == wanted) return found;
   for (int64_t k = 0; k < part.blocks; ++k) {
     const uint8_t* of_block = packed + (part.number(k) * steps + from) * bytes;
@@ -104,7 +95,8 @@ Panel panel(const DmqfxLayer& layer, const Part& part, const Held& wanted, int64
       std::memcpy(place, of_block, static_cast<size_t>(found.stride));
     if (factors != nullptr)
       multiply(layer.nibbles ? place : reinterpret_cast<const int8_t*>(of_block), from, count, quads, factors, place);
-    if constexpr (Isa::kCentred) start<Isa>(found.weights + k * found.stride, count, run, part.room.middle, desk.starts + k * found.starts_stride);
+    if constexpr (Isa::kCentred)
+      start<Isa>(found.weights + k * found.stride, count, run, part.middle, desk.starts + k * found.starts_stride);
   }
   desk.held = wanted;
   return found;
@@ -224,8 +216,8 @@ bool run(const DmqfxLayer& layer, Room room, int threads) {
       const int64_t number = k / panels, group = number / cut.bundles, start = number % cut.bundles * cut.bundle;
       const int64_t block = k % panels * together, end = least(start + cut.bundle, cut.images * cut.strips);
       const int64_t some = least(together, blocks - block);
-      Part part{block, gated ? 2 * some : some, Isa::kCentred ? room : Room{}, INT64_MAX, gated ? blocks : 0};
-      if (Isa::kCentred) part.run = run_of(layer, part, group);
+      Part part{block, gated ? 2 * some : some, gated ? blocks : 0};
+      if (Isa::kCentred) part.middle = room.middle, part.run = run_of(layer, part, group, room.reach);
       for (int64_t at = start; at < end; ++at) {
         const int64_t first = at % cut.strips * cut.length, place = at - start;
         const Strip strip{group, at / cut.strips * cut.positions + first, least(cut.length, cut.positions - first),

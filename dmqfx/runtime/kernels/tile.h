@@ -23,15 +23,15 @@
 
 namespace {
 
-// Weights as tiles read them, block after block: where they lie, or unpacked. Sums of `room` steps begin with `starts`.
+// Weights as tiles read them, block after block: where they lie, or unpacked. Sums of a run of steps begin with `starts`.
 struct Panel {
   const int8_t* weights;
   int64_t stride;  // from block to block
   const int16_t* starts = nullptr;
-  int64_t starts_stride = 0, room = INT64_MAX;
+  int64_t starts_stride = 0, run = INT64_MAX;
 
   Panel from(int64_t block) const {
-    return {weights + block * stride, stride, starts == nullptr ? nullptr : starts + block * starts_stride, starts_stride, room};
+    return {weights + block * stride, stride, starts == nullptr ? nullptr : starts + block * starts_stride, starts_stride, run};
   }
 };
 
@@ -66,7 +66,7 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
     for (int row = 0; row < kTall; ++row) codes[row] = rows[row * taps + tap] + quad * kQuad;
   };
   for (; from < to; fresh = false) {
-    int64_t left = least(to - from, panel.room);
+    int64_t left = least(to - from, panel.run);
     from += left;
     look();
     step(std::true_type{}, 0);

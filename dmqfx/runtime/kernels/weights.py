@@ -24,6 +24,7 @@ __all__ = ["LANE", "QUAD", "Weights", "pack", "unpack"]
 
 LANE, QUAD = 16, 4
 _STEP, _HEADER = LANE * QUAD, 16  # codes of a step; int32 numbers of the header
+_ALIGNED = 64  # bytes of a cache line, at which codes begin in a blob
 _MOST_HEADROOM = 7
 _MAGIC, _VERSION = 0x4B514D44, 5
 
@@ -74,10 +75,12 @@ class Weights:
         ends = _ends_of_parts(expected, bool(nibbles))
         if blob.numel() != ends[-1]:
             raise _malformed(f"it has {blob.numel()} bytes where the layer {list(shape)} needs {ends[-1]}")
-        _, sums, runs, codes = (blob[start:end] for start, end in pairwise((0, *ends)))
+        _, sums, runs, filler, codes = (blob[start:end] for start, end in pairwise((0, *ends)))
         bounds = runs.view(torch.int32).view(-1, len(RUNS))
+        if filler.count_nonzero():
+            raise _malformed("what fills up its tables is not 0")
         if not _may_bound(bounds, pair):
-            raise _malformed(f"no codes have runs within {bounds.amax(0).tolist()} and pairs within {pair}")
+            raise _malformed(f"no codes have runs within {bounds.tolist()[:1]} and pairs within {pair}")
         return cls(
             codes, sums.view(torch.int32), bool(nibbles), groups, expected[1], shape[1], (expected[3], expected[4]),
             pair, bounds, headroom,
@@ -106,7 +109,7 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
     sizes, nibbles = _sizes(codes.shape, groups), least >= -8 and greatest <= 7
     ends = _ends_of_parts(sizes, nibbles)
     blob = torch.zeros(ends[-1], dtype=torch.uint8)
-    pair = _laid_out(codes.cpu().contiguous(), sizes, nibbles, [blob[end:] for end in ends[:-1]])
+    pair = _laid_out(codes.cpu().contiguous(), sizes, nibbles, [blob[end:] for end in (*ends[:2], ends[3])])
     numbers = [_MAGIC, _VERSION, int(nibbles), *sizes, _headroom(least, greatest), pair]
     blob[: 4 * len(numbers)] = torch.tensor(numbers, dtype=torch.int32).view(torch.uint8)
     return blob.to(codes.device)
@@ -155,10 +158,10 @@ def _may_bound(runs: Tensor, pair: int) -> bool:
     """Whether there are codes of 8 bits of which these are the bounds, as far as that is seen without looking at codes."""
     if runs.numel() == 0:
         return pair == 0
-    least = dict(zip(RUNS, runs.unbind(1), strict=True))
-    shorter = torch.stack([least.get(n // 2, torch.zeros_like(run)) for n, run in least.items()], 1)
-    within = (shorter <= runs).all() and (runs <= 256 * torch.tensor(RUNS)).all()
-    return bool(within) and pair <= int(least[1].amax()) <= 2 * pair
+    shorter = runs[:, [RUNS.index(max(n // 2, 1)) for n in RUNS]]
+    longest = 256 * runs.new_tensor(RUNS)
+    within = (runs >= 0).all() and (shorter <= runs).all() and (runs <= longest).all()
+    return bool(within) and pair <= int(runs[:, 0].amax()) <= 2 * pair
 
 
 def _bounds(laid: Tensor) -> tuple[int, Tensor]:
@@ -167,7 +170,7 @@ def _bounds(laid: Tensor) -> tuple[int, Tensor]:
     Shapes: laid int8 [groups, blocks, taps, quads, 16, 4].
     """
     if laid.numel() == 0:
-        return 0, torch.zeros(laid.shape[0] * laid.shape[1], len(RUNS), dtype=torch.int32)
+        return 0, laid.new_zeros((laid.shape[0] * laid.shape[1], len(RUNS)), dtype=torch.int32)
     steps = laid.int().reshape(laid.shape[0] * laid.shape[1], -1, _STEP // 2, 2)
     up, down = (steps.clamp(*ends).sum(3, dtype=torch.int32) for ends in ((0, None), (None, 0)))
     sums = {1: up - down}
@@ -208,11 +211,13 @@ def _sizes(shape: Sequence[int], groups: int) -> list[int]:
 
 
 def _ends_of_parts(sizes: Sequence[int], nibbles: bool) -> list[int]:
-    """Where header, sums, runs and codes end, in bytes."""
+    """Where header, sums, runs, what fills them up and codes end, in bytes."""
     groups, out, channels, high, wide = sizes
     blocks = groups * math.ceil(out / LANE)
     codes = blocks * high * wide * math.ceil(channels / QUAD) * (_STEP // 2 if nibbles else _STEP)
-    return list(accumulate((4 * _HEADER, 4 * groups * out, 4 * blocks * len(RUNS), codes)))
+    *tables, last = accumulate((4 * _HEADER, 4 * groups * out, 4 * blocks * len(RUNS)))
+    begin = last + -last % _ALIGNED
+    return [*tables, last, begin, begin + codes]
 
 
 def _malformed(what: str) -> StoreError:
