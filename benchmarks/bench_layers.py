@@ -118,8 +118,8 @@ def native(
     blob, zero_point = weights.pack(w, 1), torch.full((1, 1), 2 ** (activation_bits - 1), dtype=torch.int32)
     head = (x, torch.rand(1, 1), zero_point, None, blob, shape.w, torch.rand(1, len(w)), torch.randn(len(w)))
     coded = Coded(torch.full((1, 1), 1e4), zero_point, 0, 2**activation_bits - 1) if gives_codes else None
-    tail = ([shape.stride] * 2, [shape.w[2] // 2] * 2, [1, 1], 1)
     if shape.is_conv:
+        tail = ([shape.stride] * 2, [shape.w[2] // 2] * 2, [1, 1], 1)
         python = partial(layers.conv2d, *head, *tail, instruction_set, coded=coded)
     else:
         python = partial(layers.linear, *head, instruction_set, coded=coded)
