@@ -29,8 +29,8 @@ constexpr int64_t kPeriod = kMostBlocks * kLane;
 
 // What a position's results are made with; channels of a part, which need not lie side by side in the layer.
 struct Finish {
-  uint32_t less[kPeriod] = {};
-  float scales[kPeriod] = {}, biases[kPeriod] = {};
+  uint32_t less[kPeriod];
+  float scales[kPeriod], biases[kPeriod];
 
   // Of shifted weights the product of weights and zero point is the sum behind the span's last.
   Finish(const DmqfxLayer& layer, const Span& span, const Part& part, const int32_t* sums) {
@@ -42,13 +42,14 @@ struct Finish {
       for (int64_t n = 0; n < used; ++n)
         less[at + n] = layer.shifts == nullptr ? zero_point * static_cast<uint32_t>(layer.sums[channel + n])
                                                : static_cast<uint32_t>(sums[span.count * width + at + n]);
+      for (int64_t n = used; n < kLane; ++n) less[at + n] = 0, scales[at + n] = biases[at + n] = 0;
       if (layer.input_scales == nullptr) continue;
       for (int64_t n = 0; n < used; ++n) {
         scales[at + n] = layer.input_scales[row] * layer.weight_scales[channel + n];
         biases[at + n] = layer.biases != nullptr ? layer.biases[channel + n] : -0.0f;  // x + -0 is x, of both zeros
       }
     }
-    for (int64_t n = width; n < kPeriod; ++n)  // of the next positions
+    for (int64_t n = width; layer.coding != nullptr && n < kPeriod; ++n)  // of the next positions
       less[n] = less[n - width], scales[n] = scales[n - width], biases[n] = biases[n - width];
   }
   int32_t total(const int32_t* sums, int64_t n) const { return total(sums, n, n); }
@@ -126,8 +127,10 @@ DMQFX_INLINE void finish_codes(const DmqfxLayer& layer, const Span& span, const 
   const bool made = at.added != nullptr || part.gates != 0;
   const int64_t half = part.half() * kLane, fit = kPeriod / half, behind = part.gates * kLane;
   const int64_t together = made || kPeriod % half != 0 ? fit : kStrip;
-  alignas(64) float line[kPeriod] = {}, gates[kPeriod] = {}, steps[kPeriod] = {}, zero_points[kPeriod] = {};
+  alignas(64) float line[kPeriod], gates[kPeriod], steps[kPeriod], zero_points[kPeriod];
   alignas(64) uint8_t codes[kStrip * kPeriod];
+  if (made) std::memset(line, 0, sizeof line), std::memset(gates, 0, sizeof gates);
+  if (grid.wide()) std::memset(steps, 0, sizeof steps), std::memset(zero_points, 0, sizeof zero_points);
   for (int64_t n = 0; grid.wide() && n < at.used; ++n)
     for (int64_t j = n; j < fit * half; j += half)
       steps[j] = grid.step(at.channel + n), zero_points[j] = grid.zero_point(at.channel + n);
