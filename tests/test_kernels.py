@@ -427,6 +427,30 @@ def test_results_that_become_codes_have_the_codes_of_quantize(
             assert torch.equal(image.permute(0, 2, 3, 1), expected), each
 
 
+@pytest.mark.parametrize(("depth", "size"), [(3, 9), (16, 7), (4, 90), (17, 9)])
+def test_few_channels_under_several_taps_are_read_as_many_are(depth: int, size: int) -> None:
+    """They are copied side by side first, by several threads where there are many."""
+    x, groups = torch.randint(-128, 128, (3, depth, size, size + 2), dtype=torch.int8), 3
+    zero_point, group = torch.randint(-128, 128, (groups, 1), dtype=torch.int32), torch.tensor([2, 0, 1])
+    w, w_scale, x_scale = (
+        torch.randint(-8, 8, (24, depth, 3, 3), dtype=torch.int8),
+        torch.rand(1, 24),
+        torch.rand(groups, 1),
+    )
+    where, grid = (
+        ([2, 1], [1, 2], [1, 2], 1),
+        (torch.rand(groups, 24) + 0.1, torch.randint(256, (groups, 24)).int()),
+    )
+    plain = integer.conv2d(x, x_scale, zero_point, group, w, w_scale, ZERO, None, *where, None)
+    for added in (None, torch.randn(3, 24, 1, 1), torch.randn(plain.shape)):
+        expected = plain if added is None else plain + added
+        for each in here():
+            given_ = (x, x_scale, zero_point, group, weights.pack(w, 1), w.shape, w_scale, None, *where, each)
+            assert torch.equal(layers.conv2d(*given_, added=added), expected), each
+            found = layers.conv2d(*given_, added=added, coded=Coded(*grid, 0, 255))
+            assert torch.equal(found, quantize(expected, *grid, group, 1, 0, 255, instruction_set=each)), each
+
+
 @given(data=st.data())
 def test_upsampled_codes_are_read_where_torch_reads_them(data: st.DataObject) -> None:
     high, wide = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))

@@ -61,9 +61,12 @@ void gather_line(const DmqfxLayer& layer, int64_t image, int64_t down, uint8_t* 
 
 }  // namespace
 
-bool has_few_channels(const DmqfxLayer& layer) {
-  constexpr int64_t kFew = 16;
-  return layer.groups == 1 && layer.shifts == nullptr && layer.channels <= kFew && layer.taps[0] * layer.taps[1] > 1;
+int64_t gathered(const DmqfxLayer& layer) {
+  constexpr int64_t kFew = 16, kUnder = 256, kMost = 1 << 26;
+  const int64_t taps = layer.taps[0] * layer.taps[1], under = taps * layer.channels;
+  const int64_t bytes = layer.batch * layer.out_height * layer.out_width * under;
+  const bool few = layer.channels <= kFew && taps > 1 && under <= kUnder && bytes <= kMost;
+  return few && layer.groups == 1 && layer.shifts == nullptr ? bytes : 0;
 }
 
 DmqfxLayer gather(const DmqfxLayer& layer, uint8_t* codes, int threads) {

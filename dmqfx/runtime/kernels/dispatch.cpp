@@ -124,6 +124,7 @@ int64_t dmqfx_layer_size(void) { return sizeof(DmqfxLayer); }
 
 int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
   if (!here(instruction_set)) return kNotHere;
+  if (layer->batch == 0) return kDone;
   const DmqfxCoding* coding = layer->coding;
   if (!known(layer->group, layer->batch, layer->timestep_groups)) return kBadGroup;
   if (coding != nullptr && !known(coding->group, layer->batch, coding->timestep_groups)) return kBadGroup;
@@ -144,11 +145,9 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
     else if (is_middle(*layer, room.reach))
       chosen = &kAvx2Middle;
   }
-  if (!has_few_channels(*layer)) return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
-  const int64_t under = layer->taps[0] * layer->taps[1] * layer->channels;
-  const auto bytes = static_cast<size_t>(layer->batch * layer->out_height * layer->out_width * under) + 1;
-  const std::unique_ptr<void, decltype(&std::free)> codes(std::malloc(bytes), &std::free);
-  if (codes == nullptr) return kNoMemory;
+  const int64_t bytes = gathered(*layer);
+  const std::unique_ptr<void, decltype(&std::free)> codes(bytes > 0 ? std::malloc(static_cast<size_t>(bytes)) : nullptr, &std::free);
+  if (codes == nullptr) return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
   return chosen->run(gather(*layer, static_cast<uint8_t*>(codes.get()), threads), room, threads) ? kDone : kNoMemory;
 }
 

@@ -56,8 +56,9 @@ inline int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.gro
 void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes
 
 // A layer of so few channels that the tables of its taps take longer than its steps; as one of a single tap, whose channels
-// are those under all taps. `codes` has room for them, [batch, out_height, out_width, taps, channels].
-bool has_few_channels(const DmqfxLayer& layer);
+// are those under all taps. `codes` has room for them, [batch, out_height, out_width, taps, channels], that many bytes; of
+// other layers there are 0.
+int64_t gathered(const DmqfxLayer& layer);
 DmqfxLayer gather(const DmqfxLayer& layer, uint8_t* codes, int threads);
 
 // Bounds of code.h's numbers, whose values compilers of other files shall not know.

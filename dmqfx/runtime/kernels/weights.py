@@ -80,7 +80,7 @@ class Weights:
         if filler.count_nonzero():
             raise _malformed("what fills up its tables is not 0")
         if not _may_bound(bounds, pair):
-            raise _malformed(f"no codes have runs within {bounds.tolist()[:1]} and pairs within {pair}")
+            raise _malformed(f"no codes have runs within {bounds[:1].tolist()} and pairs within {pair}")
         return cls(
             codes, sums.view(torch.int32), bool(nibbles), groups, expected[1], shape[1], (expected[3], expected[4]),
             pair, bounds, headroom,
