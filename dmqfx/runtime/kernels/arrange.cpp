@@ -41,22 +41,13 @@ void fill(const DmqfxLayer& layer, uint8_t* to, Block block) {
 
 // What lies under the taps of a line of positions.
 void gather_line(const DmqfxLayer& layer, int64_t image, int64_t down, uint8_t* to) {
-  const int64_t tall = layer.upsampled[0], wide = layer.upsampled[1], pixel = layer.channels;
-  const auto padding = static_cast<uint8_t>(layer.zero_points[row_of(layer, image)]);
-  const uint8_t* codes = layer.codes + image * layer.height * layer.width * pixel;
+  const auto padding = static_cast<int>(layer.zero_points[row_of(layer, image)]);
+  const uint8_t* codes = layer.codes + image * layer.height * layer.width * layer.channels;
   for (int64_t across = 0; across < layer.out_width; ++across)
-    for (int64_t high = 0; high < layer.taps[0]; ++high) {
-      const int64_t y = down * layer.stride[0] - layer.padding[0] + high * layer.dilation[0];
-      const bool inside = y >= 0 && y < tall;
-      const uint8_t* line = inside ? codes + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * pixel : nullptr;
-      int64_t x = across * layer.stride[1] - layer.padding[1];
-      for (int64_t tap = 0; tap < layer.taps[1]; ++tap, x += layer.dilation[1], to += pixel) {
-        const bool there = inside && x >= 0 && x < wide;
-        const uint8_t* from = there ? line + nearest(x, layer.width, wide, layer.steps[1]) * pixel : nullptr;
-        for (int64_t c = 0; c < pixel; c += 4)
-          there ? std::memcpy(to + c, from + c, 4) : std::memset(to + c, padding, 4);
-      }
-    }
+    each_tap(layer, codes, down, across, [&](const uint8_t* from) {
+      for (int64_t c = 0; c < layer.channels; c += 4, to += 4)
+        from != nullptr ? std::memcpy(to, from + c, 4) : std::memset(to, padding, 4);
+    });
 }
 
 }  // namespace

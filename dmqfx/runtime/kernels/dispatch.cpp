@@ -74,14 +74,13 @@ int64_t greatest_shift(const DmqfxLayer& layer) {
   return greatest;
 }
 
-// Codes less their middle. Two products saturate, so that the pair itself has to fit, or `pairs_fit` is false; sums of pairs
-// wrap around, so only what a run comes to has to.
-Room room_of(const DmqfxLayer& layer, int64_t shift, int threads, bool& pairs_fit) {
+// Codes less their middle. Two products saturate, so that the pair itself has to fit; sums of pairs wrap around, so only what a
+// run comes to has to.
+Room room_of(const DmqfxLayer& layer, int64_t shift, int threads) {
   const int64_t within = shift < layer.headroom ? shift : layer.headroom;  // the sums take the rest
   const Range range = range_of(layer, threads);
   const int32_t half = (range.greatest - range.least + 1) / 2;
-  pairs_fit = layer.pair * (int64_t{range.greatest} << within) <= INT16_MAX;
-  return {int64_t{half} << within, range.least + half};
+  return {int64_t{half} << within, range.least + half, layer.pair * (int64_t{range.greatest} << within) <= INT16_MAX};
 }
 
 // Whether sums of 32 bits are faster, since others would hold few steps.
@@ -138,9 +137,8 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
   Room room;
   const InstructionSet* chosen = &named(instruction_set);
   if (instruction_set == kOfAvx2) {
-    bool pairs_fit;
-    room = room_of(*layer, shift, threads, pairs_fit);
-    if (!pairs_fit)
+    room = room_of(*layer, shift, threads);
+    if (!room.pairs_fit)
       chosen = &kAvx2Wide;
     else if (is_middle(*layer, room.reach))
       chosen = &kAvx2Middle;

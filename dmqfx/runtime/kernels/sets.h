@@ -7,6 +7,7 @@
 struct Room {
   int64_t reach = 0;
   int32_t middle = 0;
+  bool pairs_fit = true;  // whether two products do, which saturate
 };
 
 struct InstructionSet {
@@ -47,6 +48,20 @@ inline int64_t nearest(int64_t position, int64_t size, int64_t upsampled, float 
   if (size == upsampled) return position;
   const auto at = static_cast<int64_t>(static_cast<float>(position) * step);
   return at < size ? at : size - 1;
+}
+
+// Where the codes under each tap of a position are, tap after tap, or null beyond the image; `codes` are an image's.
+template <class Visit>
+inline void each_tap(const DmqfxLayer& layer, const uint8_t* codes, int64_t down, int64_t across, Visit visit) {
+  const int64_t pixel = layer.groups * layer.channels, tall = layer.upsampled[0], wide = layer.upsampled[1];
+  for (int64_t high = 0; high < layer.taps[0]; ++high) {
+    const int64_t y = down * layer.stride[0] - layer.padding[0] + high * layer.dilation[0];
+    const bool inside = y >= 0 && y < tall;
+    const uint8_t* line = inside ? codes + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * pixel : nullptr;
+    int64_t x = across * layer.stride[1] - layer.padding[1];
+    for (int64_t tap = 0; tap < layer.taps[1]; ++tap, x += layer.dilation[1])
+      visit(inside && x >= 0 && x < wide ? line + nearest(x, layer.width, wide, layer.steps[1]) * pixel : nullptr);
+  }
 }
 
 // The row of each table of a layer that belongs to a sample.

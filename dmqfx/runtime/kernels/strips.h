@@ -21,7 +21,7 @@ struct Strip {
 
 // Where the codes under each tap of each position are; beyond the image lie the padding's.
 inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
-  const int64_t pixel = layer.groups * layer.channels, tall = layer.upsampled[0], wide = layer.upsampled[1];
+  const int64_t pixel = layer.groups * layer.channels;
   const int64_t positions = layer.out_height * layer.out_width, taps = layer.taps[0] * layer.taps[1];
   const uint8_t** row = strip.rows;
   uint8_t* padding = strip.padding;
@@ -32,14 +32,7 @@ inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
     const uint8_t* codes = layer.codes + image * layer.height * layer.width * pixel + strip.group * layer.channels;
     int64_t down = within / layer.out_width, across = within % layer.out_width;
     for (; k < end; ++k) {
-      for (int64_t high = 0; high < layer.taps[0]; ++high) {
-        const int64_t y = down * layer.stride[0] - layer.padding[0] + high * layer.dilation[0];
-        const bool inside = y >= 0 && y < tall;
-        const uint8_t* line = inside ? codes + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * pixel : nullptr;
-        int64_t x = across * layer.stride[1] - layer.padding[1];
-        for (int64_t tap = 0; tap < layer.taps[1]; ++tap, ++row, x += layer.dilation[1])
-          *row = inside && x >= 0 && x < wide ? line + nearest(x, layer.width, wide, layer.steps[1]) * pixel : padding;
-      }
+      each_tap(layer, codes, down, across, [&](const uint8_t* from) { *row++ = from == nullptr ? padding : from; });
       if (++across == layer.out_width) across = 0, ++down;
     }
   }
