@@ -223,11 +223,8 @@ class Fuse(RewritePass):
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Fuse; what is known of concatenations and layers that became part of another operation is dropped."""
         fused = super().run(program, ctx)
-        there, table = {node.meta.get("address") for node in fused.graph.nodes}, fused.table
-        for site, entry in fused.table:
-            if site.at not in there:
-                table = table.drop(site, type(entry))
-        return fused.with_table(table)
+        there = {node.meta["address"] for node in fused.graph.nodes if "address" in node.meta}
+        return fused.with_table(fused.table.restricted(there))
 
 
 def _fused(

@@ -41,12 +41,14 @@ class HoistInvariants(Pass):
         rw = Rewriter(program, self.name(), ctx.journal)
         changing = _changing(program.inputs)
         _release(rw, changing)
-        for node, readers in _frontier(rw, changing):
+        sizes, marks = list(filter(is_size, rw.graph.nodes)), list[fx.Node]()
+        for node, readers in _frontier(rw, changing, marks):
             if not ctx.journal.apply(node.meta["address"], "hoist"):
                 break
-            _, by = between([node], [*hoisted_in(rw.graph), *filter(is_size, rw.graph.nodes)])
+            _, by = between([node], [*marks, *sizes])
             with rw.graph.inserting_after(node):
                 mark = rw.call(OPS.hoisted.default, near=node, x=node, by=[n for n in by if not is_size(n)])
+            marks.append(mark)
             for reader in readers:
                 rw.redirect(reader, node, mark)
         ctx.journal.note = _told(rw.graph)
@@ -96,8 +98,13 @@ def _alike(value: Tensor) -> bool:
     return bool((value == value[:1]).all())
 
 
-def _frontier(rw: Rewriter, changing: frozenset[str]) -> Iterator[tuple[fx.Node, Sequence[fx.Node]]]:
-    """Values that do not change in a loop, and their readers that depend on more than they; in execution order."""
+def _frontier(
+    rw: Rewriter, changing: frozenset[str], marks: Sequence[fx.Node]
+) -> Iterator[tuple[fx.Node, Sequence[fx.Node]]]:
+    """Values that do not change in a loop, and their readers that depend on more than they; in execution order.
+
+    `marks` are those of the values that were yielded before.
+    """
     known: dict[fx.Node, frozenset[str]] = {}
     for node in rw.graph.nodes:
         known[node] = _depends(node, known)
@@ -107,7 +114,7 @@ def _frontier(rw: Rewriter, changing: frozenset[str]) -> Iterator[tuple[fx.Node,
         invariant = known[node] and not known[node] & changing
         if node.op == "call_function" and invariant and readers and isinstance(node.meta["val"], Tensor):
             found = True
-            if why := _useless(rw, node):
+            if why := _useless(node, marks):
                 rw.journal.refuse(node.meta["address"], "hoist", why)
             else:
                 yield node, readers
@@ -117,9 +124,9 @@ def _frontier(rw: Rewriter, changing: frozenset[str]) -> Iterator[tuple[fx.Node,
         rw.journal.refuse(first.meta["address"], "hoist", why)
 
 
-def _useless(rw: Rewriter, node: fx.Node) -> str | None:
+def _useless(node: fx.Node, marks: Sequence[fx.Node]) -> str | None:
     """Why a value is not kept, or None."""
-    inner, reads = between([node], hoisted_in(rw.graph))
+    inner, reads = between([node], marks)
     if all(is_view(each) for each in inner):
         return f"it is a view of {' and '.join(map(label, reads))}, which costs nothing"
     if _is_given(node):

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from dmqfx.graph.inputs import InputSpec
 
@@ -18,6 +19,14 @@ def label(node: fx.Node) -> str:
     if "address" in node.meta:
         return str(node.meta["address"])
     return str(node.target)
+
+
+def constants(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """Every tensor that the graph reads, by its get_attr target, in the graph's order."""
+    held = dict(gm.named_buffers(remove_duplicate=False))
+    held.update(gm.named_parameters(remove_duplicate=False))
+    targets = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op == "get_attr")
+    return {target: held[target] if target in held else constant(gm, target) for target in targets}
 
 
 def constant(gm: fx.GraphModule, target: str) -> Tensor:
@@ -93,17 +102,18 @@ def computed(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
 
 
 def build(
-    graph: fx.Graph, constants: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
+    graph: fx.Graph, held: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
 ) -> fx.GraphModule:
     """A GraphModule over these tensors (as frozen parameters or buffers, shared, never copied).
 
-    Where values are hoisted, it keeps them between calls.
+    Where values are hoisted, it keeps them between calls. Its code is made when it is first called: most of what
+    passes build never is.
     """
     from dmqfx.graph.hoisting import hoisted_in
     from dmqfx.runtime.hoisted import HoistedModule
 
-    root: dict[str, object] = {name: _leaf(tensor) for name, tensor in constants.items()}
-    kind = HoistedModule if hoisted_in(graph) else fx.GraphModule
+    root: dict[str, object] = {name: _leaf(tensor) for name, tensor in held.items()}
+    kind = HoistedModule if hoisted_in(graph) else _LazyGraphModule
     gm = kind({**root, **(modules or {})}, graph, "Program")
     gm.eval()
     return gm
@@ -117,11 +127,9 @@ def copy_graph(source: fx.Graph) -> fx.Graph:
     return graph
 
 
-def clone(gm: fx.GraphModule, constants: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
+def clone(gm: fx.GraphModule, held: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
     """A copy of the graph over the same tensors (or over those given), with observers copied."""
-    graph = copy_graph(gm.graph)
-    targets = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
-    return build(graph, constants or {t: constant(gm, t) for t in targets}, copy_modules(gm))
+    return build(copy_graph(gm.graph), held or constants(gm), copy_modules(gm))
 
 
 def copy_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
@@ -130,13 +138,19 @@ def copy_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
     return {target: copy.deepcopy(gm.get_submodule(target)) for target in called}
 
 
+def fake_of(value: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor laid out like a constant; it does not know whose memory that is, which takes most of the time."""
+    with mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
 def propagate(gm: fx.GraphModule, inputs: InputSpec) -> None:
     """Give every node its fake value (meta "val") at the example sizes."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = next((tensor.device for tensor in gm.state_dict().values()), None)
     with mode:
         examples = [torch.empty(i.shape(inputs.sizes), dtype=i.dtype, device=device) for i in inputs.inputs]
-    _Shapes(gm, mode).run(*examples)
+        _Shapes(gm, mode).run(*examples)
 
 
 class _Shapes(fx.Interpreter):
@@ -144,16 +158,14 @@ class _Shapes(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.mode = mode
+        self.mode, self.held = mode, constants(gm)
 
     def run_node(self, n: fx.Node) -> object:
-        with self.mode:
-            value = super().run_node(n)
-        n.meta["val"] = value
+        value = n.meta["val"] = super().run_node(n)
         return value
 
-    def get_attr(self, target: fx.node.Target, args: object, kwargs: object) -> FakeTensor:
-        return self.mode.from_tensor(constant(self.module, str(target)).detach())  # type: ignore[arg-type]  # a GraphModule
+    def get_attr(self, target: fx.node.Target, args: object, kwargs: object) -> Tensor:
+        return fake_of(self.held[str(target)], self.mode)
 
     def call_module(self, target: fx.node.Target, args: tuple[object, ...], kwargs: object) -> object:
         return args[0]  # observers are identities

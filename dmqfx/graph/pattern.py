@@ -54,6 +54,10 @@ class Pattern(ABC):
         """The matched operations below the root."""
         return iter(())
 
+    def roots(self) -> tuple[str, ...]:
+        """The operators that a match is a call of; none where it may be anything."""
+        return ()
+
     def names(self) -> frozenset[str]:
         """What a match captures."""
         return frozenset({self.name} - {""})
@@ -114,6 +118,9 @@ class Call(Pattern):
                 if isinstance(pattern, Call) and isinstance(inner, fx.Node):
                     yield inner
                     yield from pattern.interior(inner)
+
+    def roots(self) -> tuple[str, ...]:
+        return self.operators
 
     def names(self) -> frozenset[str]:
         return super().names().union(*(pattern.names() for _, pattern in self.args))
@@ -232,11 +239,14 @@ class RewritePass(Pass):
 
 def sweep(rw: Rewriter, rules: tuple[Rule, ...]) -> int:
     """Try each rule once at each operation in order; how many fired."""
-    fired = 0
+    fired, likely = 0, dict[str, list[Rule]]()
     for node in list(rw.graph.nodes):
         if node.op != "call_function" or getattr(node, "_erased", False):
             continue
-        fired += any(_fire(rw, rule, node) for rule in rules)
+        name = ops.name(node)
+        if name not in likely:
+            likely[name] = [rule for rule in rules if name in (rule.pattern.roots() or (name,))]
+        fired += any(_fire(rw, rule, node) for rule in likely[name])
     return fired
 
 

@@ -17,7 +17,7 @@ from dmqfx.graph.address import Address, Site
 from dmqfx.graph.facts import Fact
 from dmqfx.graph.inputs import InputSpec
 from dmqfx.graph.journal import PassRecord
-from dmqfx.graph.modules import clone, constant, constant_of, label
+from dmqfx.graph.modules import clone, constant, constant_of, constants, label
 from dmqfx.graph.table import Table
 from dmqfx.graph.twin import twin_module, twin_table
 
@@ -103,8 +103,7 @@ class Program:
 
     def weights(self) -> dict[str, Tensor]:
         """Every tensor constant by its name."""
-        targets = dict.fromkeys(str(n.target) for n in self.graph.nodes if n.op == "get_attr")
-        return {target: constant(self.gm, target) for target in targets}
+        return constants(self.gm)
 
     def fork(self) -> Program:
         """The same program with a graph of its own, over the SAME weight tensors."""

@@ -16,7 +16,7 @@ from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address
 from dmqfx.graph.journal import Journal
-from dmqfx.graph.modules import build, call_with, constant_of, copy_graph, copy_modules, label
+from dmqfx.graph.modules import build, call_with, constant_of, copy_graph, copy_modules, fake_of, label
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Table
 
@@ -101,7 +101,7 @@ class Rewriter:
             unique = f"{name}_{k}"
         self._constants[unique] = value
         node = self.graph.get_attr(unique)
-        node.meta["val"] = self._mode.from_tensor(value)
+        node.meta["val"] = fake_of(value, self._mode)
         return node
 
     def call(self, target: OpOverload, /, near: fx.Node, **named: fx.node.Argument | Tensor) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, TypeAlias, TypeVar
@@ -246,6 +246,10 @@ class Table:
     def drop_all(self, kind: type) -> Table:
         """This table without any entry of a kind."""
         return Table(MappingProxyType({key: e for key, e in self._rows.items() if key[0] is not kind}))
+
+    def restricted(self, there: Collection[Address]) -> Table:
+        """This table without the entries of operations that are not among these."""
+        return Table(MappingProxyType({key: e for key, e in self._rows.items() if key[1].at in there}))
 
     def sites(self) -> list[Site]:
         """Every site that has an entry of any kind, once each."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from dmqfx.graph.inputs import InputSpec
-from dmqfx.graph.modules import clone, constant, propagate
+from dmqfx.graph.modules import clone, constants, propagate
 from dmqfx.graph.table import Table
 
 _Entry = TypeVar("_Entry")
@@ -19,9 +19,8 @@ def twin_module(
     gm: fx.GraphModule, inputs: InputSpec, dtype: torch.dtype
 ) -> tuple[fx.GraphModule, InputSpec]:
     """Graph and inputs with all floating tensors in `dtype`; casts inside the graph to a working dtype follow."""
-    targets = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr"]
     floating = {i.dtype for i in inputs.inputs if i.dtype.is_floating_point} | {torch.float32, torch.float64}
-    twin = clone(gm, {target: _cast(constant(gm, target), dtype) for target in targets})
+    twin = clone(gm, {name: _cast(tensor, dtype) for name, tensor in constants(gm).items()})
 
     def follow(value: fx.node.Argument) -> fx.node.Argument:
         return dtype if isinstance(value, torch.dtype) and value in floating else value

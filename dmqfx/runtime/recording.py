@@ -50,17 +50,22 @@ class Recorder:
         self.steps: list[Row | Call] = []
         self.values: list[Any] = []  # of slots
         self.users: dict[int, int] = {}  # values that lie in a block of the arena
+        self.unlike = False  # whether something cannot be done again
         self.own = {each.untyped_storage().data_ptr() for each in constants}
         for value in reads:
             self._slot(value)
         if any(_overlap(a, b) for a in tensors(reads) for b in constants):
             raise UnlikeError("an input shares memory with a constant")
 
-    def record(self, graph: fx.Graph) -> tuple[Replay, Any]:
+    def record(self, graph: fx.Graph) -> tuple[Replay | None, Any]:
         """Run the graph, whose placeholders are the reads, then the constants: what it did, and its result.
 
-        Raises: UnlikeError for what cannot be done again.
+        Where something cannot be done again, the rest is run and no more: no replay, but the result.
+        Raises: UnlikeError, before anything is run, for a graph that may write into what it reads.
         """
+        for node in graph.nodes:
+            if node.op == "call_module" or (_is_operator(node.target) and node.target._schema.is_mutable):
+                raise UnlikeError(f"{node.op} {node.target} may write into what it reads")
         reads = (Slot(k) if isinstance(each, Tensor) else each for k, each in enumerate(self.values))
         placed = iter([*reads, *self.constants])
         dying, known = _dying(graph), dict[fx.Node, Any]()
@@ -73,7 +78,7 @@ class Recorder:
                 self.users[start] += 1
             for dead in dying.get(node, ()):
                 self._forget(known.pop(dead))
-        return self._replay(result), given(result, self.values)
+        return None if self.unlike else self._replay(result), given(result, self.values)
 
     def _forget(self, value: Any) -> None:
         """A value that nobody reads any more."""
@@ -86,10 +91,22 @@ class Recorder:
 
     def _run(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
         target: Any = node.target
-        if node.op != "call_function" or (_is_operator(target) and target._schema.is_mutable):
-            raise UnlikeError(f"{node.op} {target} may write into what it reads")
         args: Any = fx.node.map_arg(node.args, known.__getitem__)
         kwargs: Any = fx.node.map_arg(node.kwargs, known.__getitem__)
+        if not self.unlike:
+            try:
+                return self._noted(node, args, kwargs)
+            except UnlikeError:
+                self.unlike, self.arena = True, Arena()  # what is read still keeps its own memory
+                self.users.clear()
+        return target(*filled(args, self.values), **filled(kwargs, self.values))
+
+    def _noted(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What an operation makes, noted as a step.
+
+        Raises: UnlikeError for what cannot be done again.
+        """
+        target: Any = node.target
         if is_native(node) and (coded := self._native(node, args, kwargs)) is not None:
             return coded
         made = target(*filled(args, self.values), **filled(kwargs, self.values))
@@ -196,7 +213,10 @@ class Replays:
         except UnlikeError:
             self._drop(key)
             return run()
-        self._keep(key, generation, replay)
+        if replay is None:
+            self._drop(key)
+        else:
+            self._keep(key, generation, replay)
         return result
 
     def _at(self, key: object, generation: int) -> tuple[Replay | None, float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -66,6 +68,19 @@ def save(unet: CompiledUNet, directory: str | PathLike[str]) -> None:
         write_manifest(new, unet.provenance)
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's search for cycles, which goes through all that graphs are made of again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_no_collection()
 def load(directory: str | PathLike[str], target: str | targets.Target = "auto") -> CompiledUNet:
     """A saved UNet, verified file by file and lowered for a target; bit for bit what the saved one computes.
 
