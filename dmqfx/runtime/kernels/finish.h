@@ -106,6 +106,28 @@ struct Place {
   }
 };
 
+// Memory of some positions one after another, fetched ahead of its use: a store waits for its line, too.
+struct Ahead {
+  uintptr_t first = 0;
+  int64_t stride = 0, bytes = 0;  // from position to position; of one
+
+  void fetch(int64_t from, int64_t end) const {
+    for (int64_t n = 0; n < bytes; n += 64)
+      for (int64_t k = from; k < end; ++k)
+        __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<uintptr_t>(n + k * stride)), 1);
+  }
+};
+
+// Where the results of some blocks of a part go, from a position on, counted over all images.
+inline Ahead results_of(const DmqfxLayer& layer, int64_t group, int64_t position, const Part& part, int64_t block, int64_t blocks) {
+  const bool coded = layer.coding != nullptr;
+  const void* real = layer.real != nullptr ? static_cast<const void*>(layer.real) : layer.integer;
+  const int64_t size = coded ? 1 : sizeof(float), channel = group * layer.out_channels + (part.block + block) * kLane;
+  const int64_t stride = size * (coded ? layer.coding->channels : layer.groups * layer.out_channels);
+  const auto all = reinterpret_cast<uintptr_t>(coded ? layer.coding->codes : real);
+  return {all + static_cast<uintptr_t>(position * stride + channel * size), stride, blocks * kLane * size};
+}
+
 // Codes of some positions from where they lie side by side to where they belong.
 template <int64_t kUsed>
 void spread_codes(const uint8_t* codes, int64_t width, int64_t count, uint8_t* to, int64_t channels) {

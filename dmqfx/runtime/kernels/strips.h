@@ -107,7 +107,9 @@ void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t 
     const Panel read = panel<Isa>(layer, part, wanted, to, factors, desk);
     for (int64_t block = 0; block < part.blocks; block += Isa::kBlocks) {
       const int64_t used = least(Isa::kBlocks, part.blocks - block);
-      tiles<Isa>(strip.rows, rows, taps, quads, from, to, read.from(block), used, fresh, desk.sums + block * kLane, width);
+      const Ahead results = to == steps && block < part.half() ? results_of(layer, strip.group, strip.first, part, block, used) : Ahead{};
+      tiles<Isa>(strip.rows, rows, taps, quads, from, to, read.from(block), used, fresh, desk.sums + block * kLane, width,
+                 [results](int64_t k, int64_t end) { results.fetch(k, end); });
     }
   }
 }

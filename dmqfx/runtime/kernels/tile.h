@@ -101,15 +101,17 @@ Tile<Isa> tile_of(int64_t blocks) {
 }
 
 // The sums of some rows by up to kBlocks blocks: tiles of all rows that fit the registers, and lower ones for what is left.
-template <class Isa>
+// `before` is told which rows come next.
+template <class Isa, class Before>
 void tiles(const uint8_t* const* rows, int64_t count, int64_t taps, int64_t quads, int64_t from, int64_t to, const Panel& panel,
-           int64_t blocks, bool fresh, int32_t* sums, int64_t sums_stride) {
+           int64_t blocks, bool fresh, int32_t* sums, int64_t sums_stride, Before before) {
   constexpr int kHalf = Isa::kRows / 2;
   const Tile<Isa> whole = tile_of<Isa, Isa::kRows>(blocks);
   for (int64_t k = 0, tall; k < count; k += tall) {
     const int64_t left = count - k;
     tall = left > kHalf ? Isa::kRows : left > 1 ? kHalf : 1;
     const Tile<Isa> chosen = left > kHalf ? whole : left > 1 ? tile_of<Isa, kHalf>(blocks) : tile_of<Isa, 1>(blocks);
+    before(k, least(k + tall, count));
     chosen(rows + k * taps, taps, quads, from, to, panel, fresh, sums + k * sums_stride, sums_stride);
   }
 }
