@@ -1,6 +1,6 @@
 """The distinct convolutions and linear layers of SD1.5 at 512 x 512: native kernels beside torch, batch 1.
 
-python benchmarks/bench_layers.py [--repeats 5] [--least 0.2] [--processor-time] [--avx2]
+python benchmarks/bench_layers.py [--repeats 5] [--least 0.2] [--processor-time] [--avx2] [--uniform]
 
 All ways of one layer are timed in one turn, one after the other, and a turn is repeated: `ratio` is the median over turns
 of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's and
@@ -9,8 +9,9 @@ that name; all others give real numbers. Codes of images lie channels last for a
 libraries are fastest. The kernels are called as a UNet that runs again calls them, without Python, but for the way that says
 so; the others by one call of torch. Memory of large results is kept between calls, for all ways. `peak_gops` is the rate of
 the innermost instructions on data in the first cache, times the threads, measured in the same run, and `of_peak` a layer's
-share of it; `summary` tells of all layers together. With --avx2 all compute as on a machine without AVX-512 and VNNI. On a
-machine that runs other programs too, --processor-time counts what one thread really got.
+share of it; `summary` tells of all layers together. Weight codes are normally distributed, as spread as those of the bundled
+model: the bounds of 16 bit sums on AVX2 follow from them, and with --uniform W4A8 takes longer. With --avx2 all compute as on
+a machine without AVX-512 and VNNI. On one that runs other programs too, --processor-time counts what one thread really got.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +42,7 @@ from dmqfx.runtime.replay import Row
 Way = Callable[[], object]
 Clock = Callable[[], float]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+SPREAD = 0.41  # the deviation of the bundled model's 4 bit codes is 3.28, of half the range, 8
 FORMATS = {"W4A6": (4, 6), "W4A8": (4, 8), "W8A8": (8, 8)}
 
 
@@ -102,11 +104,20 @@ def float32(shape: Shape) -> dict[str, Way]:
     }
 
 
+def weight_codes(size: Sequence[int], bits: int, spread: float | None) -> Tensor:
+    """Codes of a standard deviation of so much of half their range, or any codes as often as others."""
+    half = 2 ** (bits - 1)
+    if spread is None:
+        return torch.randint(-half, half, tuple(size), dtype=torch.int8)
+    return (torch.randn(tuple(size)) * (spread * half)).round_().clamp_(-half, half - 1).to(torch.int8)
+
+
 def native(
     shape: Shape,
     bits: tuple[int, int],
     found: Library,
     instruction_set: str,
+    spread: float | None,
     *,
     gives_codes: bool = False,
     from_python: bool = False,
@@ -114,7 +125,7 @@ def native(
     """The kernel on codes, real numbers out, or codes of them: the call alone, as `runtime.replay` repeats it."""
     weight_bits, activation_bits = bits
     x = _last(torch.randint(2**activation_bits, shape.x, dtype=torch.uint8))
-    w = torch.randint(-(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1), shape.w, dtype=torch.int8)
+    w = weight_codes(shape.w, weight_bits, spread)
     blob, zero_point = weights.pack(w, 1), torch.full((1, 1), 2 ** (activation_bits - 1), dtype=torch.int32)
     head = (x, torch.rand(1, 1), zero_point, None, blob, shape.w, torch.rand(1, len(w)), torch.randn(len(w)))
     coded = Coded(torch.full((1, 1), 1e4), zero_point, 0, 2**activation_bits - 1) if gives_codes else None
@@ -214,16 +225,18 @@ def timed(way: Way, least: float, clock: Clock) -> float:
 
 
 def measure(
-    shape: Shape, found: Library, repeats: int, least: float, clock: Clock
+    shape: Shape, found: Library, spread: float | None, repeats: int, least: float, clock: Clock
 ) -> tuple[Shape, list[dict[str, float]]]:
     """One layer, every way: seconds, turn by turn."""
     ways = float32(shape)
     for name, bits in FORMATS.items():
         sets = [found.chosen] if found.chosen != found.instruction_sets[-1] else found.instruction_sets[1:]
-        ways |= {f"{name} {each}": native(shape, bits, found, each) for each in sets}
-        ways[f"{name} {sets[-1]}, codes"] = native(shape, bits, found, sets[-1], gives_codes=True)
+        ways |= {f"{name} {each}": native(shape, bits, found, each, spread) for each in sets}
+        ways[f"{name} {sets[-1]}, codes"] = native(shape, bits, found, sets[-1], spread, gives_codes=True)
     called = {"gives_codes": True, "from_python": True}
-    ways[f"W4A6 {sets[-1]}, codes, from Python"] = native(shape, FORMATS["W4A6"], found, sets[-1], **called)
+    ways[f"W4A6 {sets[-1]}, codes, from Python"] = native(
+        shape, FORMATS["W4A6"], found, sets[-1], spread, **called
+    )
     theirs = {"oneDNN int8": onednn(shape), "fbgemm int8": fbgemm(shape)}
     ways |= {name: way for name, way in theirs.items() if way is not None}
     for way in ways.values():
@@ -275,6 +288,11 @@ def main() -> None:
     )
     parser.add_argument("--processor-time", action="store_true", help="of one thread")
     parser.add_argument("--avx2", action="store_true", help="as on a machine without AVX-512 and VNNI")
+    parser.add_argument(
+        "--uniform",
+        action="store_true",
+        help="every weight code as often as any other; no trained layer is like that",
+    )
     options = parser.parse_args()
     if options.avx2:
         held_to_avx2()
@@ -291,7 +309,8 @@ def main() -> None:
     counted = sorted(shapes().items(), key=lambda each: -each[0].macs * each[1])[: options.first]
     rates = peaks(found)
     with torch.no_grad():
-        spent = [measure(shape, found, options.repeats, options.least, clock) for shape, _ in counted]
+        spread = None if options.uniform else SPREAD
+        spent = [measure(shape, found, spread, options.repeats, options.least, clock) for shape, _ in counted]
     rates = {
         name: max(rate, rates[name]) for name, rate in peaks(found).items()
     }  # one of them may be disturbed
@@ -302,6 +321,7 @@ def main() -> None:
     told = {
         "what": what,
         "clock": clock.__name__,
+        "weights": f"normal, of deviation {spread} of half the range" if spread else "uniform",
         "peak_gops": rates,
         "summary": summary(rows),
         "layers": rows,

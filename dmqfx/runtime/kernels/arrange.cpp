@@ -39,28 +39,45 @@ void fill(const DmqfxLayer& layer, uint8_t* to, Block block) {
     std::memset(to + k * pixel + layer.given, 0, static_cast<size_t>(more));
 }
 
-// What lies under the taps of a line of positions.
-void gather_line(const DmqfxLayer& layer, int64_t image, int64_t down, uint8_t* to) {
-  const auto padding = static_cast<int>(layer.zero_points[row_of(layer, image)]);
-  const uint8_t* codes = layer.codes + image * layer.height * layer.width * layer.channels;
-  for (int64_t across = 0; across < layer.out_width; ++across)
-    each_tap(layer, codes, down, across, [&](const uint8_t* from) {
-      for (int64_t c = 0; c < layer.channels; c += 4, to += 4)
-        from != nullptr ? std::memcpy(to, from + c, 4) : std::memset(to, padding, 4);
-    });
+constexpr int64_t kFew = 16;  // channels that are gathered
+
+// Bytes of a table of columns.
+int64_t table_of(const DmqfxLayer& layer) { return layer.taps[1] * layer.out_width * static_cast<int64_t>(sizeof(int64_t)); }
+
+// What lies under the taps of a line of positions; `columns` [taps across, out_width] say where in its line that begins.
+template <int64_t kChannels>
+void gather_line(const DmqfxLayer& layer, int64_t image, int64_t down, const int64_t* columns, uint8_t* to) {
+  uint8_t padding[kFew];
+  std::memset(padding, layer.zero_points[row_of(layer, image)], sizeof padding);
+  const uint8_t* codes = layer.codes + image * layer.height * layer.width * kChannels;
+  const int64_t under = layer.taps[0] * layer.taps[1] * kChannels;
+  for (int64_t high = 0; high < layer.taps[0]; ++high) {
+    const uint8_t* line = line_of(layer, codes, down, high);
+    for (int64_t wide = 0; wide < layer.taps[1]; ++wide, to += kChannels)
+      for (int64_t k = 0; k < layer.out_width; ++k) {
+        const int64_t column = line == nullptr ? -1 : columns[wide * layer.out_width + k];
+        std::memcpy(to + k * under, column < 0 ? padding : line + column, kChannels);
+      }
+  }
 }
 
 }  // namespace
 
 int64_t gathered(const DmqfxLayer& layer) {
-  constexpr int64_t kFew = 16, kUnder = 256, kMost = 1 << 26;
+  constexpr int64_t kUnder = 256, kMost = 1 << 26;
   const int64_t taps = layer.taps[0] * layer.taps[1], under = taps * layer.channels;
   const int64_t bytes = layer.batch * layer.out_height * layer.out_width * under;
   const bool few = layer.channels <= kFew && taps > 1 && under <= kUnder && bytes <= kMost;
-  return few && layer.groups == 1 && layer.shifts == nullptr ? bytes : 0;
+  return few && layer.groups == 1 && layer.shifts == nullptr ? bytes + table_of(layer) : 0;
 }
 
-DmqfxLayer gather(const DmqfxLayer& layer, uint8_t* codes, int threads) {
+DmqfxLayer gather(const DmqfxLayer& layer, void* room, int threads) {
+  auto* columns = static_cast<int64_t*>(room);
+  for (int64_t wide = 0; wide < layer.taps[1]; ++wide)
+    for (int64_t k = 0; k < layer.out_width; ++k) columns[wide * layer.out_width + k] = column_of(layer, k, wide);
+  auto* codes = static_cast<uint8_t*>(room) + table_of(layer);
+  const auto line = layer.channels == 4 ? gather_line<4> : layer.channels == 8 ? gather_line<8>
+                    : layer.channels == 12 ? gather_line<12> : gather_line<kFew>;
   DmqfxLayer flat = layer;
   flat.codes = codes;
   flat.raw = nullptr;
@@ -71,7 +88,7 @@ DmqfxLayer gather(const DmqfxLayer& layer, uint8_t* codes, int threads) {
   const int64_t lines = layer.batch * layer.out_height, length = layer.out_width * flat.channels;
   threads = lines * length > 65536 ? threads : 1;
 #pragma omp parallel for num_threads(threads > 1 ? threads : 1) if (threads > 1)
-  for (int64_t k = 0; k < lines; ++k) gather_line(layer, k / layer.out_height, k % layer.out_height, codes + k * length);
+  for (int64_t k = 0; k < lines; ++k) line(layer, k / layer.out_height, k % layer.out_height, columns, codes + k * length);
   return flat;
 }
 

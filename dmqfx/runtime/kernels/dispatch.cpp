@@ -144,9 +144,9 @@ int dmqfx_run(const DmqfxLayer* layer, int instruction_set, int threads) {
       chosen = &kAvx2Middle;
   }
   const int64_t bytes = gathered(*layer);
-  const std::unique_ptr<void, decltype(&std::free)> codes(bytes > 0 ? std::malloc(static_cast<size_t>(bytes)) : nullptr, &std::free);
-  if (codes == nullptr) return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
-  return chosen->run(gather(*layer, static_cast<uint8_t*>(codes.get()), threads), room, threads) ? kDone : kNoMemory;
+  const std::unique_ptr<void, decltype(&std::free)> own(bytes > 0 ? std::malloc(static_cast<size_t>(bytes)) : nullptr, &std::free);
+  if (own == nullptr) return chosen->run(*layer, room, threads) ? kDone : kNoMemory;
+  return chosen->run(gather(*layer, own.get(), threads), room, threads) ? kDone : kNoMemory;
 }
 
 int dmqfx_code(const DmqfxCoding* coding, int instruction_set, int threads) {

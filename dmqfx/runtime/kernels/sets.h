@@ -50,18 +50,17 @@ inline int64_t nearest(int64_t position, int64_t size, int64_t upsampled, float 
   return at < size ? at : size - 1;
 }
 
-// Where the codes under each tap of a position are, tap after tap, or null beyond the image; `codes` are an image's.
-template <class Visit>
-inline void each_tap(const DmqfxLayer& layer, const uint8_t* codes, int64_t down, int64_t across, Visit visit) {
-  const int64_t pixel = layer.groups * layer.channels, tall = layer.upsampled[0], wide = layer.upsampled[1];
-  for (int64_t high = 0; high < layer.taps[0]; ++high) {
-    const int64_t y = down * layer.stride[0] - layer.padding[0] + high * layer.dilation[0];
-    const bool inside = y >= 0 && y < tall;
-    const uint8_t* line = inside ? codes + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * pixel : nullptr;
-    int64_t x = across * layer.stride[1] - layer.padding[1];
-    for (int64_t tap = 0; tap < layer.taps[1]; ++tap, x += layer.dilation[1])
-      visit(inside && x >= 0 && x < wide ? line + nearest(x, layer.width, wide, layer.steps[1]) * pixel : nullptr);
-  }
+// The line of an image's codes under a tap's line of positions, or null beyond the image.
+inline const uint8_t* line_of(const DmqfxLayer& layer, const uint8_t* codes, int64_t down, int64_t tap) {
+  const int64_t y = down * layer.stride[0] - layer.padding[0] + tap * layer.dilation[0], tall = layer.upsampled[0];
+  if (y < 0 || y >= tall) return nullptr;
+  return codes + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * layer.groups * layer.channels;
+}
+
+// Where in its line what lies under a tap of a position begins, or -1 beyond the image.
+inline int64_t column_of(const DmqfxLayer& layer, int64_t across, int64_t tap) {
+  const int64_t x = across * layer.stride[1] - layer.padding[1] + tap * layer.dilation[1], wide = layer.upsampled[1];
+  return x < 0 || x >= wide ? -1 : nearest(x, layer.width, wide, layer.steps[1]) * layer.groups * layer.channels;
 }
 
 // The row of each table of a layer that belongs to a sample.
@@ -71,10 +70,10 @@ inline int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.gro
 void arrange(const DmqfxLayer& layer, int threads);  // layer.raw to layer.codes
 
 // A layer of so few channels that the tables of its taps take longer than its steps; as one of a single tap, whose channels
-// are those under all taps. `codes` has room for them, [batch, out_height, out_width, taps, channels], that many bytes; of
-// other layers there are 0.
+// are those under all taps. `room` is for them, [batch, out_height, out_width, taps, channels], and a table, that many bytes;
+// of other layers there are 0.
 int64_t gathered(const DmqfxLayer& layer);
-DmqfxLayer gather(const DmqfxLayer& layer, uint8_t* codes, int threads);
+DmqfxLayer gather(const DmqfxLayer& layer, void* room, int threads);
 
 // Bounds of code.h's numbers, whose values compilers of other files shall not know.
 extern const float kLeastPower, kLeastSilu;

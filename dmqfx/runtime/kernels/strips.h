@@ -32,7 +32,13 @@ inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
     const uint8_t* codes = layer.codes + image * layer.height * layer.width * pixel + strip.group * layer.channels;
     int64_t down = within / layer.out_width, across = within % layer.out_width;
     for (; k < end; ++k) {
-      each_tap(layer, codes, down, across, [&](const uint8_t* from) { *row++ = from == nullptr ? padding : from; });
+      for (int64_t high = 0; high < layer.taps[0]; ++high) {
+        const uint8_t* line = line_of(layer, codes, down, high);
+        for (int64_t wide = 0; wide < layer.taps[1]; ++wide) {
+          const int64_t column = line == nullptr ? -1 : column_of(layer, across, wide);
+          *row++ = column < 0 ? padding : line + column;
+        }
+      }
       if (++across == layer.out_width) across = 0, ++down;
     }
   }
