@@ -10,8 +10,8 @@ libraries are fastest. The kernels are called as a UNet that runs again calls th
 so; the others by one call of torch. Memory of large results is kept between calls, for all ways. `peak_gops` is the rate of
 the innermost instructions on data in the first cache, times the threads, measured in the same run, and `of_peak` a layer's
 share of it; `summary` tells of all layers together. Weight codes are normally distributed, as spread as those of the bundled
-model: the bounds of 16 bit sums on AVX2 follow from them, and with --uniform W4A8 takes longer. With --avx2 all compute as on
-a machine without AVX-512 and VNNI. On one that runs other programs too, --processor-time counts what one thread really got.
+model: bounds of 16 bit sums on AVX2 follow from them, and with --uniform W4A8 takes longer. With --avx2 all compute as on a
+machine without AVX-512 and VNNI. On one that runs other programs too, --processor-time counts what one thread really got.
 """
 
 from __future__ import annotations

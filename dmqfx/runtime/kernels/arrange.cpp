@@ -41,22 +41,22 @@ void fill(const DmqfxLayer& layer, uint8_t* to, Block block) {
 
 constexpr int64_t kFew = 16;  // channels that are gathered
 
-// Bytes of a table of columns.
+// Bytes of a table of pixels.
 int64_t table_of(const DmqfxLayer& layer) { return layer.taps[1] * layer.out_width * static_cast<int64_t>(sizeof(int64_t)); }
 
-// What lies under the taps of a line of positions; `columns` [taps across, out_width] say where in its line that begins.
+// What lies under the taps of a line of positions; `pixels` [taps across, out_width] say where in its line.
 template <int64_t kChannels>
-void gather_line(const DmqfxLayer& layer, int64_t image, int64_t down, const int64_t* columns, uint8_t* to) {
+void gather_line(const DmqfxLayer& layer, int64_t image, int64_t down, const int64_t* pixels, uint8_t* to) {
   uint8_t padding[kFew];
   std::memset(padding, layer.zero_points[row_of(layer, image)], sizeof padding);
   const uint8_t* codes = layer.codes + image * layer.height * layer.width * kChannels;
   const int64_t under = layer.taps[0] * layer.taps[1] * kChannels;
   for (int64_t high = 0; high < layer.taps[0]; ++high) {
-    const uint8_t* line = line_of(layer, codes, down, high);
+    const int64_t line = line_of(layer, down, high);
     for (int64_t wide = 0; wide < layer.taps[1]; ++wide, to += kChannels)
       for (int64_t k = 0; k < layer.out_width; ++k) {
-        const int64_t column = line == nullptr ? -1 : columns[wide * layer.out_width + k];
-        std::memcpy(to + k * under, column < 0 ? padding : line + column, kChannels);
+        const int64_t at = line < 0 ? -1 : pixels[wide * layer.out_width + k];
+        std::memcpy(to + k * under, at < 0 ? padding : codes + (line * layer.width + at) * kChannels, kChannels);
       }
   }
 }
@@ -68,13 +68,13 @@ int64_t gathered(const DmqfxLayer& layer) {
   const int64_t taps = layer.taps[0] * layer.taps[1], under = taps * layer.channels;
   const int64_t bytes = layer.batch * layer.out_height * layer.out_width * under;
   const bool few = layer.channels <= kFew && taps > 1 && under <= kUnder && bytes <= kMost;
-  return few && layer.groups == 1 && layer.shifts == nullptr ? bytes + table_of(layer) : 0;
+  return few && layer.groups == 1 && layer.shifts == nullptr && layer.folded == 0 ? bytes + table_of(layer) : 0;
 }
 
 DmqfxLayer gather(const DmqfxLayer& layer, void* room, int threads) {
-  auto* columns = static_cast<int64_t*>(room);
+  auto* pixels = static_cast<int64_t*>(room);
   for (int64_t wide = 0; wide < layer.taps[1]; ++wide)
-    for (int64_t k = 0; k < layer.out_width; ++k) columns[wide * layer.out_width + k] = column_of(layer, k, wide);
+    for (int64_t k = 0; k < layer.out_width; ++k) pixels[wide * layer.out_width + k] = pixel_of(layer, k, wide);
   auto* codes = static_cast<uint8_t*>(room) + table_of(layer);
   const auto line = layer.channels == 4 ? gather_line<4> : layer.channels == 8 ? gather_line<8>
                     : layer.channels == 12 ? gather_line<12> : gather_line<kFew>;
@@ -88,7 +88,7 @@ DmqfxLayer gather(const DmqfxLayer& layer, void* room, int threads) {
   const int64_t lines = layer.batch * layer.out_height, length = layer.out_width * flat.channels;
   threads = lines * length > 65536 ? threads : 1;
 #pragma omp parallel for num_threads(threads > 1 ? threads : 1) if (threads > 1)
-  for (int64_t k = 0; k < lines; ++k) line(layer, k / layer.out_height, k % layer.out_height, columns, codes + k * length);
+  for (int64_t k = 0; k < lines; ++k) line(layer, k / layer.out_height, k % layer.out_height, pixels, codes + k * length);
   return flat;
 }
 

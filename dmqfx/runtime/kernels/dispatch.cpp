@@ -87,7 +87,8 @@ Room room_of(const DmqfxLayer& layer, int64_t shift, int threads) {
 bool is_middle(const DmqfxLayer& layer, int64_t reach) {
   if (layer.batch * layer.out_height * layer.out_width < kFewRows) return true;
   Runs runs;
-  const int64_t blocks = layer.groups * ((layer.out_channels + kLanes - 1) / kLanes);
+  const int64_t wide = layer.out_channels * (layer.folded != 0 ? layer.taps[0] * layer.taps[1] : 1);
+  const int64_t blocks = layer.groups * ((wide + kLanes - 1) / kLanes);
   for (int64_t k = 0; k < blocks; ++k) runs.join(layer.runs + k * kRuns);
   return runs.steps(reach) < kFew;
 }

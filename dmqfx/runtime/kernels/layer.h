@@ -21,6 +21,8 @@ struct DmqfxLayer {
   float steps[2];                     // how far apart those lie in the input
   int64_t out_height, out_width;
   int64_t nibbles;                    // whether two weights share a byte
+  int64_t folded;                     // whether `weights`, `sums` and `runs` are those of a layer of one tap, whose output
+                                      // channels are this one's under every tap, [taps, out_channels]; of one group
   int64_t pair;                       // the greatest magnitude that two neighbouring weights make of codes of 0 or 1
   const int32_t* runs;                // [groups, blocks of 16, kRuns], that those of a block in every step of a run make of
                                       // codes of -1 to 1; it begins at a multiple of its length, from

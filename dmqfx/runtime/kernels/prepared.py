@@ -117,7 +117,7 @@ def _layer(weights: Weights, window: Window) -> Layer:
     layer = Layer(
         groups=weights.groups, out_channels=weights.out_channels, given=weights.channels,
         channels=weights.channels + -weights.channels % QUAD, nibbles=weights.nibbles,
-        headroom=weights.headroom,
+        folded=weights.folded, headroom=weights.headroom,
     )  # fmt: skip
     layer.pair = weights.pair
     layer.taps, layer.stride, layer.padding, layer.dilation = (

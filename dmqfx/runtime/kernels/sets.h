@@ -50,17 +50,16 @@ inline int64_t nearest(int64_t position, int64_t size, int64_t upsampled, float 
   return at < size ? at : size - 1;
 }
 
-// The line of an image's codes under a tap's line of positions, or null beyond the image.
-inline const uint8_t* line_of(const DmqfxLayer& layer, const uint8_t* codes, int64_t down, int64_t tap) {
+// The line of an image that lies under a tap of a line of positions, or -1 beyond the image.
+inline int64_t line_of(const DmqfxLayer& layer, int64_t down, int64_t tap) {
   const int64_t y = down * layer.stride[0] - layer.padding[0] + tap * layer.dilation[0], tall = layer.upsampled[0];
-  if (y < 0 || y >= tall) return nullptr;
-  return codes + nearest(y, layer.height, tall, layer.steps[0]) * layer.width * layer.groups * layer.channels;
+  return y < 0 || y >= tall ? -1 : nearest(y, layer.height, tall, layer.steps[0]);
 }
 
-// Where in its line what lies under a tap of a position begins, or -1 beyond the image.
-inline int64_t column_of(const DmqfxLayer& layer, int64_t across, int64_t tap) {
+// The pixel of a line that lies under a tap of a position, or -1 beyond it.
+inline int64_t pixel_of(const DmqfxLayer& layer, int64_t across, int64_t tap) {
   const int64_t x = across * layer.stride[1] - layer.padding[1] + tap * layer.dilation[1], wide = layer.upsampled[1];
-  return x < 0 || x >= wide ? -1 : nearest(x, layer.width, wide, layer.steps[1]) * layer.groups * layer.channels;
+  return x < 0 || x >= wide ? -1 : nearest(x, layer.width, wide, layer.steps[1]);
 }
 
 // The row of each table of a layer that belongs to a sample.

@@ -7,6 +7,7 @@
 
 #include "desk.h"
 #include "finish.h"
+#include "fold.h"
 #include "layer.h"
 #include "tile.h"
 
@@ -33,10 +34,10 @@ inline void point(const DmqfxLayer& layer, const Strip& strip, int64_t reach) {
     int64_t down = within / layer.out_width, across = within % layer.out_width;
     for (; k < end; ++k) {
       for (int64_t high = 0; high < layer.taps[0]; ++high) {
-        const uint8_t* line = line_of(layer, codes, down, high);
+        const int64_t line = line_of(layer, down, high);
         for (int64_t wide = 0; wide < layer.taps[1]; ++wide) {
-          const int64_t column = line == nullptr ? -1 : column_of(layer, across, wide);
-          *row++ = column < 0 ? padding : line + column;
+          const int64_t at = line < 0 ? -1 : pixel_of(layer, across, wide);
+          *row++ = at < 0 ? padding : codes + (line * layer.width + at) * pixel;
         }
       }
       if (++across == layer.out_width) across = 0, ++down;
@@ -191,6 +192,7 @@ constexpr int64_t kFewSteps = 256;  // of a layer whose results take as long as 
 // All of a layer; false if there is no memory.
 template <class Isa>
 bool run(const DmqfxLayer& layer, Room room, int threads) {
+  if (layer.folded != 0) return unfold(layer, threads, [&](const DmqfxLayer& flat) { return run<Isa>(flat, room, threads); });
   constexpr int64_t kBlocks = kMostBlocks;
   static_assert(kChunk % 256 == 0 && kChunk % 384 == 0);  // runs are counted from the first step of a chunk
   static_assert(kWhole % Isa::kRows == 0 && kStrip % kWhole == 0 && kBlocks <= kMostBlocks && kBlocks % 2 == 0);

@@ -3,6 +3,7 @@
 A blob is one uint8 tensor: a header, the sum of each output channel's codes, the bounds of each block's runs, and the
 codes [groups, blocks, taps, channels / 4, 16, 4], output and input channels filled up with 0. Two codes share a byte
 where all of them have 4 bits: of the 64 of a step, number k the low half and number k + 32 the high one.
+Weights of few output channels are folded: those of a layer of one tap, whose output channels are theirs under every tap.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ LANE, QUAD = 16, 4
 _STEP, _HEADER = LANE * QUAD, 16  # codes of a step; int32 numbers of the header
 _ALIGNED = 64  # bytes of a cache line, at which codes begin in a blob
 _MOST_HEADROOM = 7
-_MAGIC, _VERSION = 0x4B514D44, 5
+_MAGIC, _VERSION = 0x4B514D44, 6
+_FEW_OUT, _FEW_IN = 4, 16  # output channels that are folded, input channels that are not (they are gathered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +41,14 @@ class Weights:
     runs[:, k] that those of a block in every step of a run of RUNS[k] steps, which begins at a multiple of its length,
     can make of -1 to 1;
     headroom the bits by which every code can be shifted to the left and still has 8; out_channels and channels are
-    those of one group, channels before they are filled up.
+    those of one group, channels before they are filled up. Of folded weights codes, sums and runs are those of the layer
+    of one tap, [taps * out_channels, channels].
     """
 
     codes: Tensor
     sums: Tensor
     nibbles: bool
+    folded: bool
     groups: int
     out_channels: int
     channels: int
@@ -69,7 +73,8 @@ class Weights:
                 f"{blob.dtype} {list(blob.shape)} does not start with the header of version {_VERSION}"
             )
         nibbles, *sizes, headroom, pair = numbers[2:10]
-        expected = _sizes(shape, groups)
+        folded, (_, out, channels, *taps) = _is_folded(shape, groups), _sizes(shape, groups)
+        expected = _sizes(_laid(shape, groups), groups)
         if sizes != expected or not 0 <= headroom <= _MOST_HEADROOM or nibbles not in (0, 1):
             raise _malformed(f"it says {numbers[2:10]} where the layer has {expected}")
         ends = _ends_of_parts(expected, bool(nibbles))
@@ -82,7 +87,7 @@ class Weights:
         if not _may_bound(bounds, pair):
             raise _malformed(f"no codes have runs within {bounds[:1].tolist()} and pairs within {pair}")
         return cls(
-            codes, sums.view(torch.int32), bool(nibbles), groups, expected[1], shape[1], (expected[3], expected[4]),
+            codes, sums.view(torch.int32), bool(nibbles), folded, groups, out, channels, (taps[0], taps[1]),
             pair, bounds, headroom,
         )  # fmt: skip
 
@@ -106,9 +111,11 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
     least, greatest = _ends(codes)
     if _may_overflow(codes, max(greatest, -least), shift) and (why := integer.overflow(codes.float(), shift)):
         raise ValueError(why)
-    sizes, nibbles = _sizes(codes.shape, groups), least >= -8 and greatest <= 7
+    sizes, nibbles = _sizes(_laid(codes.shape, groups), groups), least >= -8 and greatest <= 7
     ends = _ends_of_parts(sizes, nibbles)
     blob = torch.zeros(ends[-1], dtype=torch.uint8)
+    if _is_folded(codes.shape, groups):
+        codes = codes.permute(2, 3, 0, 1)  # [O, C, h, w] to [h, w, O, C]
     pair = _laid_out(codes.cpu().contiguous(), sizes, nibbles, [blob[end:] for end in (*ends[:2], ends[3])])
     numbers = [_MAGIC, _VERSION, int(nibbles), *sizes, _headroom(least, greatest), pair]
     blob[: 4 * len(numbers)] = torch.tensor(numbers, dtype=torch.int32).view(torch.uint8)
@@ -138,12 +145,12 @@ def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     if weights.nibbles:
         halves = data.view(-1, _STEP // 2)
         data = torch.cat([(halves & 15) ^ 8, (halves >> 4) ^ 8], 1).view(torch.int8) - 8
-    high, wide = weights.taps
-    quads = math.ceil(weights.channels / QUAD)
+    *lead, channels, high, wide = _laid((*shape, 1, 1)[:4], groups)
+    out, quads = lead[0] // groups, math.ceil(channels / QUAD)
     laid = data.view(torch.int8).reshape(groups, -1, high * wide, quads, LANE, QUAD)
     codes = laid.permute(0, 1, 4, 3, 5, 2).reshape(groups, -1, quads * QUAD, high * wide)
-    filled, codes = codes, codes[:, : weights.out_channels, : weights.channels]
-    codes = codes.reshape(tuple(shape)).contiguous()
+    filled, codes = codes, codes[:, :out, :channels]
+    codes = codes.reshape(out * groups, channels, high * wide)
     pair, runs = _bounds(laid)
     sums = codes.flatten(1).sum(1, dtype=torch.int32)
     known = (pair, _headroom(*_ends(laid))) == (weights.pair, weights.headroom)
@@ -151,7 +158,9 @@ def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
         raise _malformed("its sums do not follow from its codes")
     if int(filled.count_nonzero()) != int(codes.count_nonzero()):
         raise _malformed("what fills it up is not 0")
-    return codes
+    if weights.folded:
+        codes = codes.view(*shape[2:], *shape[:2]).permute(2, 3, 0, 1)
+    return codes.reshape(tuple(shape)).contiguous()
 
 
 def _may_bound(runs: Tensor, pair: int) -> bool:
@@ -208,6 +217,16 @@ def _sizes(shape: Sequence[int], groups: int) -> list[int]:
     """Groups, output and input channels of one, and the taps of a weight [O, C / groups, ...]."""
     taps = shape[2:] if len(shape) == 4 else (1, 1)
     return [groups, shape[0] // max(groups, 1), shape[1], *taps]
+
+
+def _is_folded(shape: Sequence[int], groups: int) -> bool:
+    """Whether the taps of a weight [O, C / groups, ...] are folded into its output channels."""
+    return groups == 1 and shape[0] <= _FEW_OUT and shape[1] > _FEW_IN and math.prod(shape[2:]) > 1
+
+
+def _laid(shape: Sequence[int], groups: int) -> Sequence[int]:
+    """The shape of a weight as it is laid out."""
+    return (math.prod(shape[2:]) * shape[0], shape[1], 1, 1) if _is_folded(shape, groups) else shape
 
 
 def _ends_of_parts(sizes: Sequence[int], nibbles: bool) -> list[int]:
