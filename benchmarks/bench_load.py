@@ -1,11 +1,12 @@
 """Loading SD1.5's configuration: seconds to the first output and resident memory, compiled and float.
 
-    OMP_NUM_THREADS=2 python benchmarks/bench_load.py [--policy w4a8-quick] [--compiled FOLDER] [--rows 4]
+    OMP_NUM_THREADS=2 python benchmarks/bench_load.py [--policy w4a8-quick] [--compiled FOLDER] [--rows 4] [--avx2]
 
 Each model is loaded from its files in a process of its own, which imports torch and diffusers first and then computes a
 batch of two (classifier-free guidance) at 64 x 64. Resident memory is what the process has more than before it loaded:
 when the model is there, behind the first output with all that was freed given back, and the peak. With --compiled the
-folder of a former run is taken, and made if it is not there.
+folder of a former run is taken, and made if it is not there. With --avx2 both compute as on a machine without AVX-512 and
+VNNI.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from machine import write
+from machine import held_to_avx2, write
 from models import sd15
 
 import dmqfx
@@ -30,8 +31,10 @@ from dmqfx.calibration.calibration import Calibration
 
 
 def main() -> int:
-    """Compile if need be, load both in processes, write results/load_sd15_POLICY.json."""
+    """Compile if need be, load both in processes, write results/load_sd15_POLICY.json, or ..._avx2.json."""
     options = parser().parse_args()
+    if options.avx2:
+        held_to_avx2()
     if options.child:
         print(json.dumps(loaded(options.child, Path(options.compiled))))
         return 0
@@ -50,7 +53,7 @@ def main() -> int:
             for at in ("loaded", "used", "peak")
         },
     }
-    write(f"load_sd15_{options.policy}", result)
+    write(f"load_sd15_{options.policy}" + "_avx2" * options.avx2, result)
     return 0
 
 
@@ -60,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--policy", default="w4a8-quick")
     made.add_argument("--compiled", help="a folder for both models, kept")
     made.add_argument("--rows", type=int, default=4, help="calls of the UNet to calibrate on")
+    made.add_argument("--avx2", action="store_true", help="as on a machine without AVX-512 and VNNI")
     made.add_argument("--child", choices=["float", "compiled"], help=argparse.SUPPRESS)
     return made
 

@@ -13,6 +13,9 @@ struct Run {
   int32_t of[kStep / 2];
 
   int32_t greatest() const { return *std::max_element(of, of + kStep / 2); }
+  void most(const Run& other) {
+    for (int64_t k = 0; k < kStep / 2; ++k) of[k] = other.of[k] > of[k] ? other.of[k] : of[k];
+  }
   void add(const Run& other) {
     for (int64_t k = 0; k < kStep / 2; ++k) of[k] += other.of[k];
   }
@@ -23,7 +26,7 @@ template <int kLengths>
 class Doubled {
  public:
   // Step after step: a run is whole with the second of its halves, as a binary counter carries.
-  void step(const Run& one, int32_t* most) {
+  void step(const Run& one, Run* most) {
     Run whole = one;
     int level = 0;
     note(level, whole, most);
@@ -33,7 +36,7 @@ class Doubled {
     }
     halves_[level] = whole;
   }
-  void end(int32_t* most) const {
+  void end(Run* most) const {
     Run rest{};
     for (int level = 0; level + 1 < kLengths; ++level) {
       if (((steps_ >> level) & 1) != 0) rest.add(halves_[level]);
@@ -45,21 +48,21 @@ class Doubled {
   Run halves_[kLengths];
   int64_t steps_ = 0;
 
-  static void note(int level, const Run& run, int32_t* most) { most[level] = std::max(most[level], run.greatest()); }
+  static void note(int level, const Run& run, Run* most) { most[level].most(run); }
 };
 
 // Of one block: its greatest pair and runs, of 1, 2, 4, ... steps and of 3, 6, 12, ...
 class Bounds {
  public:
-  int32_t most[1 + kRuns] = {};
+  Run most[1 + kRuns] = {};
 
   void step(const int8_t* codes) {
     Run one;
     for (int64_t k = 0; k < kStep / 2; ++k) {
       const int32_t up = std::max<int32_t>(codes[2 * k], 0) + std::max<int32_t>(codes[2 * k + 1], 0);
-      const int32_t down = up - codes[2 * k] - codes[2 * k + 1];
+      const int32_t down = up - codes[2 * k] - codes[2 * k + 1], further = up > down ? up : down;
       one.of[k] = up + down;
-      most[0] = std::max({most[0], up, down});
+      most[0].of[k] = further > most[0].of[k] ? further : most[0].of[k];
     }
     singly_.step(one, most + 1);
     if (within_ == 0) three_ = Run{};
@@ -136,8 +139,8 @@ void dmqfx_pack(const DmqfxPacking* packing, int threads) {
   for (int64_t k = 0; k < packing->groups * blocks; ++k) {
     Bounds bounds;
     pack_block(*packing, k / blocks, k % blocks, packing->weights + k * length, bounds);
-    pair = std::max(pair, bounds.most[0]);
-    std::copy(bounds.most + 1, bounds.most + 1 + kRuns, packing->runs + k * kRuns);
+    pair = std::max(pair, bounds.most[0].greatest());
+    for (int64_t n = 0; n < kRuns; ++n) packing->runs[k * kRuns + n] = bounds.most[1 + n].greatest();
   }
   *packing->pair = pair;
 }
