@@ -427,28 +427,43 @@ def test_results_that_become_codes_have_the_codes_of_quantize(
             assert torch.equal(image.permute(0, 2, 3, 1), expected), each
 
 
-@pytest.mark.parametrize(("depth", "size"), [(3, 9), (16, 7), (4, 90), (17, 9)])
-def test_few_channels_under_several_taps_are_read_as_many_are(depth: int, size: int) -> None:
-    """They are copied side by side first, by several threads where there are many."""
+@pytest.mark.parametrize(
+    ("depth", "out", "size"),
+    [(3, 24, 9), (16, 24, 7), (4, 24, 90), (17, 24, 9), (17, 4, 9), (40, 3, 7), (20, 1, 200)],
+)
+def test_few_channels_under_several_taps_are_read_as_many_are(depth: int, out: int, size: int) -> None:
+    """Of the input, they are copied side by side first, by several threads where there are many; of the output, folded."""
     x, groups = torch.randint(-128, 128, (3, depth, size, size + 2), dtype=torch.int8), 3
     zero_point, group = torch.randint(-128, 128, (groups, 1), dtype=torch.int32), torch.tensor([2, 0, 1])
     w, w_scale, x_scale = (
-        torch.randint(-8, 8, (24, depth, 3, 3), dtype=torch.int8),
-        torch.rand(1, 24),
+        torch.randint(-8, 8, (out, depth, 3, 3), dtype=torch.int8),
+        torch.rand(1, out),
         torch.rand(groups, 1),
     )
     where, grid = (
         ([2, 1], [1, 2], [1, 2], 1),
-        (torch.rand(groups, 24) + 0.1, torch.randint(256, (groups, 24)).int()),
+        (torch.rand(groups, out) + 0.1, torch.randint(256, (groups, out)).int()),
     )
     plain = integer.conv2d(x, x_scale, zero_point, group, w, w_scale, ZERO, None, *where, None)
-    for added in (None, torch.randn(3, 24, 1, 1), torch.randn(plain.shape)):
+    for added in (None, torch.randn(3, out, 1, 1), torch.randn(plain.shape)):
         expected = plain if added is None else plain + added
         for each in here():
             given_ = (x, x_scale, zero_point, group, weights.pack(w, 1), w.shape, w_scale, None, *where, each)
             assert torch.equal(layers.conv2d(*given_, added=added), expected), each
             found = layers.conv2d(*given_, added=added, coded=Coded(*grid, 0, 255))
             assert torch.equal(found, quantize(expected, *grid, group, 1, 0, 255, instruction_set=each)), each
+
+
+def test_large_images_of_few_output_channels_are_worked_on_in_turns() -> None:
+    x = torch.randint(256, (3, 20, 700, 500), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    w = torch.randint(-8, 8, (4, 20, 3, 3), dtype=torch.int8)
+    zero_point, group = torch.tensor([[3], [200]], dtype=torch.int32), torch.tensor([1, 0, 1])
+    tail = (weights.pack(w, 1), w.shape, ZERO, None, [1, 1], [1, 1], [1, 1], 1)
+    found = layers.conv2d(x, None, zero_point, group, *tail)
+    for k in range(3):
+        assert torch.equal(
+            found[k : k + 1], layers.conv2d(x[k : k + 1], None, zero_point, group[k : k + 1], *tail)
+        )
 
 
 @given(data=st.data())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 WATCHED = (
     "convolution or linear or overflow or padding or threads or malformed or strip or codes or magnitudes "
-    "or attention or instruction_set or finite or block or few_channels"
+    "or attention or instruction_set or finite or block or few_channels or in_turns"
 )
 FILES = tuple(f"tests/test_{name}.py" for name in ("kernels", "codes", "attend", "average", "lower_float"))
 
