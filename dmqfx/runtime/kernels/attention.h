@@ -142,7 +142,7 @@ void multiply(const uint8_t* const* codes, int64_t rows, int64_t steps, const in
               int32_t* sums, int64_t width) {
   for (int64_t block = 0; block < blocks; block += Isa::kBlocks) {
     const Panel panel{weights + block * stride, stride};
-    tiles<Isa>(codes, rows, 1, steps, 0, steps, panel, least(Isa::kBlocks, blocks - block), true, sums + block * kLane, width,
+    tiles<Isa>(codes, rows, 1, Steps(steps, 0, steps), panel, least(Isa::kBlocks, blocks - block), true, sums + block * kLane, width,
                [](int64_t, int64_t) {});
   }
 }

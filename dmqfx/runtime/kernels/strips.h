@@ -106,16 +106,17 @@ Panel panel(const DmqfxLayer& layer, const Part& part, const Held& wanted, int64
 template <class Isa>
 void accumulate(const DmqfxLayer& layer, const Strip& strip, Part part, int64_t rows, Held wanted, const uint8_t* factors,
                 bool fresh, Desk& desk) {
-  const int64_t taps = layer.taps[0] * layer.taps[1], quads = layer.channels / kQuad, steps = taps * quads;
+  const int64_t taps = layer.taps[0] * layer.taps[1], quads = layer.channels / kQuad, all = taps * quads;
   const int64_t width = part.blocks * kLane;
-  for (int64_t from = 0; from < steps; from += kChunk, fresh = false) {
-    const int64_t to = least(from + kChunk, steps);
+  for (int64_t from = 0; from < all; from += kChunk, fresh = false) {
+    const int64_t to = least(from + kChunk, all);
+    const Steps steps(quads, from, to);
     wanted.from = from;
     const Panel read = panel<Isa>(layer, part, wanted, to, factors, desk);
     for (int64_t block = 0; block < part.blocks; block += Isa::kBlocks) {
       const int64_t used = least(Isa::kBlocks, part.blocks - block);
-      const Ahead results = to == steps && block < part.half() ? results_of(layer, strip.group, strip.first, part, block, used) : Ahead{};
-      tiles<Isa>(strip.rows, rows, taps, quads, from, to, read.from(block), used, fresh, desk.sums + block * kLane, width,
+      const Ahead results = to == all && block < part.half() ? results_of(layer, strip.group, strip.first, part, block, used) : Ahead{};
+      tiles<Isa>(strip.rows, rows, taps, steps, read.from(block), used, fresh, desk.sums + block * kLane, width,
                  [results](int64_t k, int64_t end) { results.fetch(k, end); });
     }
   }

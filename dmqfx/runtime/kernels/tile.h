@@ -35,11 +35,17 @@ struct Panel {
   }
 };
 
-// sums[row][channel] += the steps from..to, or = where they are fresh; rows[row * taps + tap] points to the codes
-// under a tap.
+// Some steps of a layer's: those of `quads` for every tap, from one on.
+struct Steps {
+  int64_t quads, tap, quad, count;
+
+  Steps(int64_t of_tap, int64_t from, int64_t to) : quads(of_tap), tap(from / of_tap), quad(from % of_tap), count(to - from) {}
+};
+
+// sums[row][channel] += these steps, or = where they are fresh; rows[row * taps + tap] points to the codes under a tap.
 template <class Isa, int kTall, int kUsed>
-void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from, int64_t to, const Panel& panel,
-          bool fresh, int32_t* sums, int64_t sums_stride) {
+void tile(const uint8_t* const* rows, int64_t taps, const Steps& steps, const Panel& panel, bool fresh, int32_t* sums,
+          int64_t sums_stride) {
   typename Isa::Sums running[kTall][kUsed];
   const int8_t* weights = panel.weights;
   const int16_t* starts = panel.starts;
@@ -60,14 +66,15 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
     }
     weights += kStep;
   };
-  int64_t tap = from / quads, quad = from % quads;
+  const int64_t quads = steps.quads;
+  int64_t tap = steps.tap, quad = steps.quad, rest = steps.count;
   const auto look = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int row = 0; row < kTall; ++row) codes[row] = rows[row * taps + tap] + quad * kQuad;
   };
-  for (; from < to; fresh = false) {
-    int64_t left = least(to - from, panel.run);
-    from += left;
+  for (; rest > 0; fresh = false) {
+    int64_t left = least(rest, panel.run);
+    rest -= left;
     look();
     step(std::true_type{}, 0);
     for (int64_t next = 1; left > 0; next = 0) {
@@ -88,7 +95,7 @@ void tile(const uint8_t* const* rows, int64_t taps, int64_t quads, int64_t from,
 }
 
 template <class Isa>
-using Tile = void (*)(const uint8_t* const*, int64_t, int64_t, int64_t, int64_t, const Panel&, bool, int32_t*, int64_t);
+using Tile = void (*)(const uint8_t* const*, int64_t, const Steps&, const Panel&, bool, int32_t*, int64_t);
 
 template <class Isa, int kTall>
 Tile<Isa> tile_of(int64_t blocks) {
@@ -103,8 +110,8 @@ Tile<Isa> tile_of(int64_t blocks) {
 // The sums of some rows by up to kBlocks blocks: tiles of all rows that fit the registers, and lower ones for what is left.
 // `before` is told which rows come next.
 template <class Isa, class Before>
-void tiles(const uint8_t* const* rows, int64_t count, int64_t taps, int64_t quads, int64_t from, int64_t to, const Panel& panel,
-           int64_t blocks, bool fresh, int32_t* sums, int64_t sums_stride, Before before) {
+void tiles(const uint8_t* const* rows, int64_t count, int64_t taps, const Steps& steps, const Panel& panel, int64_t blocks, bool fresh,
+           int32_t* sums, int64_t sums_stride, Before before) {
   constexpr int kHalf = Isa::kRows / 2;
   const Tile<Isa> whole = tile_of<Isa, Isa::kRows>(blocks);
   for (int64_t k = 0, tall; k < count; k += tall) {
@@ -112,7 +119,7 @@ void tiles(const uint8_t* const* rows, int64_t count, int64_t taps, int64_t quad
     tall = left > kHalf ? Isa::kRows : left > 1 ? kHalf : 1;
     const Tile<Isa> chosen = left > kHalf ? whole : left > 1 ? tile_of<Isa, kHalf>(blocks) : tile_of<Isa, 1>(blocks);
     before(k, least(k + tall, count));
-    chosen(rows + k * taps, taps, quads, from, to, panel, fresh, sums + k * sums_stride, sums_stride);
+    chosen(rows + k * taps, taps, steps, panel, fresh, sums + k * sums_stride, sums_stride);
   }
 }
 
@@ -127,6 +134,7 @@ double peak(double (*seconds)()) {
   std::memset(codes, 1, sizeof codes);
   alignas(64) static int16_t starts[kSteps * kStart];
   const Panel panel{weights, kSteps * kStep, starts, 0, kSteps};
+  const Steps steps(kSteps, 0, kSteps);
   const uint8_t* rows[Isa::kRows];
   for (auto& row : rows) row = codes;
   const volatile Tile<Isa> measured = tile_of<Isa, Isa::kRows>(Isa::kBlocks);  // as layers call it: not compiled for these sizes
@@ -135,7 +143,7 @@ double peak(double (*seconds)()) {
     constexpr int kTimes = 2000;
     const double started = seconds();
     for (int k = 0; k < kTimes; ++k)
-      measured(rows, 1, kSteps, 0, kSteps, panel, false, sums, Isa::kBlocks * kLane);
+      measured(rows, 1, steps, panel, false, sums, Isa::kBlocks * kLane);
     const double rate = 1e-9 * kTimes * kSteps * kStep * Isa::kRows * Isa::kBlocks / (seconds() - started);
     if (rate > best) best = rate;
   }
