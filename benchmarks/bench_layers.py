@@ -42,7 +42,7 @@ from dmqfx.runtime.replay import Row
 Way = Callable[[], object]
 Clock = Callable[[], float]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-SPREAD = 0.41  # the deviation of the bundled model's 4 bit codes is 3.28, of half the range, 8
+SPREAD = 0.41  # of half the range: 4 bit codes of the bundled model deviate by 3.28 from 0; of 8 bits taken as alike
 FORMATS = {"W4A6": (4, 6), "W4A8": (4, 8), "W8A8": (8, 8)}
 
 
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument(
         "--uniform",
         action="store_true",
-        help="every weight code as often as any other; no trained layer is like that",
+        help="every weight code as often as any other",
     )
     options = parser.parse_args()
     if options.avx2:

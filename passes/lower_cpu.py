@@ -31,7 +31,8 @@ def native_conv2d(rw: Rewriter, root: fx.Node, packed: fx.Node) -> Outcome:
     """qconv2d(x, w)  ->  kernel_conv2d(x, w in the kernels' form)."""
     named = ops.args(root)
     groups = named["groups"]
-    shared = _operands(rw, root, packed, groups if isinstance(groups, int) else 1)
+    strided = named["stride"] != [1, 1]
+    shared = _operands(rw, root, packed, groups if isinstance(groups, int) else 1, strided=strided)
     if isinstance(shared, Refuse):
         return shared
     convolved = {arg: named[arg] for arg in CONV_ARGUMENTS}
@@ -81,7 +82,7 @@ class LowerCpu(RewritePass):
 
 
 def _operands(
-    rw: Rewriter, root: fx.Node, packed: fx.Node, groups: int
+    rw: Rewriter, root: fx.Node, packed: fx.Node, groups: int, *, strided: bool = False
 ) -> dict[str, fx.node.Argument] | Refuse:
     """The arguments that both native layers take."""
     named = ops.args(root)
@@ -98,6 +99,6 @@ def _operands(
             root,
         )
     shift = rw.value(ops.tensor(root, "shift")) if named["shift"] is not None else None
-    blob = weights.pack(centered.to(torch.int8), groups, shift)
+    blob = weights.pack(centered.to(torch.int8), groups, shift, strided=strided)
     name = str(packed.target).removesuffix("_packed") + "_kernel"
     return {**{arg: named[arg] for arg in HANDED_ON}, "packed_weight": rw.constant(name, blob)}

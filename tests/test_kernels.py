@@ -636,6 +636,42 @@ def test_of_no_input_channels_results_are_biases() -> None:
     assert torch.equal(found, torch.arange(5.0).expand(4, 5))
 
 
+@pytest.mark.parametrize("out", [4, 5])
+def test_of_no_input_channels_or_no_image_a_convolution_gives_biases(out: int) -> None:
+    bias, one = torch.arange(float(out)), torch.ones(1, 1)
+    for shape, size, padding in (((out, 0, 3, 3), (0, 8, 8), [1, 1]), ((out, 32, 1, 3), (32, 0, 8), [1, 1])):
+        x, blob_ = (
+            torch.zeros(2, *size, dtype=torch.uint8),
+            weights.pack(torch.ones(shape, dtype=torch.int8), 1),
+        )
+        found = layers.conv2d(x, one, ZERO, None, blob_, shape, one, bias, [1, 1], padding, [1, 1], 1)
+        assert torch.equal(found, bias[:, None, None].expand_as(found))
+
+
+def test_folded_weights_are_those_that_are_told_and_follow_from_their_codes() -> None:
+    shape, x = (4, 20, 3, 3), torch.randint(256, (1, 20, 9, 9), dtype=torch.uint8)
+    w = torch.randint(-8, 8, shape, dtype=torch.int8)
+    folded, plain = weights.pack(w, 1), weights.pack(w, 1, strided=True)
+    assert len(folded) < len(plain)
+    assert torch.equal(weights.unpack(folded, shape, 1), weights.unpack(plain, shape, 1))
+    for where in ([1, 1], [2, 2]):
+        one, other = (
+            layers.conv2d(x, None, ZERO, None, each, shape, ZERO, None, where, [1, 1], [1, 1], 1)
+            for each in (folded, plain)
+        )
+        assert torch.equal(one, other)
+    assert len(weights.pack(w[:, :, :1, :1], 1)) == len(weights.pack(w[:, :, :1, :1], 1, strided=True))
+    for at, value, told in (
+        (40, 0, "where the layer has"),
+        (40, 2, "is folded"),
+        (-400, 17, "do not follow"),
+    ):
+        wrong = folded.clone()
+        wrong[at] = value if at > 0 else wrong[at] ^ value
+        with pytest.raises(DmqfxError, match=told):
+            weights.unpack(wrong, shape, 1)
+
+
 def test_what_is_added_may_have_another_dtype() -> None:
     x, one = torch.zeros(4, 20, dtype=torch.uint8), torch.ones(1, 1)
     for dtype in (torch.float64, torch.float16, torch.int64):

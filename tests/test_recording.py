@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,17 +179,18 @@ def test_more_memory_than_the_limit_is_not_kept(limit: int, monkeypatch: pytest.
 
 def test_a_call_that_turns_out_too_large_goes_on_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena, "LIMIT", 13_000)
-    ran, module = list[object](), fresh()
-    native = sum(map(recording.is_native, known(module)._graph.nodes))
-    for target, kernel in recording._NATIVE.items():
-        noted = lambda *args, kernel=kernel, **kwargs: (ran.append(kernel), kernel(*args, **kwargs))[1]  # noqa: E731
-        monkeypatch.setitem(recording._NATIVE, target, noted)
-    monkeypatch.setattr(Replays, "_drop", lambda self, key: ran.append("dropped"))
-    for _ in range(2):
-        module(**inputs())
-    assert 1 < len(ran) < native
-    assert ran[-1] == "dropped"
-    assert ran.count("dropped") == 1
+    module, each, ran = fresh(), inputs(), list[object]()
+    module(**each)
+    run = Library.run
+    monkeypatch.setattr(Library, "run", lambda *args: (ran.append(args[1]), run(*args))[1])
+    monkeypatch.setattr(
+        module, "_rest", replace(module._rest, run=lambda *_: pytest.fail("it was run from the start"))
+    )
+    found, once = module(**each), len(ran)
+    layers = (OPS.kernel_conv2d.default, OPS.kernel_linear.default)
+    assert once == sum(n.target in layers for n in known(module)._graph.nodes)
+    assert torch.equal(found, flat(module, each))
+    assert len(known(module)) == 0
 
 
 def test_layouts_beyond_the_most_are_forgotten_the_oldest_first() -> None:

@@ -64,7 +64,8 @@ class Recorder:
         Raises: UnlikeError, before anything is run, for a graph that may write into what it reads.
         """
         for node in graph.nodes:
-            if node.op == "call_module" or (_is_operator(node.target) and node.target._schema.is_mutable):
+            known_kind = node.op in ("placeholder", "call_function", "output")
+            if not known_kind or (_is_operator(node.target) and node.target._schema.is_mutable):
                 raise UnlikeError(f"{node.op} {node.target} may write into what it reads")
         reads = (Slot(k) if isinstance(each, Tensor) else each for k, each in enumerate(self.values))
         placed = iter([*reads, *self.constants])
@@ -78,7 +79,9 @@ class Recorder:
                 self.users[start] += 1
             for dead in dying.get(node, ()):
                 self._forget(known.pop(dead))
-        return None if self.unlike else self._replay(result), given(result, self.values)
+        if self.unlike:
+            return None, filled(result, self.values)
+        return self._replay(result), given(result, self.values)
 
     def _forget(self, value: Any) -> None:
         """A value that nobody reads any more."""
@@ -99,6 +102,7 @@ class Recorder:
             except UnlikeError:
                 self.unlike, self.arena = True, Arena()  # what is read still keeps its own memory
                 self.users.clear()
+                self.steps.clear()
         return target(*filled(args, self.values), **filled(kwargs, self.values))
 
     def _noted(self, node: fx.Node, args: Any, kwargs: Any) -> Any:

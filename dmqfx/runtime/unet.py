@@ -19,6 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import dmqfx.runtime.operators  # noqa: F401  # registers torch.ops.dmqfx, which graphs call
 from dmqfx.errors import CallError, FixedGraphError, StoreError
@@ -257,7 +258,9 @@ def _result(root: str, tensors: tuple[Tensor, ...], *, as_tuple: bool) -> Result
 
 def _runner(program: Program) -> fx.GraphModule:
     """The graph over parameters of its own that share memory with the program, which stays when they move."""
-    return clone(program.gm, {name: _held(tensor) for name, tensor in program.weights().items()})
+    gm = clone(program.gm, {name: _held(tensor) for name, tensor in program.weights().items()})
+    _LazyGraphModule.force_recompile(gm)  # it will be called, by several threads perhaps
+    return gm
 
 
 def _held(tensor: Tensor) -> Tensor:
@@ -274,3 +277,4 @@ def _redirect(gm: fx.GraphModule, device: torch.device) -> None:
             node.kwargs, lambda a: device if isinstance(a, torch.device) else a
         )
     gm.recompile()
+    _LazyGraphModule.force_recompile(gm)

@@ -84,6 +84,8 @@ def _no_collection() -> Iterator[None]:
 def load(directory: str | PathLike[str], target: str | targets.Target = "auto") -> CompiledUNet:
     """A saved UNet, verified file by file and lowered for a target; bit for bit what the saved one computes.
 
+    Python collects no cycles while it loads, in no thread of the process.
+
     Raises: StoreError naming the file that is missing, truncated, altered or newer than this version;
         PassNotFoundError for an unknown target.
     Example:

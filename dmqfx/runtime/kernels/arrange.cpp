@@ -67,7 +67,7 @@ int64_t gathered(const DmqfxLayer& layer) {
   constexpr int64_t kUnder = 256, kMost = 1 << 26;
   const int64_t taps = layer.taps[0] * layer.taps[1], under = taps * layer.channels;
   const int64_t bytes = layer.batch * layer.out_height * layer.out_width * under;
-  const bool few = layer.channels <= kFew && taps > 1 && under <= kUnder && bytes <= kMost;
+  const bool few = layer.channels <= kFew && taps > 1 && under <= kUnder && bytes > 0 && bytes <= kMost;
   return few && layer.groups == 1 && layer.shifts == nullptr && layer.folded == 0 ? bytes + table_of(layer) : 0;
 }
 
@@ -78,13 +78,10 @@ DmqfxLayer gather(const DmqfxLayer& layer, void* room, int threads) {
   auto* codes = static_cast<uint8_t*>(room) + table_of(layer);
   const auto line = layer.channels == 4 ? gather_line<4> : layer.channels == 8 ? gather_line<8>
                     : layer.channels == 12 ? gather_line<12> : gather_line<kFew>;
-  DmqfxLayer flat = layer;
+  DmqfxLayer flat = of_one_tap(layer, layer.out_height, layer.out_width);
   flat.codes = codes;
   flat.raw = nullptr;
-  flat.height = flat.upsampled[0] = layer.out_height;
-  flat.width = flat.upsampled[1] = layer.out_width;
   flat.given = flat.channels = layer.taps[0] * layer.taps[1] * layer.channels;
-  for (int axis = 0; axis < 2; ++axis) flat.taps[axis] = flat.stride[axis] = flat.dilation[axis] = 1, flat.padding[axis] = 0;
   const int64_t lines = layer.batch * layer.out_height, length = layer.out_width * flat.channels;
   threads = lines * length > 65536 ? threads : 1;
 #pragma omp parallel for num_threads(threads > 1 ? threads : 1) if (threads > 1)

@@ -18,15 +18,12 @@ constexpr int64_t kFoldBytes = 1 << 26;  // of sums of images that are worked on
 
 // Some images of a layer, of one tap; `sums` are of codes less their zero point, so that padding adds nothing.
 inline DmqfxLayer flat_of(const DmqfxLayer& layer, int64_t first, int64_t images, int32_t* sums) {
-  DmqfxLayer flat = layer;
+  DmqfxLayer flat = of_one_tap(layer, layer.height, layer.width);
   flat.folded = 0;
   flat.batch = images;
   flat.codes += first * layer.height * layer.width * layer.channels;
   if (layer.group != nullptr) flat.group += first;
   flat.out_channels *= layer.taps[0] * layer.taps[1];
-  flat.out_height = flat.upsampled[0] = layer.height;
-  flat.out_width = flat.upsampled[1] = layer.width;
-  for (int axis = 0; axis < 2; ++axis) flat.taps[axis] = flat.stride[axis] = flat.dilation[axis] = 1, flat.padding[axis] = 0;
   flat.input_scales = flat.added = flat.real = nullptr;
   flat.coding = nullptr;
   flat.integer = sums;
@@ -42,8 +39,9 @@ inline void add_taps(const DmqfxLayer& layer, const int32_t* pixels, int64_t dow
     for (int64_t wide = 0; wide < layer.taps[1] && line >= 0; ++wide)
       for (int64_t k = 0; k < count; ++k) {
         const int64_t at = pixel_of(layer, across + k, wide);
+        if (at < 0) continue;
         const int32_t* found = pixels + (line * layer.width + at) * under + (high * layer.taps[1] + wide) * layer.out_channels;
-        for (int64_t n = 0; at >= 0 && n < layer.out_channels; ++n) sums[k * kLane + n] += found[n];
+        for (int64_t n = 0; n < layer.out_channels; ++n) sums[k * kLane + n] += found[n];
       }
   }
 }
@@ -54,7 +52,7 @@ bool unfold(const DmqfxLayer& layer, int threads, Run run) {
   static constexpr int32_t kNothing[kLane] = {};
   const int64_t pixels = layer.height * layer.width, under = layer.taps[0] * layer.taps[1] * layer.out_channels;
   const int64_t bytes = pixels * under * static_cast<int64_t>(sizeof(int32_t));
-  const int64_t together = bytes > 0 ? least(layer.batch, kFoldBytes / bytes + 1) : layer.batch;
+  const int64_t fit = bytes > 0 ? kFoldBytes / bytes : layer.batch, together = fit > 1 ? least(layer.batch, fit) : 1;
   const std::unique_ptr<void, decltype(&std::free)> room(std::malloc(static_cast<size_t>(together * bytes + 64)), &std::free);
   auto* sums = static_cast<int32_t*>(room.get());
   if (sums == nullptr) return false;
@@ -63,7 +61,7 @@ bool unfold(const DmqfxLayer& layer, int threads, Run run) {
   centred.shifts = nullptr;
   for (int64_t first = 0; first < layer.batch; first += together) {
     const int64_t images = least(together, layer.batch - first), lines = images * layer.out_height;
-    if (!run(flat_of(layer, first, images, sums))) return false;
+    if (pixels > 0 && !run(flat_of(layer, first, images, sums))) return false;
     const int team = threads > 1 && lines > 1 ? threads : 1;
 #pragma omp parallel for num_threads(team) if (team > 1)
     for (int64_t k = 0; k < lines; ++k) {

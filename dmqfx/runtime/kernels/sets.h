@@ -62,6 +62,15 @@ inline int64_t pixel_of(const DmqfxLayer& layer, int64_t across, int64_t tap) {
   return x < 0 || x >= wide ? -1 : nearest(x, layer.width, wide, layer.steps[1]);
 }
 
+// The same layer but of one tap, over an image whose pixels are its positions.
+inline DmqfxLayer of_one_tap(const DmqfxLayer& layer, int64_t height, int64_t width) {
+  DmqfxLayer flat = layer;
+  flat.height = flat.upsampled[0] = flat.out_height = height;
+  flat.width = flat.upsampled[1] = flat.out_width = width;
+  for (int axis = 0; axis < 2; ++axis) flat.taps[axis] = flat.stride[axis] = flat.dilation[axis] = 1, flat.padding[axis] = 0;
+  return flat;
+}
+
 // The row of each table of a layer that belongs to a sample.
 inline int64_t row_of(const DmqfxLayer& layer, int64_t image) { return layer.group == nullptr ? 0 : layer.group[image]; }
 }  // namespace

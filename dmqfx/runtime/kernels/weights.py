@@ -3,7 +3,7 @@
 A blob is one uint8 tensor: a header, the sum of each output channel's codes, the bounds of each block's runs, and the
 codes [groups, blocks, taps, channels / 4, 16, 4], output and input channels filled up with 0. Two codes share a byte
 where all of them have 4 bits: of the 64 of a step, number k the low half and number k + 32 the high one.
-Weights of few output channels are folded: those of a layer of one tap, whose output channels are theirs under every tap.
+Weights of few output channels may be folded: those of a layer of one tap, whose output channels are theirs under every tap.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ _STEP, _HEADER = LANE * QUAD, 16  # codes of a step; int32 numbers of the header
 _ALIGNED = 64  # bytes of a cache line, at which codes begin in a blob
 _MOST_HEADROOM = 7
 _MAGIC, _VERSION = 0x4B514D44, 6
-_FEW_OUT, _FEW_IN = 4, 16  # output channels that are folded, input channels that are not (they are gathered)
+_FEW_OUT, _MOST_UNDER, _FEW_IN = (
+    4,
+    64,
+    16,
+)  # output channels that are folded, these under all taps; input channels that are not
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +76,11 @@ class Weights:
             raise _malformed(
                 f"{blob.dtype} {list(blob.shape)} does not start with the header of version {_VERSION}"
             )
-        nibbles, *sizes, headroom, pair = numbers[2:10]
-        folded, (_, out, channels, *taps) = _is_folded(shape, groups), _sizes(shape, groups)
-        expected = _sizes(_laid(shape, groups), groups)
+        nibbles, *sizes, headroom, pair, folded = numbers[2:11]
+        if folded not in (0, 1) or (folded and not _may_fold(shape, groups)):
+            raise _malformed(f"it is folded ({folded}), which weights {list(shape)} are not")
+        _, out, channels, *taps = _sizes(shape, groups)
+        expected = _sizes(_laid(shape, bool(folded)), groups)
         if sizes != expected or not 0 <= headroom <= _MOST_HEADROOM or nibbles not in (0, 1):
             raise _malformed(f"it says {numbers[2:10]} where the layer has {expected}")
         ends = _ends_of_parts(expected, bool(nibbles))
@@ -87,13 +93,15 @@ class Weights:
         if not _may_bound(bounds, pair):
             raise _malformed(f"no codes have runs within {bounds[:1].tolist()} and pairs within {pair}")
         return cls(
-            codes, sums.view(torch.int32), bool(nibbles), folded, groups, out, channels, (taps[0], taps[1]),
+            codes, sums.view(torch.int32), bool(nibbles), bool(folded), groups, out, channels, (taps[0], taps[1]),
             pair, bounds, headroom,
         )  # fmt: skip
 
 
-def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
+def pack(codes: Tensor, groups: int, shift: Tensor | None = None, *, strided: bool = False) -> Tensor:
     """A blob of centered codes, in half the bytes where all of them lie in -8..7; `shift` is not in it.
+
+    Those of a `strided` layer are not folded, since sums of all pixels of its input would be made.
 
     Shapes: codes int8 [O, C / groups, h, w] or [O, K]; shift uint8 [G, C], of the input; returns uint8, 1-D.
     Raises: ValueError for codes of another kind, or if 8 bit activations, shifted, could overflow int32 with them;
@@ -111,13 +119,14 @@ def pack(codes: Tensor, groups: int, shift: Tensor | None = None) -> Tensor:
     least, greatest = _ends(codes)
     if _may_overflow(codes, max(greatest, -least), shift) and (why := integer.overflow(codes.float(), shift)):
         raise ValueError(why)
-    sizes, nibbles = _sizes(_laid(codes.shape, groups), groups), least >= -8 and greatest <= 7
+    folded = not strided and _may_fold(codes.shape, groups)
+    sizes, nibbles = _sizes(_laid(codes.shape, folded), groups), least >= -8 and greatest <= 7
     ends = _ends_of_parts(sizes, nibbles)
     blob = torch.zeros(ends[-1], dtype=torch.uint8)
-    if _is_folded(codes.shape, groups):
+    if folded:
         codes = codes.permute(2, 3, 0, 1)  # [O, C, h, w] to [h, w, O, C]
     pair = _laid_out(codes.cpu().contiguous(), sizes, nibbles, [blob[end:] for end in (*ends[:2], ends[3])])
-    numbers = [_MAGIC, _VERSION, int(nibbles), *sizes, _headroom(least, greatest), pair]
+    numbers = [_MAGIC, _VERSION, int(nibbles), *sizes, _headroom(least, greatest), pair, int(folded)]
     blob[: 4 * len(numbers)] = torch.tensor(numbers, dtype=torch.int32).view(torch.uint8)
     return blob.to(codes.device)
 
@@ -145,7 +154,7 @@ def unpack(blob: Tensor, shape: Sequence[int], groups: int) -> Tensor:
     if weights.nibbles:
         halves = data.view(-1, _STEP // 2)
         data = torch.cat([(halves & 15) ^ 8, (halves >> 4) ^ 8], 1).view(torch.int8) - 8
-    *lead, channels, high, wide = _laid((*shape, 1, 1)[:4], groups)
+    *lead, channels, high, wide = _laid((*shape, 1, 1)[:4], weights.folded)
     out, quads = lead[0] // groups, math.ceil(channels / QUAD)
     laid = data.view(torch.int8).reshape(groups, -1, high * wide, quads, LANE, QUAD)
     codes = laid.permute(0, 1, 4, 3, 5, 2).reshape(groups, -1, quads * QUAD, high * wide)
@@ -219,14 +228,16 @@ def _sizes(shape: Sequence[int], groups: int) -> list[int]:
     return [groups, shape[0] // max(groups, 1), shape[1], *taps]
 
 
-def _is_folded(shape: Sequence[int], groups: int) -> bool:
-    """Whether the taps of a weight [O, C / groups, ...] are folded into its output channels."""
-    return groups == 1 and shape[0] <= _FEW_OUT and shape[1] > _FEW_IN and math.prod(shape[2:]) > 1
+def _may_fold(shape: Sequence[int], groups: int) -> bool:
+    """Whether the taps of a weight [O, C / groups, ...] can be folded into its output channels; it is not gathered then."""
+    taps = math.prod(shape[2:])
+    few = shape[0] <= _FEW_OUT and taps * shape[0] <= _MOST_UNDER
+    return groups == 1 and few and taps > 1 and shape[1] > _FEW_IN
 
 
-def _laid(shape: Sequence[int], groups: int) -> Sequence[int]:
+def _laid(shape: Sequence[int], folded: bool) -> Sequence[int]:
     """The shape of a weight as it is laid out."""
-    return (math.prod(shape[2:]) * shape[0], shape[1], 1, 1) if _is_folded(shape, groups) else shape
+    return (math.prod(shape[2:]) * shape[0], shape[1], 1, 1) if folded else shape
 
 
 def _ends_of_parts(sizes: Sequence[int], nibbles: bool) -> list[int]:
