@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import importlib
 import json
 import os
@@ -239,6 +240,33 @@ def test_a_newer_format_asks_for_an_update(damaged: Path, monkeypatch: pytest.Mo
         StoreError, match=r"dmqfx\.json has format 2, and this dmqfx reads up to 1: update dmqfx"
     ):
         store.load(damaged)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_cycles_are_collected_again_as_before_whether_it_loads_or_not(
+    on: bool, saved: Path, tmp_path: Path
+) -> None:
+    was_on = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        store.load(saved)
+        assert gc.isenabled() is on
+        with pytest.raises(StoreError):
+            store.load(tmp_path)
+        assert gc.isenabled() is on
+    finally:
+        (gc.enable if was_on else gc.disable)()
+
+
+@pytest.mark.parametrize("target", ["simulate", "reference", "cpu"])
+def test_a_hook_on_what_runs_is_called_once_a_call(target: str) -> None:
+    unet, calls = compiled(target), list[object]()
+    for call in (1, 2, 3):
+        if call == 2:
+            unet.to("cpu")
+        with unet.runner.register_forward_pre_hook(lambda *_: calls.append(1)):
+            outputs(unet)
+        assert len(calls) == call
 
 
 def test_what_is_not_ours_is_not_loaded(tmp_path: Path) -> None:
