@@ -23,7 +23,11 @@ from dmqfx.runtime.kernels import weights
 
 def laid_out(change: Callable[[Tensor], Tensor]) -> Plant:
     """lower-cpu with the codes of every weight changed before they are packed."""
-    return patched("pack", lambda honest: lambda codes, *given: honest(change(codes), *given), where=weights)
+    return patched(
+        "pack",
+        lambda honest: lambda codes, *given, **named: honest(change(codes), *given, **named),
+        where=weights,
+    )
 
 
 def one_code_off(codes: Tensor) -> Tensor:

@@ -289,8 +289,8 @@ def operands(**changed: Callable[[Rewriter, Mapping[str, fx.node.Argument]], fx.
     """A lowering with arguments of its integer layers changed."""
 
     def wrong(honest: Function) -> Function:
-        def read(rw: Rewriter, *given: object) -> object:
-            found = honest(rw, *given)
+        def read(rw: Rewriter, *given: object, **named: object) -> object:
+            found = honest(rw, *given, **named)
             return (
                 found if isinstance(found, Refuse) else found | {k: f(rw, found) for k, f in changed.items()}
             )
