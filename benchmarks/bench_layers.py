@@ -1,6 +1,6 @@
 """The distinct convolutions and linear layers of SD1.5 at 512 x 512: native kernels beside torch, batch 1.
 
-python benchmarks/bench_layers.py [--repeats 5] [--least 0.2] [--processor-time] [--avx2] [--uniform]
+python benchmarks/bench_layers.py [--repeats 5] [--rounds 1] [--least 0.2] [--processor-time] [--avx2] [--uniform]
 
 All ways of one layer are timed in one turn, one after the other, and a turn is repeated: `ratio` is the median over turns
 of float32's time over the kernel's. float32 has the better of the two memory layouts; torch's own int8 is oneDNN's and
@@ -226,7 +226,7 @@ def timed(way: Way, least: float, clock: Clock) -> float:
 
 def measure(
     shape: Shape, found: Library, spread: float | None, repeats: int, least: float, clock: Clock
-) -> tuple[Shape, list[dict[str, float]]]:
+) -> list[dict[str, float]]:
     """One layer, every way: seconds, turn by turn."""
     ways = float32(shape)
     for name, bits in FORMATS.items():
@@ -241,7 +241,7 @@ def measure(
     ways |= {name: way for name, way in theirs.items() if way is not None}
     for way in ways.values():
         way()
-    return shape, [{name: timed(way, least, clock) for name, way in ways.items()} for _ in range(repeats)]
+    return [{name: timed(way, least, clock) for name, way in ways.items()} for _ in range(repeats)]
 
 
 def row(
@@ -281,7 +281,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of a layer, one behind the other")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="of all layers: a shared machine's speed changes by the minute"
+    )
     parser.add_argument("--least", type=float, default=0.2, metavar="SECONDS", help="for each way in a turn")
     parser.add_argument(
         "--first", type=int, default=None, metavar="N", help="only the N layers with most work"
@@ -308,15 +311,15 @@ def main() -> None:
         raise SystemExit("there are no native kernels to measure")
     counted = sorted(shapes().items(), key=lambda each: -each[0].macs * each[1])[: options.first]
     rates = peaks(found)
-    with torch.no_grad():
-        spread = None if options.uniform else SPREAD
-        spent = [measure(shape, found, spread, options.repeats, options.least, clock) for shape, _ in counted]
-    rates = {
-        name: max(rate, rates[name]) for name, rate in peaks(found).items()
-    }  # one of them may be disturbed
-    rows = [
-        row(shape, turns, rates, count) for (shape, turns), (_, count) in zip(spent, counted, strict=True)
-    ]
+    spread, turns = None if options.uniform else SPREAD, dict[Shape, list[dict[str, float]]]()
+    for _ in range(options.rounds):
+        for shape, _ in counted:
+            with torch.no_grad():
+                turns.setdefault(shape, []).extend(
+                    measure(shape, found, spread, options.repeats, options.least, clock)
+                )
+        rates = {name: max(rate, rates[name]) for name, rate in peaks(found).items()}  # one may be disturbed
+    rows = [row(shape, turns[shape], rates, count) for shape, count in counted]
     what = (__doc__ or "").partition("\n")[0]
     told = {
         "what": what,
