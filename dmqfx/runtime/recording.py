@@ -64,8 +64,8 @@ class Recorder:
         Raises: UnlikeError, before anything is run, for a graph that may write into what it reads.
         """
         for node in graph.nodes:
-            known_kind = node.op in ("placeholder", "call_function", "output")
-            if not known_kind or (_is_operator(node.target) and node.target._schema.is_mutable):
+            plain = node.op in ("placeholder", "call_function", "output")
+            if not plain or (_is_operator(node.target) and node.target._schema.is_mutable):
                 raise UnlikeError(f"{node.op} {node.target} may write into what it reads")
         reads = (Slot(k) if isinstance(each, Tensor) else each for k, each in enumerate(self.values))
         placed = iter([*reads, *self.constants])

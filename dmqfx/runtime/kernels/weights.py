@@ -28,11 +28,8 @@ _STEP, _HEADER = LANE * QUAD, 16  # codes of a step; int32 numbers of the header
 _ALIGNED = 64  # bytes of a cache line, at which codes begin in a blob
 _MOST_HEADROOM = 7
 _MAGIC, _VERSION = 0x4B514D44, 6
-_FEW_OUT, _MOST_UNDER, _FEW_IN = (
-    4,
-    64,
-    16,
-)  # output channels that are folded, these under all taps; input channels that are not
+_FEW_OUT, _MOST_UNDER = 4, 64  # output channels that are folded, at most; those under all taps
+_FEW_IN = 16  # input channels that are not folded, since arrange.cpp gathers them (its kFew)
 
 
 @dataclass(frozen=True, eq=False)
