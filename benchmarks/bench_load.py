@@ -72,9 +72,9 @@ def made(home: Path, options: argparse.Namespace) -> None:
     """Both models' files."""
     warnings.simplefilter("ignore")
     unet = sd15()
-    unet.save_pretrained(home / "float")
     data = Calibration.synthesize(unet, steps=options.rows, trajectories=1)
     q = dmqfx.compile(unet, options.policy, calibration=data, report_rows=0)
+    unet.save_pretrained(home / "float")
     q.save_pretrained(home / "compiled")
 
 

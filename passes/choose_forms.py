@@ -10,11 +10,12 @@ from torch import fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.facts import QDQ, Fact
+from dmqfx.graph.journal import Journal
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.passes.lower_simulate import fold_weight
-from dmqfx.runtime.costs import Cost, Costs, layer_of, size_of
+from dmqfx.runtime.costs import Cost, Costs, attention_of, layer_of, size_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class ChooseForms(Pass):
 
     No integer layer is made of it then; its weight is in memory in float. Layers that read one quantize stay together: its
     codes are for all of them or for none. What was measured is kept for each machine and number of threads; where
-    nothing was, every layer is native.
+    nothing was, every layer is native. Attention in codes stays, since float attention is another result: where it is
+    slower than that, the record says so and how to compile the model without.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
@@ -42,6 +44,7 @@ class ChooseForms(Pass):
         unknown = sum(cost is None for cost in known.values())
         told = f"{folded} of {len(known)} layers stay simulated"
         ctx.journal.note = told + f", {unknown} were not measured here (dmqfx bench)" * bool(unknown)
+        _refuse_attention(program, ctx.journal, costs)
         return rw.finish()
 
 
@@ -52,9 +55,20 @@ def _slow(known: dict[fx.Node, Cost | None]) -> Iterator[tuple[fx.Node, Cost]]:
         groups.setdefault(ops.tensor(ops.tensor(node, "input"), "codes"), []).append(node)
     for nodes in groups.values():
         costs = [cost for node in nodes if (cost := known[node]) is not None]
-        whole = Cost(sum(c.native for c in costs), sum(c.simulated for c in costs))
-        if len(costs) == len(nodes) and whole.simulated_is_faster:
+        whole = Cost(sum(c.native for c in costs), sum(c.otherwise for c in costs))
+        if len(costs) == len(nodes) and whole.native_loses:
             yield from zip(nodes, costs, strict=True)
+
+
+def _refuse_attention(program: Program, journal: Journal, costs: Costs) -> None:
+    """Attention in codes that is slower than in float."""
+    for node in program.calls("qattention"):
+        cost = costs.found.get((str(attention_of(node)), size_of(node)))
+        if cost is not None and cost.native_loses:
+            keys = ops.tensor(node, "key").meta["val"].shape[2]
+            reason = f"in codes {cost.native:.3g} ms, in float {cost.otherwise:.3g} ms, which would be another result; "
+            mend = f"compile with quantize-attention: {{keys: {keys + 1}}}"
+            journal.refuse(node.meta["address"], "float", reason + mend)
 
 
 def _fold(rw: Rewriter, layer: fx.Node, cost: Cost) -> bool:
@@ -64,7 +78,7 @@ def _fold(rw: Rewriter, layer: fx.Node, cost: Cost) -> bool:
     if not isinstance(new, fx.Node):
         rw.journal.refuse(at, "simulate", "its weight is not unpacked for it alone")
         return False
-    told = f"native {cost.native:.3g} ms, simulated {cost.simulated:.3g} ms"
+    told = f"native {cost.native:.3g} ms, simulated {cost.otherwise:.3g} ms"
     if not rw.journal.apply(at, "simulate", told):
         return False
     rw.replace(weight, new)

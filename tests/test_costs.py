@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from planting import context, program_before
 
 from dmqfx.checking.verify import verify
-from dmqfx.cli import main
+from dmqfx.cli import main, sources
 from dmqfx.errors import DmqfxError
 from dmqfx.graph import ops
 from dmqfx.graph.pipeline import run_step
@@ -23,6 +24,9 @@ from dmqfx.runtime.targets import lower
 from dmqfx.seeing.bits import site_bits, sites
 
 CONV = "down.conv1/conv2d"
+SLOWER = (
+    "in codes 2 ms, in float 1 ms, which would be another result; compile with quantize-attention: {keys: 17}"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +135,7 @@ def test_env_tells_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None
     keep({("a", "1"): Cost(1.0, 2.0), ("b", "1"): Cost(2.0, 1.0)})
     assert main(["env", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["layer costs"]
-    assert told == f"2 kinds of layers, 1 of them faster simulated: {costs.file()}"
+    assert told == f"2 kinds of layers and attention, 1 of them slower by native kernels: {costs.file()}"
 
 
 def test_other_threads_have_other_costs() -> None:
@@ -152,7 +156,7 @@ def test_other_threads_have_other_costs() -> None:
         "{",
         "[]",
         '{"layers": [{"layer": "a"}]}',
-        '{"layers": [{"layer": 1, "input": 2, "native": "x", "simulated": 1}]}',
+        '{"layers": [{"layer": 1, "input": 2, "native": "x", "otherwise": 1}]}',
     ],
 )
 def test_a_damaged_file_is_told_and_counts_as_none(text: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,7 +178,31 @@ def test_both_forms_of_each_kind_are_timed_and_compute_the_same() -> None:
             torch.testing.assert_close(native, simulated, rtol=1e-4, atol=1e-4 * float(simulated.abs().max()))
         cost = kinds[0].measure(0.001)
         assert cost.native > 0
-        assert cost.simulated > 0
+        assert cost.otherwise > 0
+
+
+def test_attention_in_codes_is_timed_beside_float_and_where_it_is_slower_that_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = finished("attended")
+    (kind,) = (each for each in timing.kinds(before) if each.keys_of_codes)
+    assert (kind.name, kind.size, kind.otherwise) == ("attention 2x4 a8", "2x2x16x4 to 16 keys", "float")
+    coded, exact = (run() for run in kind.forms())
+    assert isinstance(coded, torch.Tensor)
+    assert isinstance(exact, torch.Tensor)
+    assert 0 < float((coded - exact).norm() / exact.norm()) < 0.05
+    for cost, said in ((Cost(1.0, 2.0), []), (Cost(2.0, 1.0), [SLOWER])):
+        keep({(kind.name, kind.size): cost})
+        lowered = lower(before, "cpu")
+        record = next(done for done in lowered.log if done.name == "choose-forms")
+        assert [each.reason for each in record.refused] == said
+        assert len(list(lowered.calls("kernel_attention"))) == 1
+    monkeypatch.setattr(sources, "load_stored", lambda _: SimpleNamespace(program=before))
+    monkeypatch.setattr(timing.Kind, "measure", lambda self, _: Cost(2.0, 1.0 if self.keys_of_codes else 3.0))
+    assert main(["bench", "attended", "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "1 of them slower by native kernels" in told
+    assert "over 16 keys is faster in float: compile with quantize-attention: {keys: 17}" in told
 
 
 def test_other_sizes_have_other_costs() -> None:
@@ -230,7 +258,7 @@ def test_bench_measures_a_saved_model_and_loading_follows(
     assert set(said) == {"machine", "file", "layers"}
     assert Path(said["file"]).parent == own_folder
     assert all(each["input"].startswith("3x") for each in said["layers"])
-    assert {each["form"] for each in said["layers"]} <= {"native", "simulated"}
+    assert {each["faster"] for each in said["layers"]} <= {"native", "simulated", "torch", "float"}
     loaded = dmqfx.load(folder, target="cpu")
     assert loaded.lowering[0].name == "choose-forms"
     assert "not measured" not in loaded.lowering[0].note

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 
@@ -21,13 +23,14 @@ from dmqfx.graph import facts, ops, registry
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.invariants import check_facts
 from dmqfx.graph.journal import Journal
-from dmqfx.graph.modules import build, fixed_nodes, is_fixed, propagate
+from dmqfx.graph.modules import build, computed, fixed_nodes, is_fixed, propagate
 from dmqfx.graph.pipeline import PassContext, Pipeline
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.graph.table import Codes, Planned, Range, Table
 from dmqfx.graph.timesteps import GroupIndex
 from dmqfx.numbers.quant import QuantSpec
+from dmqfx.runtime.operators import FAKES
 
 WORDS = st.from_regex(r"[\w.-]{1,12}", fullmatch=True)
 
@@ -209,3 +212,30 @@ def test_an_entry_point_that_leads_nowhere_is_left_out_with_a_warning(
     told = [record.getMessage() for record in caplog.records if record.name == registry.__name__]
     assert told[0].startswith("pass gone (dmqfx.nowhere:Gone) cannot be loaded: ")
     assert told[1] == "entry point no-pass = dmqfx.graph.table:Table is not a subclass of dmqfx.Pass"
+
+
+@pytest.mark.parametrize("policy", ["layers", "shifts", "attended"])
+@pytest.mark.parametrize("step", ["round-weights", "lower-reference", "lower-cpu", "fuse"])
+def test_fake_values_found_once_are_those_of_torch_for_each(policy: str, step: str) -> None:
+    program = program_before(step, policy)
+    for node in program.calls():
+        modes = [getattr(read.meta["val"], "fake_mode", None) for read in node.all_input_nodes]
+        with next(filter(None, modes), nullcontext()), torch.no_grad():
+            made = computed(node, lambda read: read.meta["val"])
+        assert form_of(node.meta["val"]) == form_of(made), node.meta["address"]
+
+
+def form_of(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return [form_of(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def test_every_fake_of_an_operator_takes_what_the_operator_takes() -> None:
+    for target, fake in FAKES.items():
+        taken = inspect.signature(fake).parameters
+        for taking in target._schema.arguments:  # type: ignore[attr-defined]  # an operator's overload
+            default = taken[taking.name].default
+            assert (default is inspect.Parameter.empty) == (not taking.has_default_value()), (target, taking)
+            if taking.has_default_value():
+                assert ([*default] if isinstance(default, tuple) else default) == taking.default_value

@@ -125,10 +125,10 @@ def costs() -> str:
     from dmqfx.runtime.costs import Costs, file
 
     known = Costs.here().found.values()
-    slow = sum(cost.simulated_is_faster for cost in known)
+    slow = sum(cost.native_loses for cost in known)
     if not known:
         return "none measured: layers are native, and so is attention over few keys (dmqfx bench)"
-    return f"{len(known)} kinds of layers, {slow} of them faster simulated: {file()}"
+    return f"{len(known)} kinds of layers and attention, {slow} of them slower by native kernels: {file()}"
 
 
 def version_of(package: str) -> str:

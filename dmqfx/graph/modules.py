@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule  # private, and in every torch since 2.3
 
 from dmqfx.graph.inputs import InputSpec
+from dmqfx.runtime.operators import FAKES
 
 
 def label(node: fx.Node) -> str:
@@ -138,10 +141,59 @@ def copy_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
     return {target: copy.deepcopy(gm.get_submodule(target)) for target in called}
 
 
-def fake_of(value: Tensor, mode: FakeTensorMode) -> Tensor:
-    """A fake tensor laid out like a constant; it does not know whose memory that is, which takes most of the time."""
-    with mode:
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+class Faking:
+    """Fake values, without numbers: shapes, dtypes and layouts. What is of one form is found once, and is one tensor.
+
+    That is most of the time that lowering a large model takes: finding one costs torch up to milliseconds, and most
+    layers have a twin.
+    """
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self._known: dict[object, Tensor] = {}
+
+    def constant(self, value: Tensor) -> Tensor:
+        """Laid out like a constant; it does not know whose memory that is."""
+        form = _form(value)
+        if form not in self._known:
+            with self.mode:
+                self._known[form] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device=value.device
+                )
+        return self._known[form]
+
+    def call(self, target: fx.node.Target, args: Sequence[object], kwargs: Mapping[str, object]) -> object:
+        """What an operation makes of fake values; its own tensor where it may be a view of one that it reads."""
+        assert callable(target)
+        form = (target, _form(args), _form(kwargs)) if _makes_one(target) else None
+        if form in self._known:
+            return self._known[form]
+        with self.mode, torch.no_grad():
+            made: object = FAKES.get(target, target)(*args, **kwargs)
+        if form is not None and isinstance(made, Tensor):
+            self._known[form] = made
+        return made
+
+
+def _form(value: object) -> object:
+    """All of a call's argument that a fake value depends on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_form, value))
+    if isinstance(value, Mapping):
+        return tuple((name, _form(each)) for name, each in value.items())
+    return type(value), value
+
+
+@cache
+def _makes_one(target: object) -> bool:
+    """Whether an operation makes one new tensor, no view, and writes into none, whatever its numbers are."""
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    makes, takes = target._schema.returns, target._schema.arguments
+    shared = any(each.alias_info is not None for each in (*makes, *takes))
+    return not shared and [str(each.type) for each in makes] == ["Tensor"]
 
 
 def propagate(gm: fx.GraphModule, inputs: InputSpec) -> None:
@@ -158,14 +210,19 @@ class _Shapes(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.mode, self.held = mode, constants(gm)
+        self.fakes, self.held = Faking(mode), constants(gm)
 
     def run_node(self, n: fx.Node) -> object:
         value = n.meta["val"] = super().run_node(n)
         return value
 
     def get_attr(self, target: fx.node.Target, args: object, kwargs: object) -> Tensor:
-        return fake_of(self.held[str(target)], self.mode)
+        return self.fakes.constant(self.held[str(target)])
+
+    def call_function(
+        self, target: fx.node.Target, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        return self.fakes.call(target, args, kwargs)
 
     def call_module(self, target: fx.node.Target, args: tuple[object, ...], kwargs: object) -> object:
         return args[0]  # observers are identities

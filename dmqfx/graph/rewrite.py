@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,7 +15,7 @@ from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address
 from dmqfx.graph.journal import Journal
-from dmqfx.graph.modules import build, call_with, constant_of, copy_graph, copy_modules, fake_of, label
+from dmqfx.graph.modules import Faking, build, call_with, constant_of, copy_graph, copy_modules, label
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Table
 
@@ -57,7 +56,7 @@ class Rewriter:
         self.graph = copy_graph(program.graph)
         self._constants = program.weights()
         self._modules = copy_modules(program.gm)
-        self._mode = _fake_mode(self.graph)
+        self._fakes = Faking(_fake_mode(self.graph))
         self._made: Counter[tuple[str, str]] = Counter()
         self._nodes: dict[Address, fx.Node] = {
             node.meta["address"]: node for node in self.graph.nodes if "address" in node.meta
@@ -101,7 +100,7 @@ class Rewriter:
             unique = f"{name}_{k}"
         self._constants[unique] = value
         node = self.graph.get_attr(unique)
-        node.meta["val"] = fake_of(value, self._mode)
+        node.meta["val"] = self._fakes.constant(value)
         return node
 
     def call(self, target: OpOverload, /, near: fx.Node, **named: fx.node.Argument | Tensor) -> fx.Node:
@@ -215,8 +214,10 @@ class Rewriter:
         return node
 
     def _fake(self, target: OpOverload, args: fx.node.Argument, kwargs: fx.node.Argument) -> object:
-        with self._mode, torch.no_grad():
-            return call_with(target, args, kwargs, lambda n: n.meta["val"])
+        def call(*positional: object, **keywords: object) -> object:
+            return self._fakes.call(target, positional, keywords)
+
+        return call_with(call, args, kwargs, lambda n: n.meta["val"])
 
     def _restore_names(self) -> None:
         """Give `name_2` its plain name back when the constant that had it is gone."""

@@ -27,27 +27,33 @@ __all__ = ["Cost", "Costs", "attention_of", "file", "keep", "layer_of", "machine
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "dmqfx.costs/1"
+FORMAT = "dmqfx.costs/2"
+
+ATTENTIONS = ("scaled_dot_product_attention", "qattention")
+MOST_KEYS = 64
+"""Where nothing was measured: attention in float over up to so many keys is about as fast by the kernel as by torch, or
+faster."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds of one call: quantize and integer layer, or quantize, dequantize and float layer.
+    """Milliseconds of one call by native kernels, and otherwise.
 
-    Of attention in float: by the kernel, or by torch.
+    A layer is otherwise simulated: quantize, dequantize and float layer in place of quantize and integer layer. Attention
+    in float is otherwise torch's, and attention in codes is otherwise in float.
 
     Example:
-        >>> Cost(2.0, 3.0).simulated_is_faster, Cost(3.0, 2.0).simulated_is_faster
+        >>> Cost(2.0, 3.0).native_loses, Cost(3.0, 2.0).native_loses
         (False, True)
     """
 
     native: float
-    simulated: float
+    otherwise: float
 
     @property
-    def simulated_is_faster(self) -> bool:
+    def native_loses(self) -> bool:
         """By more than clocks are off."""
-        return self.simulated < 0.95 * self.native
+        return self.otherwise < 0.95 * self.native
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,9 @@ class Costs:
         >>> found = {("linear 4x8 w4 a8", "2x77x8"): Cost(1.0, 2.0), ("linear 4x8 w4 a8", "2x1x8"): Cost(2.0, 1.5)}
         >>> costs = Costs(found)
         >>> costs.of("linear 4x8 w4 a8", "2x77x8")
-        Cost(native=1.0, simulated=2.0)
+        Cost(native=1.0, otherwise=2.0)
         >>> costs.of("linear 4x8 w4 a8", "4x9x8")  # of a size that was not measured, all that were
-        Cost(native=3.0, simulated=3.5)
+        Cost(native=3.0, otherwise=3.5)
         >>> costs.of("conv2d 8x8x3x3 w4 a8", "2x8x4x4") is None
         True
     """
@@ -73,7 +79,7 @@ class Costs:
         known = self.found.get((layer, size))
         if known is not None or not those:
             return known
-        return Cost(sum(c.native for c in those), sum(c.simulated for c in those))
+        return Cost(sum(c.native for c in those), sum(c.otherwise for c in those))
 
     @staticmethod
     def here() -> Costs:
@@ -101,7 +107,7 @@ def keep(found: Mapping[tuple[str, str], Cost]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target.parent):
         rows = [
-            {"layer": layer, "input": size, "native": cost.native, "simulated": cost.simulated}
+            {"layer": layer, "input": size, "native": cost.native, "otherwise": cost.otherwise}
             for (layer, size), cost in sorted({**Costs.here().found, **found}.items())
         ]
         said = {"format": FORMAT, "machine": machine(), "layers": rows}
@@ -111,10 +117,10 @@ def keep(found: Mapping[tuple[str, str], Cost]) -> Path:
 
 
 def _cost(row: Mapping[str, object]) -> Cost:
-    native, simulated = float(str(row["native"])), float(str(row["simulated"]))
-    if not (0 < native < math.inf and 0 < simulated < math.inf):
-        raise ValueError(f"{row['layer']} costs {native:g} and {simulated:g} ms")
-    return Cost(native, simulated)
+    native, otherwise = float(str(row["native"])), float(str(row["otherwise"]))
+    if not (0 < native < math.inf and 0 < otherwise < math.inf):
+        raise ValueError(f"{row['layer']} costs {native:g} and {otherwise:g} ms")
+    return Cost(native, otherwise)
 
 
 def machine() -> dict[str, str | int]:
@@ -175,21 +181,25 @@ def layer_of(layer: fx.Node) -> str | None:
 
 
 def attention_of(node: fx.Node) -> str | None:
-    """What the cost of attention in float32 depends on beside its sizes, as `attention 8x40`: 8 heads of 40 channels.
+    """What the cost of attention of float32 depends on beside its sizes, as `attention 8x40`: 8 heads of 40 channels.
 
-    None for what has no kernel.
+    In codes of 7 bits it is `attention 8x40 a7`. None for what has no kernel.
     """
-    if not ops.is_call(node, "scaled_dot_product_attention") or more_than_plain(node) is not None:
+    coded = ops.is_call(node, "qattention")
+    if not coded and (
+        not ops.is_call(node, "scaled_dot_product_attention") or more_than_plain(node) is not None
+    ):
         return None
     operands = [ops.tensor(node, arg).meta["val"] for arg in OPERANDS]
     if {each.dtype for each in operands} != {torch.float32} or operands[0].shape[3] > WIDEST:
         return None
-    return f"attention {operands[0].shape[1]}x{operands[0].shape[3]}"
+    name = f"attention {operands[0].shape[1]}x{operands[0].shape[3]}"
+    return f"{name} a{ops.args(node)['bits']}" if coded else name
 
 
 def size_of(node: fx.Node) -> str:
     """The size of a layer's input at the program's example sizes; of attention that of its queries, and how many keys."""
-    if not ops.is_call(node, "scaled_dot_product_attention"):
+    if not ops.is_call(node, *ATTENTIONS):
         return _by(ops.tensor(node, "input").meta["val"].shape)
     query, key = (ops.tensor(node, arg).meta["val"].shape for arg in ("query", "key"))
     return f"{_by(query)} to {key[2]} keys"

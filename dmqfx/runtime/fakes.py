@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,8 @@ def qconv2d(
     groups: int = 1,
     shift: Tensor | None = None,
 ) -> Tensor:
-    return _convolved(x_codes, x_scale, weight_shape, stride, padding, dilation)
+    shape = _convolved(x_codes.shape[0], x_codes.shape[2:], weight_shape, stride, padding, dilation)
+    return x_scale.new_empty(shape)
 
 
 def qlinear(
@@ -113,11 +113,10 @@ def kernel_conv2d(
     activation: str = "none",
 ) -> Tensor:
     sizes = layers.upsampled_sizes(x_codes.shape[2:], upsample_size, upsample_factors)
-    made = _convolved(
-        x_codes.new_empty([x_codes.shape[0], 1, *sizes]), x_scale, weight_shape, stride, padding, dilation
-    )
-    made = made.to(_dtype(x_scale, out_scale, out_qmin))
-    return made.contiguous(memory_format=torch.channels_last) if channels_last else made
+    shape = _convolved(x_codes.shape[0], sizes, weight_shape, stride, padding, dilation)
+    how = torch.channels_last if channels_last else torch.contiguous_format
+    dtype = _dtype(x_scale, out_scale, out_qmin)
+    return torch.empty(shape, dtype=dtype, device=x_codes.device, memory_format=how)
 
 
 def kernel_linear(
@@ -149,13 +148,28 @@ def _dtype(x_scale: Tensor, out_scale: Tensor | None, qmin: int) -> torch.dtype:
     return torch.int8 if qmin < 0 else torch.uint8
 
 
-def kernel_quantize(x: Tensor, *given: Any) -> Tensor:
-    axis, qmin, activation = given[3], given[4], given[11] if len(given) > 11 else "none"
-    beside = given[12] if len(given) > 12 else None
+def kernel_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group: Tensor | None,
+    axis: int,
+    qmin: int,
+    qmax: int,
+    norm: str = "none",
+    norm_groups: int = 1,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    activation: str = "none",
+    beside: Tensor | None = None,
+) -> Tensor:
     return codes.laid_out(x, axis, qmin, activation, beside)
 
 
-def group_norm_silu(x: Tensor, *_: object) -> Tensor:
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -166,18 +180,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
 
 
 def _convolved(
-    x_codes: Tensor,
-    x_scale: Tensor,
+    batch: int,
+    sizes: Sequence[int],
     weight_shape: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> Tensor:
-    """Room for the result of a convolution."""
+) -> list[int]:
+    """The shape of the result of a convolution."""
     spatial = [
         (size + 2 * pad - spacing * (tap - 1) - 1) // step + 1
         for size, tap, step, pad, spacing in zip(
-            x_codes.shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+            sizes, weight_shape[2:], stride, padding, dilation, strict=True
         )
     ]
-    return x_scale.new_empty([x_codes.shape[0], weight_shape[0], *spatial])
+    return [batch, weight_shape[0], *spatial]

@@ -1,10 +1,12 @@
-"""Times each layer of a program in its native and its simulated form, on random numbers."""
+"""Times each layer and each attention of a program by native kernels and otherwise, on random numbers."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +18,7 @@ from dmqfx.graph.address import Address
 from dmqfx.graph.attention import OPERANDS
 from dmqfx.graph.modules import clone, constant_of, is_fixed, propagate
 from dmqfx.graph.program import Program
-from dmqfx.runtime.costs import Cost, attention_of, layer_of, size_of
+from dmqfx.runtime.costs import ATTENTIONS, MOST_KEYS, Cost, attention_of, layer_of, size_of
 from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 from dmqfx.runtime.targets import Target, lower
@@ -26,6 +28,7 @@ __all__ = ["Kind", "kinds", "measured", "resized"]
 Run = Callable[[], object]
 NATIVE = Target("native", ("lower-reference", "lower-cpu"), "integer layers alone")
 FEWEST = 3
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +46,22 @@ class Kind:
         """Where such layers stand."""
         return [node.meta["address"] for node in self.nodes]
 
+    @property
+    def otherwise(self) -> str:
+        """What it is without native kernels: a layer simulated, attention torch's, attention in codes float."""
+        first = self.nodes[0]
+        return "float" if self.keys_of_codes else "torch" if ops.is_call(first, *ATTENTIONS) else "simulated"
+
+    @property
+    def keys_of_codes(self) -> int:
+        """How many keys attention in codes has; 0 for all else."""
+        first = self.nodes[0]
+        return ops.tensor(first, "key").meta["val"].shape[2] if ops.is_call(first, "qattention") else 0
+
     def forms(self) -> tuple[Run, Run]:
-        """The first of them, natively and simulated, on the same random numbers: quantize and the layer."""
+        """The first of them, natively and otherwise, on the same random numbers: of a layer with its quantize."""
         layer = self.nodes[0]
-        if ops.is_call(layer, "scaled_dot_product_attention"):
+        if ops.is_call(layer, *ATTENTIONS):
             return self._of_attention(layer)
         real = ops.tensor(layer, "input")
         codes = ops.tensor(real, "codes")
@@ -68,12 +83,17 @@ class Kind:
         return run
 
     def _of_attention(self, layer: fx.Node) -> tuple[Run, Run]:
-        """Attention by the kernel and by torch, its heads beside each other in memory."""
+        """Attention by the kernel, and in codes or by torch what is in its place; heads lie beside each other in memory."""
         drawn = _values(self.program, (layer,))
         values = {x: drawn[x].transpose(1, 2).contiguous().transpose(1, 2) for x in layer.all_input_nodes}
-        operands = {arg: values[ops.tensor(layer, arg)] for arg in OPERANDS}
-        scale = ops.args(layer)["scale"]
-        return lambda: OPS.kernel_sdpa.default(**operands, scale=scale), lambda: _call(layer, {**values})
+        operands: dict[str, Any] = {arg: values[ops.tensor(layer, arg)] for arg in OPERANDS}
+        operands["scale"] = ops.args(layer)["scale"]
+        native, torchs = (partial(call, **operands) for call in (OPS.kernel_sdpa.default, SDPA))
+        if not ops.is_call(layer, "qattention"):
+            return native, torchs
+        few = operands["key"].shape[2] <= MOST_KEYS
+        coded = partial(OPS.kernel_attention.default, **operands, bits=ops.args(layer)["bits"])
+        return coded, native if few else torchs
 
     def _of(self, program: Program, nodes: Sequence[fx.Node]) -> Run:
         """Operations one after the other; the last one's result."""
@@ -102,7 +122,7 @@ class Kind:
 
 
 def kinds(program: Program) -> list[Kind]:
-    """The kinds of layers between quantize and dequantize, and of attention in float, that have a native form.
+    """The kinds of layers between quantize and dequantize, and of attention in float or codes, that have a native form.
 
     They are those at the program's example sizes.
 
@@ -119,7 +139,7 @@ def kinds(program: Program) -> list[Kind]:
             native.node(node.meta["address"]), "kernel_conv2d", "kernel_linear"
         ):
             found.setdefault((name, size_of(node)), []).append(node)
-    for node in program.calls("scaled_dot_product_attention"):
+    for node in program.calls(*ATTENTIONS):
         if (name := attention_of(node)) is not None:
             found.setdefault((name, size_of(node)), []).append(node)
     return [Kind(*key, nodes, program, native) for key, nodes in found.items()]

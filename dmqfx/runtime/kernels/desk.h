@@ -10,10 +10,7 @@
 
 namespace {
 
-constexpr int kLane = 16;       // output channels of a block
 constexpr int kMostBlocks = 4;  // blocks of a part
-constexpr int kQuad = 4;        // input channels of a step
-constexpr int kStep = kLane * kQuad;
 constexpr int kStart = kStep / 2;  // sums of two products
 constexpr int64_t kChunk = 768;   // steps whose weights are unpacked together: they stay in the second cache
 constexpr int64_t kStrip = 96;    // output positions that are worked on together, at most

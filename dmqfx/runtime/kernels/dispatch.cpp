@@ -7,7 +7,6 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;  // output channels of a block
 constexpr int64_t kFewRows = 4;  // positions that are not worth finding what 16 bit sums of the weights begin with
 constexpr int64_t kFew = 3;  // steps of 16 bit sums that are not worth their flushes
 
@@ -88,7 +87,7 @@ bool is_middle(const DmqfxLayer& layer, int64_t reach) {
   if (layer.batch * layer.out_height * layer.out_width < kFewRows) return true;
   Runs runs;
   const int64_t wide = layer.out_channels * (layer.folded != 0 ? layer.taps[0] * layer.taps[1] : 1);
-  const int64_t blocks = layer.groups * ((wide + kLanes - 1) / kLanes);
+  const int64_t blocks = layer.groups * ((wide + kLane - 1) / kLane);
   for (int64_t k = 0; k < blocks; ++k) runs.join(layer.runs + k * kRuns);
   return runs.steps(reach) < kFew;
 }

@@ -8,6 +8,10 @@ extern "C" {
 
 struct DmqfxCoding;
 
+constexpr int kLane = 16;  // output channels of a block of packed weights
+constexpr int kQuad = 4;   // input channels of a step
+constexpr int kStep = kLane * kQuad;
+
 enum { kDoubled = 9, kRuns = 17 };  // lengths of runs of steps that are bounded: 1, 2, 4, ... 256, and 3, 6, 12, ... 384
 
 // A convolution of codes with packed codes; a linear layer is one of a single tap over rows of height 1.

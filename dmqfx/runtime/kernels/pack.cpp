@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16, kQuad = 4, kStep = kLanes * kQuad;
-
 // What two neighbouring codes in every step of a run add up to without their signs.
 struct Run {
   int32_t of[kStep / 2];
@@ -89,7 +87,7 @@ class Bounds {
 
 // The codes of one step: zeros where there is no such channel.
 void gather(const DmqfxPacking& packing, const int8_t* rows, int64_t lanes, int64_t tap, int64_t first, int8_t* step) {
-  const int64_t row = packing.channels * packing.taps, count = std::min(kQuad, packing.channels - first);
+  const int64_t row = packing.channels * packing.taps, count = std::min<int64_t>(kQuad, packing.channels - first);
   std::memset(step, 0, kStep);
   for (int64_t lane = 0; lane < lanes; ++lane)
     for (int64_t k = 0; k < count; ++k)
@@ -108,8 +106,8 @@ uint8_t* put(const DmqfxPacking& packing, const int8_t* step, uint8_t* to) {
 
 // 16 output channels of a group; what their runs come to.
 void pack_block(const DmqfxPacking& packing, int64_t group, int64_t block, uint8_t* to, Bounds& bounds) {
-  const int64_t row = packing.channels * packing.taps, first = block * kLanes;
-  const int64_t lanes = std::min(kLanes, packing.out_channels - first), at = group * packing.out_channels + first;
+  const int64_t row = packing.channels * packing.taps, first = block * kLane;
+  const int64_t lanes = std::min<int64_t>(kLane, packing.out_channels - first), at = group * packing.out_channels + first;
   const int8_t* rows = packing.raw + at * row;
   for (int64_t lane = 0; lane < lanes; ++lane) {
     int32_t sum = 0;
@@ -131,7 +129,7 @@ void pack_block(const DmqfxPacking& packing, int64_t group, int64_t block, uint8
 int64_t dmqfx_packing_size(void) { return sizeof(DmqfxPacking); }
 
 void dmqfx_pack(const DmqfxPacking* packing, int threads) {
-  const int64_t blocks = (packing->out_channels + kLanes - 1) / kLanes;
+  const int64_t blocks = (packing->out_channels + kLane - 1) / kLane;
   const int64_t steps = packing->taps * ((packing->channels + kQuad - 1) / kQuad);
   const int64_t length = steps * (packing->nibbles ? kStep / 2 : kStep);
   int32_t pair = 0;
