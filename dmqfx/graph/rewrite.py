@@ -39,6 +39,7 @@ class Rewriter:
     """Edits a fork of a program on behalf of one pass; `finish` returns the new program.
 
     Example:
+        >>> import torch
         >>> from diffusers import UNet2DModel
         >>> from dmqfx.frontend.capture import capture
         >>> levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
