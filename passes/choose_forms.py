@@ -15,7 +15,7 @@ from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
 from dmqfx.passes.lower_simulate import fold_weight
-from dmqfx.runtime.costs import Cost, Costs, attention_of, layer_of, size_of
+from dmqfx.runtime.costs import LEAVE_FLOAT, Cost, Costs, attention_of, layer_of, size_of
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,10 @@ def _slow(known: dict[fx.Node, Cost | None]) -> Iterator[tuple[fx.Node, Cost]]:
 def _refuse_attention(program: Program, journal: Journal, costs: Costs) -> None:
     """Attention in codes that is slower than in float."""
     for node in program.calls("qattention"):
-        cost = costs.found.get((str(attention_of(node)), size_of(node)))
+        cost = costs.of(str(attention_of(node)), size_of(node))
         if cost is not None and cost.native_loses:
-            keys = ops.tensor(node, "key").meta["val"].shape[2]
             reason = f"in codes {cost.native:.3g} ms, in float {cost.otherwise:.3g} ms, which would be another result; "
-            mend = f"compile with quantize-attention: {{keys: {keys + 1}}}"
-            journal.refuse(node.meta["address"], "float", reason + mend)
+            journal.refuse(node.meta["address"], "float", reason + LEAVE_FLOAT)
 
 
 def _fold(rw: Rewriter, layer: fx.Node, cost: Cost) -> bool:

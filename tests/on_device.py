@@ -67,7 +67,14 @@ def policy(float_layers: list[str], *steps: object) -> dict[str, object]:
         "rules": [{"name": "most", "at": float_layers, "keep": "float"}],
         "pipeline": [
             *("canonicalize", "flag-skips", "split-skips", "plan-sites", "pair-layers"),
-            *(steps[0], *scaled, "vote-shifts", *steps[1:], "insert-qdq", "quantize-attention"),
+            *(
+                steps[0],
+                *scaled,
+                "vote-shifts",
+                *steps[1:],
+                "insert-qdq",
+                {"quantize-attention": {"keys": 1}},
+            ),
         ],
     }
 
@@ -200,7 +207,8 @@ def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(device: torch.device, policy: str | dict[str, object], **options: Any) -> CompiledUNet:
-    asked, more = Policy.load(policy), {"target": "simulate", "progress": False, "report_rows": 2}
+    few = ["pipeline.quantize-attention.keys=1"]
+    asked, more = Policy.load(policy, few), {"target": "simulate", "progress": False, "report_rows": 2}
     return dmqfx.compile(unet(device), asked, calibration=rows(), **more, **options)
 
 
@@ -220,6 +228,7 @@ def output(q: nn.Module, device: torch.device) -> Tensor:
 
 def test_it_compiles_where_the_unet_is() -> None:
     assert simple(DEVICE).device == DEVICE
+    assert list(simple(DEVICE).program.calls("qattention"))
     assert all(tensor.device == DEVICE for tensor in simple(DEVICE).state_dict().values())
     assert relative(output(unet(DEVICE), DEVICE), output(unet(CPU), CPU)) < 1e-5
 

@@ -25,7 +25,8 @@ from dmqfx.seeing.bits import site_bits, sites
 
 CONV = "down.conv1/conv2d"
 SLOWER = (
-    "in codes 2 ms, in float 1 ms, which would be another result; compile with quantize-attention: {keys: 17}"
+    "in codes 2 ms, in float 1 ms, which would be another result; leave it float by `keys` or `at` of the step "
+    "quantize-attention, and compile again"
 )
 
 
@@ -185,11 +186,12 @@ def test_attention_in_codes_is_timed_beside_float_and_where_it_is_slower_that_is
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = finished("attended")
-    (kind,) = (each for each in timing.kinds(before) if each.keys_of_codes)
+    (kind,) = (each for each in timing.kinds(before) if each.is_coded)
     assert (kind.name, kind.size, kind.otherwise) == ("attention 2x4 a8", "2x2x16x4 to 16 keys", "float")
-    coded, exact = (run() for run in kind.forms())
+    coded, exact, by_torch = (run() for run in kind.forms())
     assert isinstance(coded, torch.Tensor)
     assert isinstance(exact, torch.Tensor)
+    torch.testing.assert_close(exact, by_torch)
     assert 0 < float((coded - exact).norm() / exact.norm()) < 0.05
     for cost, said in ((Cost(1.0, 2.0), []), (Cost(2.0, 1.0), [SLOWER])):
         keep({(kind.name, kind.size): cost})
@@ -198,11 +200,12 @@ def test_attention_in_codes_is_timed_beside_float_and_where_it_is_slower_that_is
         assert [each.reason for each in record.refused] == said
         assert len(list(lowered.calls("kernel_attention"))) == 1
     monkeypatch.setattr(sources, "load_stored", lambda _: SimpleNamespace(program=before))
-    monkeypatch.setattr(timing.Kind, "measure", lambda self, _: Cost(2.0, 1.0 if self.keys_of_codes else 3.0))
+    monkeypatch.setattr(timing.Kind, "measure", lambda self, _: Cost(2.0, 1.0 if self.is_coded else 3.0))
     assert main(["bench", "attended", "--quiet"]) == 0
     told = capsys.readouterr().out
     assert "1 of them slower by native kernels" in told
-    assert "over 16 keys is faster in float: compile with quantize-attention: {keys: 17}" in told
+    assert "attention in codes is slower than in float at mid/scaled_dot_product_attention\n" in told
+    assert "mend: leave it float by `keys` or `at`" in told
 
 
 def test_other_sizes_have_other_costs() -> None:

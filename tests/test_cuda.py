@@ -30,11 +30,15 @@ EVERYTHING = {
         "correct-bias",
         {"learn-steps": {"rows": 8, "batch": 4, "iterations": 4, "groups": 4}},
         "insert-qdq",
+        {"quantize-attention": {"keys": 1}},
     ],
 }
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random context")
+
+
+KEYS = "pipeline.quantize-attention.keys=1"
 
 
 @cache
@@ -44,7 +48,7 @@ def unet(device: str) -> torch.nn.Module:
 
 @cache
 def made(device: str, policy: str) -> CompiledUNet:
-    asked = Policy.load(EVERYTHING) if policy == "everything" else Policy.load(policy)
+    asked = Policy.load(EVERYTHING) if policy == "everything" else Policy.load(policy, [KEYS])
     return dmqfx.compile(unet(device), asked, target="simulate", progress=False, report_rows=2)
 
 

@@ -199,6 +199,13 @@ def test_a_graph_that_says_anything_else_is_refused(at: str, change: dict[str, J
         read_program(document, quantized_program().weights())
 
 
+@pytest.mark.parametrize(("at", "value"), [(1, 4.0), (2, 4.0), (4, "1"), (4, 0.5)])
+def test_operators_of_ours_get_what_their_schema_says(at: int, value: Json) -> None:
+    document = altered(lambda node: node["args"].__setitem__(at, value), "conv_in/dequantize~insert-qdq.2")
+    with pytest.raises(StoreError, match=r"dequantize\(\)"):
+        read_program(document, quantized_program().weights())
+
+
 def test_only_what_can_be_read_is_written() -> None:
     graph = fx.Graph()
     x = graph.placeholder("sample")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,7 +29,6 @@ from dmqfx.graph.rewrite import Rewriter
 from dmqfx.graph.table import Codes, Planned, Range, Table
 from dmqfx.graph.timesteps import GroupIndex
 from dmqfx.numbers.quant import QuantSpec
-from dmqfx.runtime.operators import FAKES
 
 WORDS = st.from_regex(r"[\w.-]{1,12}", fullmatch=True)
 
@@ -229,13 +227,3 @@ def form_of(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     return [form_of(each) for each in value] if isinstance(value, (tuple, list)) else value
-
-
-def test_every_fake_of_an_operator_takes_what_the_operator_takes() -> None:
-    for target, fake in FAKES.items():
-        taken = inspect.signature(fake).parameters
-        for taking in target._schema.arguments:  # type: ignore[attr-defined]  # an operator's overload
-            default = taken[taking.name].default
-            assert (default is inspect.Parameter.empty) == (not taking.has_default_value()), (target, taking)
-            if taking.has_default_value():
-                assert ([*default] if isinstance(default, tuple) else default) == taking.default_value

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from dmqfx.runtime.timing import Kind
 
 
+_NAMED = 4  # addresses
+
+
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     """Declare the commands of this file."""
     parser = command(
@@ -110,10 +113,11 @@ def _said(rows: list[tuple[Kind, Cost]]) -> str:
 
 def _mend(rows: list[tuple[Kind, Cost]]) -> str:
     """What to do where attention is slower in codes, which no lowering undoes."""
-    keys = {kind.keys_of_codes for kind, cost in rows if cost.native_loses} - {0}
-    if not keys:
+    from dmqfx.runtime import costs
+
+    slow = [at for kind, cost in rows if cost.native_loses and kind.is_coded for at in kind.addresses]
+    if not slow:
         return ""
-    return (
-        f"\nattention in codes over {', '.join(map(str, sorted(keys)))} keys is faster in float: "
-        f"compile with quantize-attention: {{keys: {max(keys) + 1}}}"
-    )
+    more = f" and {len(slow) - _NAMED} more" if len(slow) > _NAMED else ""
+    where = f"{', '.join(map(str, slow[:_NAMED]))}{more}"
+    return f"\nattention in codes is slower than in float at {where}\n  mend: {costs.LEAVE_FLOAT}"

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule  # private, and in every torch since 2.3
 
 from dmqfx.graph.inputs import InputSpec
-from dmqfx.runtime.operators import FAKES
 
 
 def label(node: fx.Node) -> str:
@@ -144,8 +143,8 @@ def copy_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
 class Faking:
     """Fake values, without numbers: shapes, dtypes and layouts. What is of one form is found once, and is one tensor.
 
-    That is most of the time that lowering a large model takes: finding one costs torch up to milliseconds, and most
-    layers have a twin.
+    Finding one takes torch up to milliseconds, which was most of the time that lowering a large model took, and most layers
+    have a twin. Sizes are numbers.
     """
 
     def __init__(self, mode: FakeTensorMode) -> None:
@@ -169,7 +168,7 @@ class Faking:
         if form in self._known:
             return self._known[form]
         with self.mode, torch.no_grad():
-            made: object = FAKES.get(target, target)(*args, **kwargs)
+            made: object = target(*args, **kwargs)
         if form is not None and isinstance(made, Tensor):
             self._known[form] = made
         return made
@@ -188,8 +187,8 @@ def _form(value: object) -> object:
 
 @cache
 def _makes_one(target: object) -> bool:
-    """Whether an operation makes one new tensor, no view, and writes into none, whatever its numbers are."""
-    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+    """Whether an operation gives one tensor and none that it says to be a view, and writes into none."""
+    if not isinstance(target, OpOverload):
         return False
     makes, takes = target._schema.returns, target._schema.arguments
     shared = any(each.alias_info is not None for each in (*makes, *takes))

@@ -29,10 +29,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "dmqfx.costs/2"
 
+LEAVE_FLOAT = "leave it float by `keys` or `at` of the step quantize-attention, and compile again"
 ATTENTIONS = ("scaled_dot_product_attention", "qattention")
-MOST_KEYS = 64
-"""Where nothing was measured: attention in float over up to so many keys is about as fast by the kernel as by torch, or
-faster."""
 
 
 @dataclass(frozen=True)

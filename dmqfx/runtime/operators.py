@@ -244,8 +244,3 @@ torch.library.impl("dmqfx::hoisted", "CompositeImplicitAutograd", hoisted)
 
 OPS = torch.ops.dmqfx
 """Where graphs and passes find the operators; whoever imports it has registered them."""
-
-FAKES: Mapping[Callable[..., object], Callable[..., object]] = {
-    getattr(OPS, name).default: fake for name, (_, _, fake) in _OPERATORS.items()
-}
-"""What they make of fake tensors, called without the way through torch's dispatch, which takes most of the time."""

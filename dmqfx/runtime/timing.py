@@ -18,7 +18,7 @@ from dmqfx.graph.address import Address
 from dmqfx.graph.attention import OPERANDS
 from dmqfx.graph.modules import clone, constant_of, is_fixed, propagate
 from dmqfx.graph.program import Program
-from dmqfx.runtime.costs import ATTENTIONS, MOST_KEYS, Cost, attention_of, layer_of, size_of
+from dmqfx.runtime.costs import ATTENTIONS, Cost, attention_of, layer_of, size_of
 from dmqfx.runtime.kernels.native import absent
 from dmqfx.runtime.operators import OPS
 from dmqfx.runtime.targets import Target, lower
@@ -50,16 +50,18 @@ class Kind:
     def otherwise(self) -> str:
         """What it is without native kernels: a layer simulated, attention torch's, attention in codes float."""
         first = self.nodes[0]
-        return "float" if self.keys_of_codes else "torch" if ops.is_call(first, *ATTENTIONS) else "simulated"
+        return "float" if self.is_coded else "torch" if ops.is_call(first, *ATTENTIONS) else "simulated"
 
     @property
-    def keys_of_codes(self) -> int:
-        """How many keys attention in codes has; 0 for all else."""
-        first = self.nodes[0]
-        return ops.tensor(first, "key").meta["val"].shape[2] if ops.is_call(first, "qattention") else 0
+    def is_coded(self) -> bool:
+        """Whether it is attention in codes."""
+        return ops.is_call(self.nodes[0], "qattention")
 
-    def forms(self) -> tuple[Run, Run]:
-        """The first of them, natively and otherwise, on the same random numbers: of a layer with its quantize."""
+    def forms(self) -> tuple[Run, ...]:
+        """The first of them, natively and otherwise, on the same random numbers: of a layer with its quantize.
+
+        Attention in codes is otherwise in float, by the kernel or by torch.
+        """
         layer = self.nodes[0]
         if ops.is_call(layer, *ATTENTIONS):
             return self._of_attention(layer)
@@ -82,18 +84,16 @@ class Kind:
 
         return run
 
-    def _of_attention(self, layer: fx.Node) -> tuple[Run, Run]:
-        """Attention by the kernel, and in codes or by torch what is in its place; heads lie beside each other in memory."""
+    def _of_attention(self, layer: fx.Node) -> tuple[Run, ...]:
+        """Attention whose heads lie beside each other in memory."""
         drawn = _values(self.program, (layer,))
         values = {x: drawn[x].transpose(1, 2).contiguous().transpose(1, 2) for x in layer.all_input_nodes}
         operands: dict[str, Any] = {arg: values[ops.tensor(layer, arg)] for arg in OPERANDS}
         operands["scale"] = ops.args(layer)["scale"]
-        native, torchs = (partial(call, **operands) for call in (OPS.kernel_sdpa.default, SDPA))
-        if not ops.is_call(layer, "qattention"):
-            return native, torchs
-        few = operands["key"].shape[2] <= MOST_KEYS
-        coded = partial(OPS.kernel_attention.default, **operands, bits=ops.args(layer)["bits"])
-        return coded, native if few else torchs
+        in_float = [partial(call, **operands) for call in (OPS.kernel_sdpa.default, SDPA)]
+        if not self.is_coded:
+            return tuple(in_float)
+        return partial(OPS.kernel_attention.default, **operands, bits=ops.args(layer)["bits"]), *in_float
 
     def _of(self, program: Program, nodes: Sequence[fx.Node]) -> Run:
         """Operations one after the other; the last one's result."""
@@ -108,8 +108,9 @@ class Kind:
         return run
 
     def measure(self, seconds: float) -> Cost:
-        """The least time of each form, by turns, over about so many seconds for both."""
-        forms, best, started, rounds = self.forms(), [float("inf")] * 2, time.perf_counter(), 0
+        """The least time of each form, by turns, over about so many seconds for all."""
+        forms = self.forms()
+        best, started, rounds = [float("inf")] * len(forms), time.perf_counter(), 0
         with torch.no_grad():
             while rounds <= FEWEST or time.perf_counter() - started < seconds:
                 for k, run in enumerate(forms):
@@ -118,7 +119,7 @@ class Kind:
                     spent = time.perf_counter() - before
                     best[k] = min(best[k], spent) if rounds else best[k]  # the first call warms up
                 rounds += 1
-        return Cost(*(1e3 * each for each in best))
+        return Cost(1e3 * best[0], 1e3 * min(best[1:]))
 
 
 def kinds(program: Program) -> list[Kind]:
