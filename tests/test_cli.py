@@ -31,12 +31,13 @@ from models import one_level, randomize, unconditional
 
 from dmqfx.calibration.calibration import CalibrationWarning
 from dmqfx.cli import build_parser, main, sources, terminal
-from dmqfx.cli.judge import TARGETS
+from dmqfx.cli.terminal import TARGETS
 from dmqfx.errors import DmqfxError, VerifyError
 from dmqfx.runtime import targets
 from dmqfx.runtime.kernels.native import library
 
 ROOT = Path(__file__).parent.parent
+ATTENTION = "scaled_dot_product_attention"
 LAYER = "mid_block.resnets.0.conv1/conv2d"
 
 
@@ -206,6 +207,25 @@ def test_inspect_of_a_hub_id_downloads_its_configuration_only(
     answer = dmqfx("inspect", "owner/name", "--json")
     assert answer.code == 0, answer.err
     assert answer.data == dmqfx("inspect", "hollow", "--json").data
+
+
+def test_what_layers_run_as_on_this_machine_is_told_with_the_reason(
+    dmqfx: Ask, made: dict[str, Answer]
+) -> None:
+    assert made["compile"].out
+    layers = {
+        each["address"]: each for each in dmqfx("inspect", "w4a8", "--target", "cpu", "--json").data["layers"]
+    }
+    assert layers[LAYER]["op"] == "kernel_conv2d"
+    assert layers["conv_in/conv2d"]["op"] == "conv2d"
+    assert {name.rpartition("/")[2]: each["op"] for name, each in layers.items()}[ATTENTION] == "kernel_sdpa"
+    assert "kernel_conv2d" in dmqfx("inspect", "w4a8", "--target", "cpu").out
+    assert "runs as" not in dmqfx("inspect", "w4a8").out
+    assert "kernel_quantize(" in dmqfx("show", "w4a8", "--target", "cpu").out
+    assert "lower-cpu" in dmqfx("why", "w4a8", LAYER, "--target", "cpu").out
+    answer = dmqfx("inspect", "unet", "--target", "cpu")
+    assert answer.code == terminal.FAILED
+    assert "unet is not compiled, so its layers run as torch's\n  mend: dmqfx compile" in answer.err
 
 
 def test_inspect_of_a_compiled_model_tells_its_bits_and_what_was_lost(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import PROMPTED, SPEC, Prompted, PromptedWrapper, TimeEmbedding, Wrapper, program_of_model, rows
 
+import dmqfx
+from dmqfx import emoji
+from dmqfx.checking.judges import SameCodes
+from dmqfx.evaluation import emoji_calibration
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.pipeline import PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
+from dmqfx.policy.policy import Policy
 from dmqfx.runtime.hoisted import HoistedModule
 from dmqfx.runtime.targets import lower
 from dmqfx.seeing import bits
@@ -140,3 +146,16 @@ def test_a_submodule_that_is_replaced_is_noticed() -> None:
     other.register_buffer("bias", bias)
     assert torch.equal(module(**given), module._flat(module, **given))
     assert not torch.equal(module(**given), changed)
+
+
+@pytest.mark.slow
+def test_of_the_trained_unet_few_codes_differ_from_the_reference_and_all_at_ties() -> None:
+    data = emoji_calibration(count=1, steps=4, seed=0, progress=False)
+    policy = Policy.load("w4a8-quick", ["pipeline.quantize-attention.keys=1"])
+    how: dict[str, Any] = {"target": "simulate", "report_rows": 0, "progress": False}
+    program = dmqfx.compile(emoji.load_unet(), policy, calibration=data, **how).program
+    judge = SameCodes(lower(program, "reference"), [program.inputs.draw(torch.Generator().manual_seed(0))])
+    assert judge.judge(lower(program, "cpu")).error < 1e-5
+    ((ties, count),) = judge.ties
+    assert count > 1_000_000
+    assert ties < 1e-5 * count

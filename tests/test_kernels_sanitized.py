@@ -14,9 +14,12 @@ ROOT = Path(__file__).parent.parent
 FLAGS = "-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 WATCHED = (
     "convolution or linear or overflow or padding or threads or malformed or strip or codes or magnitudes "
-    "or attention or instruction_set or finite or block or few_channels or in_turns"
+    "or attention or instruction_set or finite or block or few_channels or in_turns or added or folded or wide_heads "
+    "or share_memory or input_channels or replayed or called_in_a_row or take_turns"
 )
-FILES = tuple(f"tests/test_{name}.py" for name in ("kernels", "codes", "attend", "average", "lower_float"))
+FILES = tuple(
+    f"tests/test_{name}.py" for name in ("kernels", "codes", "attend", "average", "lower_float", "recording")
+)
 
 # A layer that says it is longer than its tensors are: the sanitizer must see it.
 PROVOKE = """

@@ -33,8 +33,9 @@ CLOSE: Mapping[torch.dtype, float] = {
 TIE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How near a number must be to the middle of two codes for either to be right, relative to the code."""
 
-SHARE_OF_TIES = 1e-6
-"""Share of codes that may differ, all at ties, in float64."""
+SHARE_OF_TIES: Mapping[torch.dtype, float] = {torch.float64: 1e-6, torch.float32: 1e-4}
+FEW_TIES: Mapping[torch.dtype, int] = {torch.float64: 1, torch.float32: 8}
+"""Share of codes that may differ, all at ties, and how many may whatever their share is; no limit in narrow dtypes."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,11 @@ class SameCodes(Judge):
     """The same integers at every quantize but for ties, and close outputs.
 
     Each quantize goes on with the codes of before, so that a tie does not spread; so does attention that makes codes of
-    its operands itself, which must make the same result of the same operands.
+    its operands itself, which must make the same result of the same operands. `ties` has, for each probe that was judged,
+    how many codes differ and how many there are.
     """
+
+    ties: list[tuple[int, int]]
 
     def __init__(self, before: Program, probes: Sequence[Inputs]) -> None:
         self.probes, self.dtype = probes, before.dtype
@@ -176,7 +180,7 @@ class SameCodes(Judge):
             self.expected.append((run, result if isinstance(result, tuple) else (result,)))
 
     def judge(self, after: Program) -> Finding:
-        worst = Finding(0.0, CLOSE[self.dtype], "relative L2 error of the outputs")
+        worst, self.ties = Finding(0.0, CLOSE[self.dtype], "relative L2 error of the outputs"), []
         for k, (inputs, (was, expected)) in enumerate(zip(self.probes, self.expected, strict=True)):
             forced = _Forced(after, was, TIE.get(self.dtype, 1e-2), CLOSE[self.dtype])
             with torch.no_grad():
@@ -186,8 +190,10 @@ class SameCodes(Judge):
                 what = f"share of other codes at {where}, {_probe(k, inputs)}"
                 return Finding(share, 0.0, what)
             share = forced.ties / max(forced.count, 1)
-            if self.dtype == torch.float64 and share > SHARE_OF_TIES and forced.ties > 1:
-                return Finding(share, SHARE_OF_TIES, f"share of codes that differ, {_probe(k, inputs)}")
+            self.ties.append((forced.ties, forced.count))
+            most = SHARE_OF_TIES.get(self.dtype, 1.0)
+            if share > most and forced.ties > FEW_TIES[self.dtype]:
+                return Finding(share, most, f"share of codes that differ, {_probe(k, inputs)}")
             got = result if isinstance(result, tuple) else (result,)
             for name, a, b in zip(after.inputs.outputs, got, expected, strict=True):
                 what = f"relative L2 error of {name}, {_probe(k, inputs)}"

@@ -7,8 +7,6 @@ import argparse
 from dmqfx.cli import files, sources, terminal
 from dmqfx.cli.terminal import Commands, bars, command, whole
 
-TARGETS = ("auto", "simulate", "reference", "cpu")
-
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     """Declare the commands of this file."""
@@ -42,7 +40,7 @@ def _eval(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--target",
         default="auto",
-        choices=TARGETS,
+        choices=terminal.TARGETS,
         help="what the layers run as; auto is the best there is [auto]",
     )
     parser.add_argument("--out", metavar="JSON", help="write everything that was found, and the protocol")

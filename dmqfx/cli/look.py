@@ -34,9 +34,11 @@ def _inspect(commands: Commands[argparse.ArgumentParser]) -> None:
             ("dmqfx inspect emoji", ""),
             ("dmqfx inspect unet/ --at '**.attentions.**'", "some layers"),
             ("dmqfx inspect out/ --picture u.svg", "also the U: order, resolution, skips, bits"),
+            ("dmqfx inspect out/ --target cpu", "also what each layer runs as on this machine, and why"),
         ),
     )
     terminal.add_model(parser)
+    terminal.add_target(parser)
     terminal.add_glob(parser)
     parser.add_argument("--picture", metavar="SVG", help="also draw the U of the whole program")
 
@@ -50,7 +52,12 @@ def inspect(options: argparse.Namespace) -> int:
     drawing = files.to_be_file(options.picture) if options.picture else None
     name = options.model
     compiled = sources.load_stored(name) if sources.is_compiled(name) else None
-    program = compiled.program if compiled else sources.program_of(sources.load_outline(name))
+    if compiled is not None:
+        program = sources.lowered(compiled.program, options.target, apart=True)
+    elif options.target is None:
+        program = sources.program_of(sources.load_outline(name))
+    else:
+        program = sources.load_program(name, options.target)  # which says why not
     report = compiled.report if compiled is not None else None
     items = inventory(program, options.at)
     text = listing(items)
@@ -58,7 +65,8 @@ def inspect(options: argparse.Namespace) -> int:
         text += f"\n\n{report.summary()}"
     if drawing is not None:
         with replacing_file(drawing) as file:
-            file.write_text(picture(sources.flagged(program), report), encoding="utf-8")
+            shown = program if compiled is None else compiled.program
+            file.write_text(picture(sources.flagged(shown), report), encoding="utf-8")
         text += f"\n\npicture: {drawing.resolve()}"
     data = {
         "layers": [_item(item) for item in items],
@@ -86,9 +94,11 @@ def _show(commands: Commands[argparse.ArgumentParser]) -> None:
         (
             ("dmqfx show out/ --at 'mid_block.**'", "one block"),
             ("dmqfx show emoji | grep conv2d", "the float graph"),
+            ("dmqfx show out/ --target cpu | grep kernel_", "what native kernels compute on this machine"),
         ),
     )
     terminal.add_model(parser)
+    terminal.add_target(parser)
     terminal.add_glob(parser)
 
 
@@ -97,7 +107,7 @@ def show(options: argparse.Namespace) -> int:
     from dmqfx.seeing.lines import lines
     from dmqfx.seeing.selection import select
 
-    found = lines(sources.load_program(options.model))
+    found = lines(sources.load_program(options.model, options.target))
     wanted = select(found, options.at)
     shown = [line for address, line in found.items() if address in wanted]
     terminal.say(options, "\n".join(map(str, shown)), [_line(line) for line in shown])
@@ -149,9 +159,13 @@ def _why(commands: Commands[argparse.ArgumentParser]) -> None:
         "why",
         why,
         "the life of one address: rule, bits, scales, rewrites, refusals",
-        (("dmqfx why out/ mid_block.resnets.0.conv1/conv2d", ""),),
+        (
+            ("dmqfx why out/ mid_block.resnets.0.conv1/conv2d", ""),
+            ("dmqfx why out/ conv_in/conv2d --target cpu", "also what became of it on this machine"),
+        ),
     )
     terminal.add_model(parser)
+    terminal.add_target(parser)
     parser.add_argument("address", metavar="ADDRESS", help="as `dmqfx show` prints it")
 
 
@@ -159,7 +173,7 @@ def why(options: argparse.Namespace) -> int:
     """dmqfx why."""
     from dmqfx.seeing.why import why as life
 
-    text = life(sources.load_program(options.model), options.address)
+    text = life(sources.load_program(options.model, options.target), options.address)
     terminal.say(options, text, {"address": text.splitlines()[0], "lines": text.splitlines()[1:]})
     return terminal.OK
 

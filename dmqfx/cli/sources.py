@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -35,6 +36,7 @@ __all__ = [
     "load_program",
     "load_stored",
     "load_unet",
+    "lowered",
     "program_of",
     "unlowered",
 ]
@@ -125,9 +127,33 @@ def load_captured(name: str) -> Program:
     return load_stored(name).program if is_compiled(name) else capture(load_unet(name))
 
 
-def load_program(name: str) -> Program:
-    """The program of a compiled folder, or the canonical program of a float UNet with its skips flagged."""
-    return load_stored(name).program if is_compiled(name) else program_of(load_unet(name))
+def load_program(name: str, target: str | None = None) -> Program:
+    """The program of a compiled folder, or the canonical program of a float UNet with its skips flagged.
+
+    Raises: DmqfxError if a float UNet is to be lowered for a target.
+    """
+    if is_compiled(name):
+        return lowered(load_stored(name).program, target)
+    if target is not None:
+        raise DmqfxError(
+            f"--target {target}: {name} is not compiled, so its layers run as torch's\n  mend: dmqfx compile"
+        )
+    return program_of(load_unet(name))
+
+
+def lowered(program: Program, target: str | None, *, apart: bool = False) -> Program:
+    """The program as a target runs it on this machine; as it is saved, if there is none.
+
+    With `apart` every layer still has its own address: what operators are fused with, and what is kept between calls, is
+    left out.
+    """
+    from dmqfx.runtime.targets import lower, resolve
+
+    if target is None:
+        return program
+    whole = resolve(target)
+    passes = tuple(name for name in whole.passes if not (apart and name in ("fuse", "hoist-invariants")))
+    return lower(program, replace(whole, passes=passes))
 
 
 def program_of(unet: UNet) -> Program:

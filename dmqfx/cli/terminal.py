@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Final
 
 OK, FAILED, WRONG_USE, MISSED, REFUTED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+TARGETS = ("auto", "simulate", "reference", "cpu")
 EXIT_CODES: Final = MappingProxyType(
     {
         OK: "done",
@@ -122,6 +123,12 @@ def add_glob(parser: argparse.ArgumentParser) -> None:
     """--at."""
     about = "addresses: * stays inside one name, ** crosses names, re: starts a regular expression [**]"
     parser.add_argument("--at", type=_glob, metavar="GLOB", default="**", help=about)
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """--target of commands that look."""
+    about = "of a compiled model: what its layers run as on this machine, and why [as it is saved]"
+    parser.add_argument("--target", choices=TARGETS, help=about)
 
 
 def add_policy(parser: argparse.ArgumentParser) -> None:

@@ -17,12 +17,15 @@ from dmqfx.seeing.selection import select
 __all__ = ["Item", "inventory", "listing", "macs", "weight_shape"]
 
 # Products that are counted but have no sites: attention spelled out, and layers that few UNets use.
+_LOWERING = ("choose-forms", "lower-reference", "lower-cpu", "lower-float")
 _OTHERS = ("addmm", "baddbmm", "bmm", "conv1d", "conv3d", "conv_transpose2d", "matmul", "mm")
 
 
 @dataclass(frozen=True)
 class Item:
     """One operation that multiplies; without `sites` it always stays float.
+
+    `op` is the operator; `because` is what lowering passes chose or refused there, with the reason.
 
     Units: macs per sample at the program's example sizes; share of all multiply-accumulates, 0 to 1.
     """
@@ -34,6 +37,8 @@ class Item:
     macs: int
     share: float
     sites: tuple[SiteBits, ...]
+    op: str
+    because: tuple[str, ...]
 
 
 def inventory(program: Program, at: str = "**") -> list[Item]:
@@ -81,28 +86,57 @@ def weight_shape(node: fx.Node) -> tuple[int, ...] | None:
 
 def listing(items: list[Item]) -> str:
     """Items as a table for a terminal, with the sums below; bits are shown once a policy has planned them."""
-    rows = [["layer", "output", "weight", "parameters", "MACs", "share", "bits"]]
+    rows = [["layer", "output", "weight", "parameters", "MACs", "share", "bits", "runs as"]]
     rows += [_row(item) for item in items]
     total = sum(item.macs for item in items)
     parameters, share = sum(item.parameters for item in items), sum(item.share for item in items)
-    rows.append([f"{len(items)} layers", "", "", f"{parameters:,}", wording.count(total), f"{share:.1%}", ""])
-    if not any(site.rule for item in items for site in item.sites):
-        rows = [row[:-1] for row in rows]
-    return wording.columns(rows, right=frozenset({3, 4, 5}))
+    rows.append(
+        [f"{len(items)} layers", "", "", f"{parameters:,}", wording.count(total), f"{share:.1%}", "", ""]
+    )
+    planned = any(site.rule for item in items for site in item.sites)
+    columns = [0, 1, 2, 3, 4, 5, *[6] * planned, *[7] * any(map(_is_integer, items))]
+    return wording.columns([[row[k] for k in columns] for row in rows], right=frozenset({3, 4, 5}))
+
+
+def _is_integer(item: Item) -> bool:
+    """Whether a lowering made an integer operator of it."""
+    return item.op.startswith(("q", "kernel_"))
 
 
 def _item(program: Program, node: fx.Node, cost: int, share: float) -> Item:
     at, weight = node.meta["address"], weight_shape(node)
     known = tuple(site_bits(program, site) for site in sites(at))
     parameters = sum(math.prod(shape) for shape in (weight, _shape(ops.args(node).get("bias"))) if shape)
-    return Item(at, _shape(node), weight, parameters, cost, share, known)
+    return Item(
+        at, _shape(node), weight, parameters, cost, share, known, ops.name(node), _because(program, at)
+    )
+
+
+def _because(program: Program, at: Address) -> tuple[str, ...]:
+    """What lowering did there that is not the rule."""
+    here = [
+        (done.name, each)
+        for done in program.log
+        if done.name in _LOWERING
+        for each in done.refused
+        if each.at == at
+    ]
+    chosen = [
+        each.what
+        for done in program.log
+        if done.name == "choose-forms"
+        for each in done.applied
+        if each.at == at
+    ]
+    return *chosen, *(f"{name}: {each.reason}" for name, each in here)
 
 
 def _row(item: Item) -> list[str]:
     output, weight = ("x".join(map(str, shape)) for shape in (item.shape[1:], item.weight or ()))
     said = "  ".join(map(_said, item.sites)) if item.sites else "float: not quantizable"
     counts = [f"{item.parameters:,}", wording.count(item.macs), f"{item.share:.1%}"]
-    return [str(item.address), output, weight, *counts, said]
+    runs_as = "; ".join([item.op, *item.because])
+    return [str(item.address), output, weight, *counts, said, runs_as]
 
 
 def _said(found: SiteBits) -> str:
