@@ -255,7 +255,7 @@ def row(
         rate = 2e-9 * shape.macs / min(turn[name] for turn in turns)
         ways[name] = {"gops": round(rate, 1), "ratio": round(statistics.median(ratios), 2)}
         if (peak := rates.get(name) or rates.get(name.rpartition(" ")[2])) is not None:
-            ways[name]["of_peak"] = round(rate / peak, 2)
+            ways[name]["of_peak"] = round(rate / peak, 3)
     return {"layer": str(shape), "megamacs": round(shape.macs / 1e6, 1), "ways": ways, "count": count}
 
 
