@@ -125,9 +125,9 @@ def with_shifts_in_torch(made: CompiledUNet) -> CompiledUNet | None:
     honest = lower_cpu._operands
     shifted = []
 
-    def refusing(rw: Rewriter, root: fx.Node, *more: object) -> object:
+    def refusing(rw: Rewriter, root: fx.Node, *more: object, **how: object) -> object:
         if ops.args(root)["shift"] is None:
-            return honest(rw, root, *more)
+            return honest(rw, root, *more, **how)
         shifted.append(root)
         return Refuse("plain torch, to compare", root)
 

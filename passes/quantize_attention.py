@@ -32,7 +32,8 @@ class QuantizeAttention(Pass):
 
     Units: bits, 2 to 8, of queries and of the softmax; keys and values have 8. On AVX2 without VNNI 7 bits are faster than
     8. `at` is a glob of addresses; where there are fewer than `keys` at the example sizes, attention stays float: over 64
-    keys making codes takes longer than they save, over the 77 of CLIP's prompts it does not (benchmarks/bench_attention.py).
+    keys making codes takes longer than they save, over the 77 of CLIP's prompts about as long, and over more it pays
+    (benchmarks/bench_attention.py).
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({QDQ})
