@@ -7,8 +7,7 @@ The ways take turns on the same inputs in one run; a way's time is the median of
 the one thread, since other programs may run beside it. What hoisting keeps comes again in "cpu" as in a loop over a
 schedule and a prompt that were seen before; two more ways get timesteps, and contexts too, that never were.
 Where input channels have steps of their own (vote-shifts), one more way has those layers in plain torch. --profile adds
-milliseconds by kind of operator, of an interpreter's run, and the roofline: how long multiply-adds would take at the rate
-of the innermost loop, and what operators read and write at that of a copy of a large tensor, one behind the other.
+milliseconds by kind of operator, of an interpreter's run; the limits of a call are bench_roofline.py's.
 """
 
 from __future__ import annotations
@@ -32,11 +31,8 @@ from dmqfx.frontend.capture import capture
 from dmqfx.graph import ops
 from dmqfx.graph.rewrite import Refuse, Rewriter
 from dmqfx.passes import lower_cpu
-from dmqfx.runtime.kernels.native import library
-from dmqfx.runtime.targets import Target, lower
-from dmqfx.runtime.timing import resized
+from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
-from dmqfx.seeing.inventory import inventory
 
 UNHOISTED = Target(
     "cpu without hoisting", ("lower-reference", "lower-cpu", "fuse", "lower-float"), "nothing is kept"
@@ -71,39 +67,6 @@ def kinds(module: fx.GraphModule, inputs: Mapping[str, Tensor], times: int) -> d
     for _ in range(times):
         timed.run(*given)
     return {kind: round(1e3 * total / times, 2) for kind, total in timed.seconds.most_common(16)}
-
-
-def roofline(made: CompiledUNet, batch: int) -> dict[str, float]:
-    """The least milliseconds of a call on one thread, by multiply-adds and by bytes, of the fused program."""
-    whole = resized(made.program, B=batch)
-    operations = 2.0 * batch * sum(item.macs for item in inventory(whole))
-    native = library()
-    assert native is not None
-    rate = native.peak(native.chosen) * 1e9
-    moved = sum(map(_moved, lower(whole, UNHOISTED).calls()))
-    copied, room = torch.empty(2**28, dtype=torch.uint8), torch.empty(2**28, dtype=torch.uint8)
-    spent = []
-    for _ in range(5):
-        started = time.perf_counter()
-        room.copy_(copied)
-        spent.append(time.perf_counter() - started)
-    bandwidth = 2 * 2**28 / min(spent)
-    least = {"multiply_adds": 1e3 * operations / rate, "bytes": 1e3 * moved / bandwidth}
-    found = {
-        "gigaoperations": operations / 1e9,
-        "gops": rate / 1e9,
-        "gigabytes": moved / 1e9,
-        "gigabytes_a_second": bandwidth / 1e9,
-    }
-    return {name: round(each, 2) for name, each in {**found, **least}.items()}
-
-
-def _moved(node: fx.Node) -> int:
-    """Bytes that an operation reads and writes; 0 where it makes a view."""
-    schema = getattr(node.target, "_schema", None)  # getitem has none, and makes a view
-    aliased = schema is None or any(each.alias_info is not None for each in schema.returns)
-    values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
-    return 0 if aliased else sum(each.nbytes for each in values if isinstance(each, Tensor))
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -219,7 +182,6 @@ def main() -> None:
         result["operator_milliseconds"] = {
             name: kinds(module, inputs, _PROFILED) for name, module in programs.items()
         }
-        result["roofline"] = roofline(made, given.batch)
     suffix = "" if given.policy == "w4a8-quick" else f"_{given.policy.replace('-', '_')}"
     suffix += "" if given.batch == 32 else f"_batch{given.batch}"
     write(f"unet_{given.model}{suffix}", result)

@@ -63,7 +63,7 @@ def _slow(known: dict[fx.Node, Cost | None]) -> Iterator[tuple[fx.Node, Cost]]:
 def _refuse_attention(program: Program, journal: Journal, costs: Costs) -> None:
     """Attention in codes that is slower than in float."""
     for node in program.calls("qattention"):
-        cost = costs.of(str(attention_of(node)), size_of(node))
+        cost = costs.found.get((str(attention_of(node)), size_of(node)))
         if cost is not None and cost.native_loses:
             reason = f"in codes {cost.native:.3g} ms, in float {cost.otherwise:.3g} ms, which would be another result; "
             journal.refuse(node.meta["address"], "float", reason + LEAVE_FLOAT)

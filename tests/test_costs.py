@@ -22,6 +22,7 @@ from dmqfx.runtime import costs, timing
 from dmqfx.runtime.costs import Cost, Costs, keep, layer_of, size_of
 from dmqfx.runtime.targets import lower
 from dmqfx.seeing.bits import site_bits, sites
+from dmqfx.seeing.inventory import inventory
 
 CONV = "down.conv1/conv2d"
 SLOWER = (
@@ -92,6 +93,8 @@ def test_one_slow_layer_is_left_out_and_keeps_its_bits() -> None:
     bits = {s.arg: site_bits(lowered, s) for s in sites(record.applied[0].at)}
     assert {arg: each.got for arg, each in bits.items()} == {"input": 8, "weight": 4}
     assert all(each.as_asked for each in bits.values())
+    (item,) = inventory(lowered, CONV)
+    assert (item.op, item.because) == ("conv2d", ("native 2 ms, simulated 1 ms",))
 
 
 def test_layers_that_read_one_quantize_stay_together() -> None:
@@ -268,7 +271,7 @@ def test_bench_measures_a_saved_model_and_loading_follows(
     assert main(["bench", str(folder), "--seconds", "0.001", "--quiet"]) == 0
     table = capsys.readouterr().out
     assert table.startswith("layer")
-    assert "models that are lowered for `cpu` here follow it" in table
+    assert "models that are lowered for `cpu` here follow it, but for attention in codes" in table
     with pytest.raises(SystemExit):
         main(["bench", str(folder), "--seconds", "nan"])
     assert "nan seconds are no time to measure in" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def inspect(options: argparse.Namespace) -> int:
         program = sources.load_program(name, options.target)  # which says why not
     report = compiled.report if compiled is not None else None
     items = inventory(program, options.at)
-    text = listing(items)
+    text = listing(items, lowered=options.target is not None)
     if report is not None:
         text += f"\n\n{report.summary()}"
     if drawing is not None:

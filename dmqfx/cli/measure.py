@@ -37,7 +37,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "--size", type=_size, metavar="HxW", help="of the sample, as the UNet gets it [the model's example]"
     )
     parser.add_argument(
-        "--seconds", type=_seconds, default=0.2, help="for each kind of layer, both forms together [0.2]"
+        "--seconds", type=_seconds, default=0.2, help="for each kind of layer, all its forms together [0.2]"
     )
 
 
@@ -70,9 +70,8 @@ def bench(options: argparse.Namespace) -> int:
     found = timing.measured(kinds, options.seconds, bars=bars())
     path = keep(found)
     rows = [(kind, found[kind.name, kind.size]) for kind in kinds]
-    text = (
-        f"{_table(rows)}\n\n{_said(rows)}\nkept in {path}: models that are lowered for `cpu` here follow it"
-    )
+    follow = "models that are lowered for `cpu` here follow it, but for attention in codes"
+    text = f"{_table(rows)}\n\n{_said(rows)}\nkept in {path}: {follow}"
     layers = [
         {
             "layer": kind.name,

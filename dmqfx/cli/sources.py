@@ -135,6 +135,7 @@ def load_program(name: str, target: str | None = None) -> Program:
     if is_compiled(name):
         return lowered(load_stored(name).program, target)
     if target is not None:
+        load_outline(name)  # it may not be there at all
         raise DmqfxError(
             f"--target {target}: {name} is not compiled, so its layers run as torch's\n  mend: dmqfx compile"
         )

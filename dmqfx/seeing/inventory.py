@@ -16,8 +16,9 @@ from dmqfx.seeing.selection import select
 
 __all__ = ["Item", "inventory", "listing", "macs", "weight_shape"]
 
-# Products that are counted but have no sites: attention spelled out, and layers that few UNets use.
 _LOWERING = ("choose-forms", "lower-reference", "lower-cpu", "lower-float")
+
+# Products that are counted but have no sites: attention spelled out, and layers that few UNets use.
 _OTHERS = ("addmm", "baddbmm", "bmm", "conv1d", "conv3d", "conv_transpose2d", "matmul", "mm")
 
 
@@ -84,8 +85,11 @@ def weight_shape(node: fx.Node) -> tuple[int, ...] | None:
     return _shape(named.get("weight")) or None
 
 
-def listing(items: list[Item]) -> str:
-    """Items as a table for a terminal, with the sums below; bits are shown once a policy has planned them."""
+def listing(items: list[Item], *, lowered: bool = False) -> str:
+    """Items as a table for a terminal, with the sums below; bits are shown once a policy has planned them.
+
+    Of a `lowered` program it has what each runs as, and why.
+    """
     rows = [["layer", "output", "weight", "parameters", "MACs", "share", "bits", "runs as"]]
     rows += [_row(item) for item in items]
     total = sum(item.macs for item in items)
@@ -94,13 +98,8 @@ def listing(items: list[Item]) -> str:
         [f"{len(items)} layers", "", "", f"{parameters:,}", wording.count(total), f"{share:.1%}", "", ""]
     )
     planned = any(site.rule for item in items for site in item.sites)
-    columns = [0, 1, 2, 3, 4, 5, *[6] * planned, *[7] * any(map(_is_integer, items))]
+    columns = [0, 1, 2, 3, 4, 5, *[6] * planned, *[7] * lowered]
     return wording.columns([[row[k] for k in columns] for row in rows], right=frozenset({3, 4, 5}))
-
-
-def _is_integer(item: Item) -> bool:
-    """Whether a lowering made an integer operator of it."""
-    return item.op.startswith(("q", "kernel_"))
 
 
 def _item(program: Program, node: fx.Node, cost: int, share: float) -> Item:
