@@ -1,6 +1,6 @@
 """The limit of a call of a whole UNet, and how far from it the target cpu is.
 
-    python benchmarks/bench_roofline.py --compiled DIR [--model sd15] [--batch 2] [--threads 2] [--calls 6] [--avx2]
+    python benchmarks/bench_roofline.py [--compiled DIR] [--model sd15] [--batch 2] [--threads 2] [--calls 6] [--avx2]
 
 Multiply-adds are counted at the rate of the innermost loop on data in the first cache, those of layers that stay in float
 too; bytes are what the operators of the fused program read and write, weights included, at the rate of a copy of a large
@@ -81,7 +81,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=list(MODELS), default="sd15")
-    parser.add_argument("--compiled", required=True, help="a directory of save_pretrained")
+    parser.add_argument(
+        "--compiled", help="a directory of save_pretrained; w4a8-quick is compiled, unless said"
+    )
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--calls", type=int, default=6)
@@ -90,7 +92,11 @@ def main() -> None:
     if given.avx2:
         held_to_avx2()
     torch.set_num_threads(given.threads)
-    q = dmqfx.load(given.compiled)
+    q = (
+        dmqfx.load(given.compiled)
+        if given.compiled
+        else dmqfx.compile(MODELS[given.model][0](), "w4a8-quick", report_rows=0, progress=False)
+    )
     found = limits(q.program, given.batch, given.threads)
     call, spent = never_seen(q, draw(given.model, given.batch), "timestep"), []
     for _ in range(_WARM + given.calls):
