@@ -21,7 +21,7 @@ FILES = tuple(
     f"tests/test_{name}.py" for name in ("kernels", "codes", "attend", "average", "lower_float", "recording")
 )
 
-# A layer that says it is longer than its tensors are: the sanitizer must see it.
+# A layer that says it is a little longer than its tensors are, so that no thread reads far away: the sanitizer must see it.
 PROVOKE = """
 import torch
 from dmqfx.runtime.kernels import layers, weights
@@ -29,8 +29,8 @@ from dmqfx.runtime.kernels.native import library
 w = torch.ones(16, 64, dtype=torch.int8)
 packed, honest = weights.pack(w, 1), library().handle.dmqfx_run
 def longer(layer, *more):
-    layer._obj.width += 4096
-    layer._obj.out_width += 4096
+    layer._obj.width += 2
+    layer._obj.out_width += 2
     return honest(layer, *more)
 object.__setattr__(library(), "handle", type("H", (), {"dmqfx_run": staticmethod(longer)})())
 zero, x = torch.zeros(1, 1), torch.ones(3, 64, dtype=torch.uint8)
