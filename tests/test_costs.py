@@ -272,9 +272,10 @@ def test_bench_measures_a_saved_model_and_loading_follows(
     table = capsys.readouterr().out
     assert table.startswith("layer")
     assert "models that are lowered for `cpu` here follow it, but for attention in codes" in table
-    with pytest.raises(SystemExit):
-        main(["bench", str(folder), "--seconds", "nan"])
-    assert "nan seconds are no time to measure in" in capsys.readouterr().err
+    for wrong in ("nan", "0", "soon"):
+        with pytest.raises(SystemExit):
+            main(["bench", str(folder), "--seconds", wrong])
+        assert f"{wrong} seconds are no time to measure in" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", str(folder), "--size", "16"])
     assert "'16' is no size: write height and width, as 64x64" in capsys.readouterr().err

@@ -49,7 +49,10 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(
             f"{text} seconds are no time to measure in: a number above 0, as 0.2"
