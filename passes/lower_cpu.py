@@ -81,6 +81,15 @@ class LowerCpu(RewritePass):
     )
 
 
+def _beyond(rw: Rewriter, root: fx.Node) -> str:
+    """Why a kernel cannot take the input's zero points, with which it fills up padding, or "" where they are codes."""
+    codes = torch.iinfo(ops.tensor(root, "x_codes").meta["val"].dtype)
+    least, greatest = (int(each) for each in torch.aminmax(rw.value(ops.tensor(root, "x_zero_point"))))
+    if codes.min <= least and greatest <= codes.max:
+        return ""
+    return f"zero points of the input go from {least} to {greatest}, codes from {codes.min} to {codes.max}"
+
+
 def _operands(
     rw: Rewriter, root: fx.Node, packed: fx.Node, groups: int, *, strided: bool = False
 ) -> dict[str, fx.node.Argument] | Refuse:
@@ -98,6 +107,8 @@ def _operands(
             "make the weight's grid symmetric",
             root,
         )
+    if why := _beyond(rw, root):
+        return Refuse(why, root)
     shift = rw.value(ops.tensor(root, "shift")) if named["shift"] is not None else None
     blob = weights.pack(centered.to(torch.int8), groups, shift, strided=strided)
     name = str(packed.target).removesuffix("_packed") + "_kernel"

@@ -28,6 +28,7 @@ from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
+from dmqfx.runtime.kernels import native
 from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.sweep.scratch import Scratch
 
@@ -260,11 +261,16 @@ def test_what_is_set_aside_on_disk_comes_back_there() -> None:
 
 
 @pytest.mark.parametrize("target", ["simulate", pytest.param("reference", marks=pytest.mark.slow), "cpu"])
-def test_it_moves_and_comes_back(target: str, tmp_path: Path) -> None:
+def test_it_moves_and_comes_back(target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     simple(DEVICE).save_pretrained(tmp_path)
     q = dmqfx.load(tmp_path, target=target)
+    native._tell_plain.cache_clear()
     before = output(q, CPU)
+    assert not caplog.records
     assert relative(output(q.to(DEVICE), DEVICE), before) < 2e-2
+    told = [record.getMessage().split()[0] for record in caplog.records]
+    layers = {"kernel_conv2d", "kernel_linear", "kernel_quantize", "kernel_attention"}
+    assert (len(told), set(told)) == ((4, layers) if target == "cpu" else (0, set()))
     assert torch.equal(output(q.to(CPU), CPU), before)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from dmqfx.errors import DmqfxError
 from dmqfx.runtime import integer
 from dmqfx.runtime.kernels import layers, native, prepared, weights
+from dmqfx.runtime.kernels.attend import WIDEST, attend
 from dmqfx.runtime.kernels.coded import Coded
 from dmqfx.runtime.kernels.codes import quantize
 from dmqfx.runtime.kernels.native import INSTRUCTION_SETS, library
@@ -123,7 +124,7 @@ def test_a_convolution_has_the_bits_of_the_reference(data: st.DataObject) -> Non
 
 @given(data=st.data())
 def test_a_linear_layer_has_the_bits_of_the_reference(data: st.DataObject) -> None:
-    lead = data.draw(st.sampled_from(((0,), (1,), (7,), (3, 1), (2, 5), (2, 2, 50))))
+    lead = data.draw(st.sampled_from(((0,), (1,), (7,), (2, 0), (3, 1), (2, 5), (2, 2, 50))))
     depth, rows = (
         data.draw(st.sampled_from((1, 3, 64, 333, 5000))),
         data.draw(st.sampled_from((1, 16, 33, 130))),
@@ -761,3 +762,25 @@ def test_a_library_of_other_sources_is_not_taken(
         monkeypatch.undo()
         library.cache_clear()
     assert "was built from other sources" in caplog.text
+
+
+def test_what_no_kernel_takes_is_told_once_and_computed_in_plain_torch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    x, scale = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((1, 1), 0.05)
+    wide = torch.ones(1, 1, 2, WIDEST + 1)
+
+    def codes(dtype: torch.dtype) -> Tensor:
+        return quantize(x.to(dtype), scale.to(dtype), ZERO.to(dtype) + 128, None, 1, 0, 255)
+
+    native._tell_plain.cache_clear()
+    codes(torch.float32), codes(torch.float64), attend(wide[..., 1:], wide[..., 1:], wide[..., 1:])
+    assert not caplog.records
+    for _ in range(2):
+        codes(torch.bfloat16), codes(torch.float16), attend(wide, wide, wide)
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernel_quantize computes bfloat16 on cpu in plain torch, slowly: its kernel takes float32 on the CPU",
+        "kernel_quantize computes float16 on cpu in plain torch, slowly: its kernel takes float32 on the CPU",
+        "kernel_attention computes float32 on cpu in plain torch, slowly: its kernel takes float32 on the CPU, heads of "
+        "up to 1024 channels",
+    ]

@@ -21,8 +21,11 @@ FILES = tuple(
     f"tests/test_{name}.py" for name in ("kernels", "codes", "attend", "average", "lower_float", "recording")
 )
 
-# A layer that says it is a little longer than its tensors are, so that no thread reads far away: the sanitizer must see it.
+# A layer that says it is a little longer than its tensors are, so that no thread reads far away, and one whose zero points
+# lie where no int32 may: the sanitizers must see them.
 PROVOKE = """
+import ctypes
+import sys
 import torch
 from dmqfx.runtime.kernels import layers, weights
 from dmqfx.runtime.kernels.native import library
@@ -32,7 +35,11 @@ def longer(layer, *more):
     layer._obj.width += 2
     layer._obj.out_width += 2
     return honest(layer, *more)
-object.__setattr__(library(), "handle", type("H", (), {"dmqfx_run": staticmethod(longer)})())
+def askew(layer, *more):
+    zero_points = (ctypes.c_char * 64)()
+    layer._obj.zero_points = ctypes.addressof(zero_points) + 1
+    return honest(layer, *more)
+object.__setattr__(library(), "handle", type("H", (), {"dmqfx_run": staticmethod(globals()[sys.argv[1]])})())
 zero, x = torch.zeros(1, 1), torch.ones(3, 64, dtype=torch.uint8)
 layers.linear(x, None, zero, None, packed, (16, 64), zero, None)
 """
@@ -72,5 +79,8 @@ def test_the_kernels_touch_nothing_that_is_not_theirs(tmp_path: Path) -> None:
     done = run(library, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *FILES, "-k", WATCHED)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 100
-    told = run(library, "-c", PROVOKE)
-    assert "AddressSanitizer: heap-buffer-overflow" in told.stderr, "the sanitizer does not watch"
+    for how, seen in (
+        ("longer", "AddressSanitizer: heap-buffer-overflow"),
+        ("askew", "load of misaligned address"),
+    ):
+        assert seen in run(library, "-c", PROVOKE, how).stderr, "the sanitizer does not watch"

@@ -141,6 +141,29 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
         OPS.kernel_quantize,
         (torch.randn(2, 5, 8), *coding_case()[1:4], -1, 0, 255, "none", 1, None, None, 0.0, "geglu"),
     ),
+    "kernel_quantize layer norm": lambda: (
+        OPS.kernel_quantize,
+        (
+            torch.randn(2, 5, 4),
+            *coding_case()[1:4],
+            -1,
+            0,
+            255,
+            "layer",
+            1,
+            torch.randn(4),
+            torch.randn(4),
+            1e-5,
+        ),
+    ),
+    "kernel_quantize silu": lambda: (
+        OPS.kernel_quantize,
+        (*coding_case(), "none", 1, None, None, 0.0, "silu"),
+    ),
+    "kernel_quantize gelu": lambda: (
+        OPS.kernel_quantize,
+        (torch.randn(2, 5, 4), *coding_case()[1:4], -1, 0, 255, "none", 1, None, None, 0.0, "gelu"),
+    ),
     "kernel_quantize empty batch": lambda: (OPS.kernel_quantize, coding_case(0)),
     "kernel_conv2d shifted": lambda: (OPS.kernel_conv2d, (*kernel_case(3), torch.randint(4, (3, 4)).byte())),
     "kernel_conv2d upsampled by a size": lambda: (

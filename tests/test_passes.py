@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -606,6 +607,17 @@ def test_lower_cpu_without_the_library_changes_no_layer_and_says_why(monkeypatch
     result = run_step(step, program_before("lower-cpu"), context())
     assert not list(result.calls("kernel_conv2d", "kernel_linear"))
     assert set(refusals(result).values()) == {"there is no library"}
+
+
+def test_lower_cpu_leaves_layers_whose_padding_would_be_no_code() -> None:
+    before = program_before("lower-cpu")
+    first = next(before.calls("qconv2d"))
+    name = str(ops.tensor(first, "x_zero_point").target)
+    moved = {**before.weights(), name: before.weights()[name] - 300}
+    result = run_step(create("lower-cpu"), replace(before, gm=clone(before.gm, moved)), context())
+    (reason,) = set(refusals(result).values()) - set(refusals(after("lower-cpu")).values())
+    assert re.fullmatch(r"zero points of the input go from -\d+ to -\d+, codes from 0 to 255", reason)
+    assert ops.is_call(result.node(first.meta["address"]), "qconv2d")
 
 
 @pytest.mark.parametrize(

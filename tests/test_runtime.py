@@ -457,7 +457,7 @@ def test_a_pipeline_is_saved_and_loaded_with_its_compiled_controlnet(
 def test_auto_is_the_native_kernels_where_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert targets.resolve("auto").name == "cpu"
     monkeypatch.setattr(targets, "library", lambda: None)
-    assert targets.resolve("auto").name == "simulate"
+    assert targets.resolve("auto").name == "reference"
     assert targets.resolve(AS_CAPTURED) is AS_CAPTURED
 
 

@@ -232,6 +232,18 @@ def test_a_file_that_was_changed_with_its_checksum_is_still_judged(
         store.load(damaged)
 
 
+def test_codes_of_more_bits_than_the_graph_says_are_refused(tmp_path: Path) -> None:
+    """Of 3 bits, in nibbles; what 4 and 8 bits are packed in holds nothing else."""
+    compiled("simulate").save_pretrained(tmp_path)
+    graph = (tmp_path / "graph.json").read_text()
+    assert graph.count(", 4, true, [") == 1
+    (tmp_path / "graph.json").write_text(graph.replace(", 4, true, [", ", 3, true, ["))
+    reseal(tmp_path)
+    told = r"safetensors: conv_in\.weight_packed: codes from 1 to 7 do not fit 3 bits \(-4 to 3\)"
+    with pytest.raises(StoreError, match=told):
+        store.load(tmp_path)
+
+
 def test_a_newer_format_asks_for_an_update(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmqfx.storage.manifest.FORMAT_VERSION", FORMAT_VERSION + 1)
     reseal(damaged)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from handmade import program_of
 from hypothesis import given
 from hypothesis import strategies as st
 from models import MODELS
@@ -578,6 +579,35 @@ def test_rounding_errors_are_no_fault_of_the_codes() -> None:
     judge = SameCodes(program, draw(program, generator()))
     nudged = {n: w * (1 + 1e-13) if n == "mid.norm1.weight" else w for n, w in program.weights().items()}
     assert not judge.judge(replace(program, gm=clone(program.gm, nudged))).wrong
+
+
+def rounding(nudge: float, dtype: torch.dtype) -> Program:
+    """Codes of sample + nudge in steps of one, as numbers."""
+    graph = fx.Graph()
+    call, sample, _ = graph.call_function, graph.placeholder("sample"), graph.placeholder("timestep")
+    constants = {"nudge": torch.tensor(nudge), "one": torch.ones(1, 1), "none": torch.zeros(1, 1)}
+    held = {name: graph.get_attr(name) for name in constants}
+    x = call(aten.add.Tensor, (sample, held["nudge"]))
+    grid = (held["one"], held["none"])
+    codes = call(torch.ops.dmqfx.quantize.default, (x, *grid, None, 1, 0, 255))
+    graph.output(call(torch.ops.dmqfx.dequantize.default, (codes, *grid)))
+    return program_of(graph, constants).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "side", "allowed"),
+    [(torch.float32, 4, 8), (torch.float32, 200, 16), (torch.float64, 4, 1), (torch.float64, 600, 1)],
+)
+def test_more_ties_than_chance_has_are_an_error(dtype: torch.dtype, side: int, allowed: int) -> None:
+    """One code in 10,000 of float32 and in a million of float64, and a few in any case; each of them is a tie."""
+    for ties, wrong in ((allowed, False), (allowed + 1, True)):
+        sample = torch.ones(1, 4, side, side, dtype=dtype)
+        sample.view(-1)[:ties] = 2.5  # to even: 2, or 3 with a nudge
+        judge = SameCodes(rounding(0.0, dtype), [{"sample": sample, "timestep": torch.zeros(1)}])
+        found = judge.judge(rounding(1e-5 if dtype == torch.float32 else 1e-10, dtype))
+        assert judge.ties == [(ties, 4 * side * side)]
+        assert found.wrong == wrong
+        assert (found.what.startswith("share of codes that differ"), found.error > 0) == (wrong, wrong)
 
 
 @pytest.mark.parametrize(("judge", "least"), [(Equal, 1e-7), (Close, 1e-3)])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "packed_length", "raw", "unpack"]
+__all__ = ["check", "pack", "packed_length", "raw", "unpack"]
 
 
 def packed_length(count: int, bits: int) -> int:
@@ -43,7 +43,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if codes.dtype not in (torch.int8, torch.uint8):
         raise ValueError(f"codes are int8 or uint8, not {codes.dtype}")
     length = packed_length(codes.numel(), bits)
-    _check(codes, bits)
+    check(codes, bits)
     flat = codes.reshape(-1).view(torch.uint8)
     if bits > 4:
         return flat.clone()
@@ -79,7 +79,8 @@ def unpack(packed: Tensor, bits: int, signed: bool, shape: Sequence[int]) -> Ten
     )
 
 
-def _check(codes: Tensor, bits: int) -> None:
+def check(codes: Tensor, bits: int) -> None:
+    """Raise ValueError if a code, int8 or uint8, needs more bits."""
     if codes.numel() == 0:
         return
     least, greatest = int(codes.amin()), int(codes.amax())

@@ -39,7 +39,7 @@ TARGETS: Final = (
 
 
 def resolve(target: str | Target) -> Target:
-    """The target of a name; `auto` is `cpu` where the library of native kernels is there, else `simulate`.
+    """The target of a name; `auto` is `cpu` where the library of native kernels is there, else `reference`.
 
     Raises: PassNotFoundError for an unknown name, with the nearest one.
     Example:
@@ -50,7 +50,7 @@ def resolve(target: str | Target) -> Target:
         return target
     known = {each.name: each for each in TARGETS}
     if target == "auto":
-        return known["cpu" if library() is not None else "simulate"]
+        return known["cpu" if library() is not None else "reference"]
     if target not in known:
         raise PassNotFoundError(f"there is no target {target!r}; {suggest(target, ['auto', *known])}")
     return known[target]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dmqfx.runtime.attention import check, qattention
-from dmqfx.runtime.kernels.native import Attention, library, readable
+from dmqfx.runtime.kernels.native import Attention, library, readable, tell_plain
 
 __all__ = ["WIDEST", "attend", "average"]
 
@@ -38,6 +38,9 @@ def attend(
     """
     factor = check(query, key, value, scale, bits)
     if not _fits(query, key, value):
+        if query.numel() and key.numel():
+            takes = f"float32 on the CPU, heads of up to {WIDEST} channels"
+            tell_plain("kernel_attention", query, key, value, takes=takes)
         return qattention(query, key, value, scale, bits)
     return _attended(query, key, value, factor, bits, instruction_set)
 

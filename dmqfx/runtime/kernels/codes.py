@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmqfx.numbers import quant
-from dmqfx.runtime.kernels.native import Coding, library, readable
+from dmqfx.runtime.kernels.native import Coding, library, readable, tell_plain
 from dmqfx.runtime.kernels.recipes import ACTIVATIONS, NORMS, Recipe, check_groups, prepare
 
 __all__ = ["ACTIVATIONS", "NORMS", "laid_out", "quantize"]
@@ -54,6 +54,7 @@ def quantize(
     known = prepare(recipe)
     check_groups(group, scale.shape[0], x.shape[0])
     if native is None or known.native is None or not readable(x):
+        tell_plain("kernel_quantize", x, scale, norm_weight, norm_bias)
         real = _plain(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, activation)
         codes = quant.quantize(real, scale, zero_point, group, axis, qmin, qmax)
         return codes.contiguous(memory_format=_format(recipe.planes))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmqfx.runtime import integer
 from dmqfx.runtime.kernels.coded import Coded
-from dmqfx.runtime.kernels.native import Layer, library
+from dmqfx.runtime.kernels.native import Layer, library, tell_plain
 from dmqfx.runtime.kernels.prepared import Operands, Window, prepare
 from dmqfx.runtime.kernels.weights import unpack
 
@@ -54,7 +54,7 @@ def conv2d(
     """
     operands = Operands(blob, x_scale, x_zero_point, w_scale, bias, shift)
     window, resized = Window(stride, padding, dilation, groups), (upsample_size, upsample_factors)
-    if not _is_native(x_codes):
+    if not _is_native(x_codes, "kernel_conv2d"):
         total = _plain_sums(x_codes, group, weight_shape, operands, window, resized)
         return _last(_finished(total, operands, group, added, coded, 1))
     known = prepare(operands, weight_shape, window, signed=_is_signed(x_codes))
@@ -138,7 +138,7 @@ def linear(
     Raises: as conv2d.
     """
     operands = Operands(blob, x_scale, x_zero_point, w_scale, bias, shift)
-    if not _is_native(x_codes):
+    if not _is_native(x_codes, "kernel_linear"):
         codes, zero = unpack(blob, weight_shape, 1), x_zero_point.new_zeros(1, 1)
         total = integer.linear_accumulators(x_codes, x_zero_point, group, codes, zero, shift)
         return _finished(total, operands, group, added, coded, -1)
@@ -194,8 +194,10 @@ def _is_signed(codes: Tensor) -> bool:
     return codes.dtype == torch.int8
 
 
-def _is_native(x: Tensor) -> bool:
-    return x.device.type == "cpu" and library() is not None
+def _is_native(x: Tensor, operator: str) -> bool:
+    if not x.is_cpu:
+        tell_plain(operator, x, takes="codes on the CPU")
+    return x.is_cpu and library() is not None
 
 
 def _finished(

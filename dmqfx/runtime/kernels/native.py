@@ -32,6 +32,7 @@ __all__ = [
     "library",
     "readable",
     "taped",
+    "tell_plain",
 ]
 
 logger = logging.getLogger(__name__)
@@ -260,6 +261,22 @@ def library() -> Library | None:
 def readable(x: Tensor) -> bool:
     """Whether the kernels can read a tensor of real numbers: float32 on the CPU."""
     return x.is_cpu and x.dtype == torch.float32
+
+
+def tell_plain(operator: str, *operands: Tensor | None, takes: str = "float32 on the CPU") -> None:
+    """Log, once for each kind of operand, that an operator leaves these to plain torch: its kernel does not take them.
+
+    Nothing is said of float64, in which programs are verified, nor without the library, which is logged itself.
+    """
+    there = [each for each in operands if each is not None]
+    odd = next((each for each in there if not readable(each)), there[0])
+    if library() is not None and odd.dtype != torch.float64:
+        _tell_plain(operator, f"{str(odd.dtype).removeprefix('torch.')} on {odd.device.type}", takes)
+
+
+@cache
+def _tell_plain(operator: str, given: str, takes: str) -> None:
+    logger.warning("%s computes %s in plain torch, slowly: its kernel takes %s", operator, given, takes)
 
 
 def _no_group(there: int) -> ValueError:

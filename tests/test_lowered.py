@@ -1,0 +1,106 @@
+"""Real diffusers classes, lowered to native kernels: at the edges of what sizes there are, exported and compiled."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from models import captured
+from torch import Tensor
+
+import dmqfx
+from dmqfx.calibration.calibration import Calibration
+from dmqfx.checking.judges import SameCodes
+from dmqfx.graph.program import Program
+from dmqfx.policy.policy import Policy
+from dmqfx.runtime.hoisted import HoistedModule
+from dmqfx.runtime.targets import lower
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random encoder_hidden_states")
+
+
+@cache
+def quantized(name: str) -> Program:
+    """Everything in codes that can be, attention over few keys too."""
+    model, _ = captured(name)
+    policy = Policy.load("w4a8-quick", ["pipeline.quantize-attention.keys=1"])
+    data = Calibration.synthesize(model, steps=2, trajectories=1, progress=False)
+    q = dmqfx.compile(model, policy, calibration=data, target="simulate", report_rows=0, progress=False)
+    return q.program
+
+
+@cache
+def native(name: str) -> Program:
+    return lower(quantized(name), "cpu")
+
+
+def drawn(name: str, **sizes: int) -> dict[str, Tensor]:
+    return quantized(name).inputs.draw(torch.Generator().manual_seed(0), **sizes)
+
+
+def every_other(x: Tensor) -> Tensor:
+    """The same numbers with gaps between them in memory."""
+    return torch.stack([x, x], -1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("conditional", {"B": 1, "H": 1, "W": 1, "T": 1}),
+        ("conditional", {"B": 7, "H": 5, "W": 3, "T": 77}),
+        ("inpainting", {"B": 7, "H": 1, "W": 1, "T": 3}),
+        ("plain", {"B": 0}),
+    ],
+)
+def test_sizes_at_the_edges_give_what_the_reference_gives(name: str, sizes: dict[str, int]) -> None:
+    """Attention of diffusers takes no batch of 0 and no empty context, in float either; the kernels' own tests have both."""
+    given = drawn(name, **sizes)
+    judge = SameCodes(lower(quantized(name), "reference"), [given])
+    found = judge.judge(native(name))
+    assert not found.wrong, found
+    assert (judge.ties[0][1] > 0) == (sizes["B"] > 0)
+    module = native(name).fork().gm
+    assert isinstance(module, HoistedModule)
+    expected = module._flat(module, **given)
+    assert isinstance(expected, Tensor)
+    assert expected.shape[::3] == given["sample"].shape[::3]
+    for _ in range(3):
+        assert torch.equal(module(**given), expected), "replays give other bits"
+
+
+def test_how_inputs_lie_in_memory_and_more_threads_than_work_change_nothing() -> None:
+    given, module, threads = (
+        drawn("inpainting", H=2, W=4, T=5),
+        native("inpainting").fork().gm,
+        torch.get_num_threads(),
+    )
+    expected = module(**given)
+    try:
+        torch.set_num_threads(16)
+        for _ in range(3):
+            last = {**given, "sample": given["sample"].to(memory_format=torch.channels_last)}
+            apart = {key: each if each.dim() == 1 else every_other(each) for key, each in given.items()}
+            assert not apart["sample"].is_contiguous()
+            for each in (given, last, apart):
+                assert torch.equal(module(**each), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_it_is_exported_with_attention_in_codes() -> None:
+    module, given = native("inpainting").fork().gm, drawn("inpainting", H=4, W=4, T=5)
+    names = {str(node.target) for node in module.graph.nodes}
+    assert {f"dmqfx.kernel_{each}.default" for each in ("attention", "conv2d", "linear", "quantize")} <= names
+    assert torch.equal(
+        torch.export.export(module, (), given, strict=False).module()(**given), module(**given)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_it_is_compiled_as_one_graph(backend: str) -> None:
+    module, given = native("conditional").fork().gm, drawn("conditional", H=4, W=4, T=5)
+    expected = module(**given)
+    found = torch.compile(module, fullgraph=True, backend=backend)(**given)
+    assert (found - expected).norm() <= (0 if backend == "aot_eager" else 2e-2) * expected.norm()
