@@ -7,7 +7,7 @@ The ways take turns on the same inputs in one run; a way's time is the median of
 the one thread, since other programs may run beside it. What hoisting keeps comes again in "cpu" as in a loop over a
 schedule and a prompt that were seen before; two more ways get timesteps, and contexts too, that never were.
 Where input channels have steps of their own (vote-shifts), one more way has those layers in plain torch. --profile adds
-milliseconds by kind of operator, of an interpreter's run; the limits of a call are bench_roofline.py's.
+milliseconds by kind of operator, of interpreters that take turns; the limits of a call are bench_roofline.py's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ UNHOISTED = Target(
 UNFUSED = Target("cpu without fuse", ("lower-reference", "lower-cpu"), "layers alone are native")
 MODELS = {"emoji": (emoji.load_unet, emoji.LATENT, (8, 128)), "sd15": (sd15, (4, 64, 64), (77, 768))}
 SHIFTS_IN_TORCH = "cpu, shifts in torch"
-_PROFILED = 3  # calls
+_PROFILED = 5  # calls, behind a first one
 
 
 class _Timed(fx.Interpreter):
@@ -58,15 +58,23 @@ class _Timed(fx.Interpreter):
         return value
 
 
-def kinds(module: fx.GraphModule, inputs: Mapping[str, Tensor], times: int) -> dict[str, float]:
-    """Milliseconds a call of each kind of operator, the most expensive first."""
-    timed = _Timed(module)
-    given = [inputs[str(n.target)] for n in module.graph.nodes if n.op == "placeholder"]
-    timed.run(*given)
-    timed.seconds.clear()
-    for _ in range(times):
-        timed.run(*given)
-    return {kind: round(1e3 * total / times, 2) for kind, total in timed.seconds.most_common(16)}
+def kinds(modules: Mapping[str, fx.GraphModule], inputs: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Median milliseconds a call of each kind of operator, the most expensive first; the modules take turns."""
+    timed = {name: _Timed(module) for name, module in modules.items()}
+    found: dict[str, list[Counter[str]]] = {name: [] for name in modules}
+    for _ in range(_PROFILED + 1):
+        for name, each in timed.items():
+            each.seconds = Counter()
+            each.run(*(inputs[str(n.target)] for n in each.graph.nodes if n.op == "placeholder"))
+            found[name].append(each.seconds)
+    medians = {
+        name: Counter({kind: statistics.median(one[kind] for one in calls[1:]) for kind in calls[0]})
+        for name, calls in found.items()
+    }
+    return {
+        name: {kind: round(1e3 * seconds, 2) for kind, seconds in each.most_common(16)}
+        for name, each in medians.items()
+    }
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -179,9 +187,7 @@ def main() -> None:
     if given.profile:
         names = [name for name in ways if name not in ("simulate", "cpu")]
         programs = {"float": capture(unet).gm, **{name: ways[name].runner for name in names}}
-        result["operator_milliseconds"] = {
-            name: kinds(module, inputs, _PROFILED) for name, module in programs.items()
-        }
+        result["operator_milliseconds"] = kinds(programs, inputs)
     suffix = "" if given.policy == "w4a8-quick" else f"_{given.policy.replace('-', '_')}"
     suffix += "" if given.batch == 32 else f"_batch{given.batch}"
     write(f"unet_{given.model}{suffix}", result)

@@ -10,6 +10,7 @@ from torch import fx
 
 from dmqfx.graph import ops
 from dmqfx.graph.facts import INTEGER, Fact
+from dmqfx.graph.modules import is_fixed
 from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.graph.pipeline import Preserves
 from dmqfx.graph.rewrite import Refuse, Rewriter
@@ -82,12 +83,20 @@ class LowerCpu(RewritePass):
 
 
 def _beyond(rw: Rewriter, root: fx.Node) -> str:
-    """Why a kernel cannot take the input's zero points, with which it fills up padding, or "" where they are codes."""
+    """Why a kernel cannot take the input's zero points, which it multiplies as it does codes, or "" where they are codes.
+
+    Those that depend on an input are looked at in every call.
+    """
+    zero_point = ops.tensor(root, "x_zero_point")
+    if not is_fixed(zero_point) or not zero_point.meta["val"].numel():
+        return ""
     codes = torch.iinfo(ops.tensor(root, "x_codes").meta["val"].dtype)
-    least, greatest = (int(each) for each in torch.aminmax(rw.value(ops.tensor(root, "x_zero_point"))))
+    least, greatest = map(float, torch.aminmax(rw.value(zero_point)))
     if codes.min <= least and greatest <= codes.max:
         return ""
-    return f"zero points of the input go from {least} to {greatest}, codes from {codes.min} to {codes.max}"
+    return (
+        f"zero points of the input go from {least:g} to {greatest:g}, codes from {codes.min} to {codes.max}"
+    )
 
 
 def _operands(

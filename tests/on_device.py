@@ -264,7 +264,7 @@ def test_what_is_set_aside_on_disk_comes_back_there() -> None:
 def test_it_moves_and_comes_back(target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     simple(DEVICE).save_pretrained(tmp_path)
     q = dmqfx.load(tmp_path, target=target)
-    native._tell_plain.cache_clear()
+    native.warn_once.cache_clear()
     before = output(q, CPU)
     assert not caplog.records
     assert relative(output(q.to(DEVICE), DEVICE), before) < 2e-2

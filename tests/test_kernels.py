@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmqfx.errors import DmqfxError
+from dmqfx.numbers import quant
 from dmqfx.runtime import integer
+from dmqfx.runtime.attention import qattention
 from dmqfx.runtime.kernels import layers, native, prepared, weights
 from dmqfx.runtime.kernels.attend import WIDEST, attend
 from dmqfx.runtime.kernels.coded import Coded
@@ -773,14 +775,24 @@ def test_what_no_kernel_takes_is_told_once_and_computed_in_plain_torch(
     def codes(dtype: torch.dtype) -> Tensor:
         return quantize(x.to(dtype), scale.to(dtype), ZERO.to(dtype) + 128, None, 1, 0, 255)
 
-    native._tell_plain.cache_clear()
-    codes(torch.float32), codes(torch.float64), attend(wide[..., 1:], wide[..., 1:], wide[..., 1:])
+    def plain(dtype: torch.dtype) -> Tensor:
+        return quant.quantize(x.to(dtype), scale.to(dtype), ZERO.to(dtype) + 128, None, 1, 0, 255)
+
+    native.warn_once.cache_clear()
+    assert torch.equal(codes(torch.float32), plain(torch.float32))
+    assert torch.equal(codes(torch.float64), plain(torch.float64))
+    attend(wide[..., 1:], wide[..., 1:], wide[..., 1:])
     assert not caplog.records
     for _ in range(2):
-        codes(torch.bfloat16), codes(torch.float16), attend(wide, wide, wide)
+        for dtype in (torch.bfloat16, torch.float16):
+            assert torch.equal(codes(dtype), plain(dtype))
+        assert torch.equal(attend(wide, wide, wide), qattention(wide, wide, wide))
+    mend = '\n  mend: q.retarget("simulate") is faster without kernels'
     assert [record.getMessage() for record in caplog.records] == [
-        "kernel_quantize computes bfloat16 on cpu in plain torch, slowly: its kernel takes float32 on the CPU",
-        "kernel_quantize computes float16 on cpu in plain torch, slowly: its kernel takes float32 on the CPU",
+        "kernel_quantize computes bfloat16 on cpu in plain torch, slowly: its kernel takes float32 on the CPU"
+        + mend,
+        "kernel_quantize computes float16 on cpu in plain torch, slowly: its kernel takes float32 on the CPU"
+        + mend,
         "kernel_attention computes float32 on cpu in plain torch, slowly: its kernel takes float32 on the CPU, heads of "
-        "up to 1024 channels",
+        "up to 1024 channels" + mend,
     ]

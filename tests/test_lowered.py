@@ -64,7 +64,7 @@ def test_sizes_at_the_edges_give_what_the_reference_gives(name: str, sizes: dict
     assert isinstance(module, HoistedModule)
     expected = module._flat(module, **given)
     assert isinstance(expected, Tensor)
-    assert expected.shape[::3] == given["sample"].shape[::3]
+    assert expected[:, :1].shape == given["sample"][:, :1].shape
     for _ in range(3):
         assert torch.equal(module(**given), expected), "replays give other bits"
 

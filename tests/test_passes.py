@@ -609,14 +609,17 @@ def test_lower_cpu_without_the_library_changes_no_layer_and_says_why(monkeypatch
     assert set(refusals(result).values()) == {"there is no library"}
 
 
-def test_lower_cpu_leaves_layers_whose_padding_would_be_no_code() -> None:
+@pytest.mark.parametrize(
+    ("moved", "told"), [(-300.0, r"-\d+ to -\d+"), (math.inf, "inf to inf"), (math.nan, "nan to nan")]
+)
+def test_lower_cpu_leaves_layers_whose_zero_points_are_no_codes(moved: float, told: str) -> None:
     before = program_before("lower-cpu")
     first = next(before.calls("qconv2d"))
     name = str(ops.tensor(first, "x_zero_point").target)
-    moved = {**before.weights(), name: before.weights()[name] - 300}
-    result = run_step(create("lower-cpu"), replace(before, gm=clone(before.gm, moved)), context())
+    weights = {**before.weights(), name: before.weights()[name] + moved}
+    result = run_step(create("lower-cpu"), replace(before, gm=clone(before.gm, weights)), context())
     (reason,) = set(refusals(result).values()) - set(refusals(after("lower-cpu")).values())
-    assert re.fullmatch(r"zero points of the input go from -\d+ to -\d+, codes from 0 to 255", reason)
+    assert re.fullmatch(rf"zero points of the input go from {told}, codes from 0 to 255", reason)
     assert ops.is_call(result.node(first.meta["address"]), "qconv2d")
 
 

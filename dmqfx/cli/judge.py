@@ -41,7 +41,7 @@ def _eval(commands: Commands[argparse.ArgumentParser]) -> None:
         "--target",
         default="auto",
         choices=terminal.TARGETS,
-        help="what the layers run as; auto is the best there is [auto]",
+        help="what the layers run as; auto is cpu where its kernels were built, else reference [auto]",
     )
     parser.add_argument("--out", metavar="JSON", help="write everything that was found, and the protocol")
     parser.add_argument(

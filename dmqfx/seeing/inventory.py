@@ -16,7 +16,7 @@ from dmqfx.seeing.selection import select
 
 __all__ = ["Item", "inventory", "listing", "macs", "weight_shape"]
 
-_LOWERING = ("choose-forms", "lower-reference", "lower-cpu", "fuse", "lower-float")
+_LOWERING = ("choose-forms", "lower-reference", "lower-cpu", "lower-float")
 
 # Products that are counted but have no sites: attention spelled out, and layers that few UNets use.
 _OTHERS = ("addmm", "baddbmm", "bmm", "conv1d", "conv3d", "conv_transpose2d", "matmul", "mm")

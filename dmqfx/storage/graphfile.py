@@ -20,6 +20,7 @@ from dmqfx.graph.inputs import InputSpec
 from dmqfx.graph.invariants import check_structure
 from dmqfx.graph.modules import build, constant, propagate
 from dmqfx.graph.program import Program
+from dmqfx.numbers import packing
 from dmqfx.storage.codec import Json, decode, encode
 
 __all__ = ["NAMESPACES", "PYTHON", "read_program", "strides", "write_graph"]
@@ -33,6 +34,8 @@ PYTHON: Final[Mapping[str, Callable[..., object]]] = {
     )
 }  # fmt: skip
 """The functions outside torch.ops that a graph may call."""
+PACKED: Final = {"unpack": "packed", "qconv2d": "packed_weight", "qlinear": "packed_weight"}
+"""Operators that read packed codes, and the argument that these are."""
 _WEIGHT = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
@@ -65,7 +68,30 @@ def read_program(document: Mapping[str, Json], constants: Mapping[str, Tensor]) 
         check_structure(program, "load")
     except (DmqfxError, RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise StoreError(f"the graph does not run at its example sizes: {error}") from error
+    _check_codes(program)
     return program
+
+
+def _check_codes(program: Program) -> None:
+    """Raise StoreError for codes of more bits than the graph says; those of 4 and 8 bits fill what they are packed in."""
+    for node in program.calls(*PACKED):
+        named = ops.args(node)
+        held, bits = named[PACKED[ops.name(node)]], named["bits"]
+        if (
+            not isinstance(held, fx.Node)
+            or held.op != "get_attr"
+            or not isinstance(bits, int)
+            or bits in (4, 8)
+        ):
+            continue
+        packed = constant(program.gm, str(held.target))
+        try:
+            count = packed.numel() * (
+                2 if bits < 4 else 1
+            )  # what fills up a last byte is 0, which always fits
+            packing.check(packing.unpack(packed, bits, bool(named["signed"]), (count,)), bits)
+        except ValueError as error:
+            raise StoreError(f"{node.meta['address']}, {held.target}: {error}") from error
 
 
 def _write_node(node: fx.Node, gm: fx.GraphModule) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Final
 import diffusers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, fx
+from torch import Tensor
 
 from dmqfx.errors import DmqfxError, StoreError
-from dmqfx.graph import ops
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.program import Program
-from dmqfx.numbers import packing
 from dmqfx.policy.file import parse_policy, print_policy
 from dmqfx.runtime import targets
 from dmqfx.seeing.report import Report
@@ -135,25 +133,7 @@ def _read_program(path: Path) -> tuple[Program, TensorFile]:
         program = read_table(program, knowledge, file.tensors)
         check_structure(program, "load")
         check_facts(program, "load")
-    with _About(path / TENSORS):
-        _check_codes(program)
     return program, file
-
-
-def _check_codes(program: Program) -> None:
-    """Raise StoreError for codes of more bits than the graph says; 4 and 8 bits fill what they are packed in."""
-    weights = program.weights()
-    for node in program.calls("unpack"):
-        packed, bits, signed, shape = ops.args(node).values()
-        assert isinstance(packed, fx.Node)
-        assert isinstance(bits, int)
-        assert isinstance(shape, Sequence)
-        if bits in (4, 8):
-            continue
-        try:
-            packing.check(packing.unpack(weights[str(packed.target)], bits, bool(signed), shape), bits)
-        except ValueError as error:
-            raise StoreError(f"{packed.target}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def conv2d(
     """
     operands = Operands(blob, x_scale, x_zero_point, w_scale, bias, shift)
     window, resized = Window(stride, padding, dilation, groups), (upsample_size, upsample_factors)
-    if not _is_native(x_codes, "kernel_conv2d"):
+    if not _is_native(x_codes):
+        tell_plain("kernel_conv2d", x_codes, takes="codes on the CPU")
         total = _plain_sums(x_codes, group, weight_shape, operands, window, resized)
         return _last(_finished(total, operands, group, added, coded, 1))
     known = prepare(operands, weight_shape, window, signed=_is_signed(x_codes))
@@ -138,7 +139,8 @@ def linear(
     Raises: as conv2d.
     """
     operands = Operands(blob, x_scale, x_zero_point, w_scale, bias, shift)
-    if not _is_native(x_codes, "kernel_linear"):
+    if not _is_native(x_codes):
+        tell_plain("kernel_linear", x_codes, takes="codes on the CPU")
         codes, zero = unpack(blob, weight_shape, 1), x_zero_point.new_zeros(1, 1)
         total = integer.linear_accumulators(x_codes, x_zero_point, group, codes, zero, shift)
         return _finished(total, operands, group, added, coded, -1)
@@ -194,9 +196,7 @@ def _is_signed(codes: Tensor) -> bool:
     return codes.dtype == torch.int8
 
 
-def _is_native(x: Tensor, operator: str) -> bool:
-    if not x.is_cpu:
-        tell_plain(operator, x, takes="codes on the CPU")
+def _is_native(x: Tensor) -> bool:
     return x.is_cpu and library() is not None
 
 

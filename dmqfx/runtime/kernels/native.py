@@ -45,6 +45,7 @@ RUNS = (*(1 << k for k in range(9)), *(3 << k for k in range(8)))
 
 _FILE = Path(__file__).with_name("libdmqfx.so")
 _MEND = "install a C++ compiler (g++ or clang++), then `pip install --force-reinstall --no-deps` dmqfx"
+_ELSEWHERE = 'q.retarget("simulate") is faster without kernels'
 
 
 class Layer(ctypes.Structure):
@@ -252,7 +253,9 @@ def library() -> Library | None:
                 raise OSError(f"{file} was built from other sources")
         found = handle.dmqfx_instruction_sets()
     except (OSError, AttributeError) as error:
-        logger.warning("no native kernels, layers run in plain torch: %s\n  mend: %s", error, _MEND)
+        logger.warning(
+            "no native kernels, layers run in plain torch: %s\n  mend: %s; %s", error, _MEND, _ELSEWHERE
+        )
         return None
     there = tuple(name for k, name in enumerate(INSTRUCTION_SETS) if found >> k & 1)
     return Library(file, handle, there, _chosen(there))
@@ -264,19 +267,23 @@ def readable(x: Tensor) -> bool:
 
 
 def tell_plain(operator: str, *operands: Tensor | None, takes: str = "float32 on the CPU") -> None:
-    """Log, once for each kind of operand, that an operator leaves these to plain torch: its kernel does not take them.
+    """Log, once for each kind of operand, that an operator computes these in plain torch: its kernel does not take them.
 
     Nothing is said of float64, in which programs are verified, nor without the library, which is logged itself.
     """
     there = [each for each in operands if each is not None]
     odd = next((each for each in there if not readable(each)), there[0])
     if library() is not None and odd.dtype != torch.float64:
-        _tell_plain(operator, f"{str(odd.dtype).removeprefix('torch.')} on {odd.device.type}", takes)
+        given = f"{str(odd.dtype).removeprefix('torch.')} on {odd.device.type}"
+        warn_once(
+            f"{operator} computes {given} in plain torch, slowly: its kernel takes {takes}\n  mend: {_ELSEWHERE}"
+        )
 
 
 @cache
-def _tell_plain(operator: str, given: str, takes: str) -> None:
-    logger.warning("%s computes %s in plain torch, slowly: its kernel takes %s", operator, given, takes)
+def warn_once(message: str) -> None:
+    """Log a warning, if it was not logged before."""
+    logger.warning(message)
 
 
 def _no_group(there: int) -> ValueError:
