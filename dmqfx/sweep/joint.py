@@ -9,6 +9,7 @@ from dmqfx import processes
 from dmqfx.graph.address import Site
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
+from dmqfx.machine import give_back_memory
 from dmqfx.sweep.estimate import tell
 from dmqfx.sweep.finite import refuse_broken_weights
 from dmqfx.sweep.key import of_table
@@ -62,6 +63,7 @@ def _visited(turn: Turn, visits: Visits, steps: Steps, bar: Progress) -> Table:
     bar.begin(turn.site)
     work = partial(_seen, turn, steps)
     turn.table = visits.visit(turn.table, [own.journal for _, own in steps], work)
+    give_back_memory()
     bar.end(turn.loss)
     return turn.table
 
