@@ -35,6 +35,9 @@ UNREASONED = re.compile(r"# type: ignore(?!\[[\w, -]+\]  # \S)")
 MOVED = re.compile(r"\.cu" + r"da\(|\.to\([\"']cu" + "da")
 TOOTHLESS = re.compile(r"assert [T]rue\b|pytest\.[s]kip|mark\.[s]kip|\b[x]fail\b|import[o]rskip")
 WORKPLACE = re.compile(r"/[w]ork/|/[f]arm/|/tmp/[l]ab|/tmp/[v]/|(?<!torch)\.[l]ibrary\b|\.\./[s]hared")
+JUST_IN_TIME = re.compile(
+    r"torch\.compile\(|torch\.jit\.|_inductor|cpp_extension|load_inline|import (triton|numba|cffi)"
+)
 VAGUE = re.compile(r"(Manager|Helper|Utils?|Base)$", re.IGNORECASE)
 
 
@@ -269,6 +272,8 @@ def found(pattern: re.Pattern[str], text: str) -> list[str]:
         (TOOTHLESS, "@pytest.mark.sk" + "ip"),
         (TOOTHLESS, "    assert Tr" + "ue"),
         (MOVED, "    x = x.cuda()"),
+        (JUST_IN_TIME, "    return torch.compile(module)"),
+        (JUST_IN_TIME, "from torch.utils.cpp_extension import load"),
         (WORKPLACE, "see ../sha" + "red/design"),
     ],
 )
@@ -289,6 +294,11 @@ def test_nothing_is_left_unfinished_or_silenced(file: Path) -> None:
 @pytest.mark.parametrize("file", SOURCES, ids=relative)
 def test_the_device_is_that_of_the_program(file: Path) -> None:
     assert found(MOVED, file.read_text()) == []
+
+
+def test_nothing_is_compiled_just_in_time() -> None:
+    texts = {relative(file): file.read_text() for file in SOURCES}
+    assert [f"{name}:{line}" for name, text in texts.items() for line in found(JUST_IN_TIME, text)] == []
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=relative)
