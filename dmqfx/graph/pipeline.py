@@ -21,6 +21,7 @@ from dmqfx.graph.fingerprint import fingerprint, refuse_changes, tensors
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Journal, PassRecord
 from dmqfx.graph.program import Program
+from dmqfx.machine import give_back_memory
 
 if TYPE_CHECKING:
     from dmqfx.calibration.calibration import Calibration
@@ -238,6 +239,7 @@ def run_steps(
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
     after = _run_alone_or_jointly(list(zip(steps, locals_, strict=True)), program)
+    give_back_memory()
     names = ", ".join(step.name() for step in steps)
     if given is not None:
         refuse_changes(program, given, names)
