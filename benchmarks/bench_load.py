@@ -40,8 +40,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         home = Path(options.compiled or folder)
-        if not (home / "compiled").exists():
-            made(home, options)
+        make(home, options)
         found = {kind: child(kind, home) for kind in ("float", "compiled")}
     exact, small = found["float"], found["compiled"]
     result = {
@@ -53,7 +52,7 @@ def main() -> int:
             for at in ("loaded", "used", "peak")
         },
     }
-    write(f"load_sd15_{options.policy}" + "_avx2" * options.avx2, result)
+    write(f"load_sd15_{Path(options.policy).stem}" + "_avx2" * options.avx2, result)
     return 0
 
 
@@ -68,14 +67,16 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def made(home: Path, options: argparse.Namespace) -> None:
-    """Both models' files."""
+def make(home: Path, options: argparse.Namespace) -> None:
+    """The files of both models, where they are not there."""
     warnings.simplefilter("ignore")
-    unet = sd15()
-    data = Calibration.synthesize(unet, steps=options.rows, trajectories=1)
-    q = dmqfx.compile(unet, options.policy, calibration=data, report_rows=0)
-    unet.save_pretrained(home / "float")
-    q.save_pretrained(home / "compiled")
+    if not (home / "compiled").exists():
+        unet = sd15()
+        data = Calibration.synthesize(unet, steps=options.rows, trajectories=1)
+        q = dmqfx.compile(unet, options.policy, calibration=data, report_rows=0)
+        q.save_pretrained(home / "compiled")
+    if not (home / "float").exists():
+        sd15().save_pretrained(home / "float")
 
 
 def child(kind: str, home: Path) -> dict[str, float]:
