@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -22,6 +24,9 @@ CHANNELS = {"kernel_conv2d": 1, "kernel_linear": -1}
 CONTIGUOUS = torch.ops.aten.contiguous.default
 NORM_ARGUMENTS = {"norm_weight": "weight", "norm_bias": "bias", "eps": "eps"}
 GROUP_NORM = p.group_norm(input=p.any("x")).as_("norm")
+MODULATED = p.add(
+    self=p.mul(self=GROUP_NORM, other=p.any("norm_scale")), other=p.any("norm_shift"), alpha=p.value(1)
+)
 LAYER_NORM = p.layer_norm(input=p.any("x")).as_("norm")
 HALVES = p.chunk(self=p.any("x"), chunks=p.value(2)).as_("halves")
 GELU = p.value("none")  # the exact one
@@ -32,6 +37,21 @@ MOST_FUSED = 16  # operations that one application leaves unread
 def group_norm_silu_quantize(rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node) -> Outcome:
     """quantize(silu(group_norm(x)))  ->  kernel_quantize(x, group norm, silu)."""
     return _fused(rw, root, x, norm, "silu")
+
+
+@rule(p.quantize(x=p.silu(self=MODULATED)))
+def scale_shift_silu_quantize(
+    rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node, norm_scale: fx.Node, norm_shift: fx.Node
+) -> Outcome:
+    """quantize(silu(group_norm(x) * scale + shift))  ->  kernel_quantize(x, group norm, scale, shift, silu)."""
+    made = norm.meta["val"]
+    for each in (norm_scale, norm_shift):
+        val = each.meta["val"]
+        if val.dim() != 4 or tuple(val.shape[1:]) != (made.shape[1], 1, 1) or val.dtype != made.dtype:
+            return Refuse(f"{label(each)} is not one number for each channel of an image", each)
+        if val.shape[0] != made.shape[0]:
+            return Refuse(f"{label(each)} is not of each image", each)
+    return _fused(rw, root, x, norm, "silu", {"norm_scale": norm_scale, "norm_shift": norm_shift})
 
 
 @rule(p.quantize(x=GROUP_NORM))
@@ -203,6 +223,7 @@ class Fuse(RewritePass):
     preserves: ClassVar[Preserves] = Preserves.EXACT
     rules: ClassVar[tuple[Rule, ...]] = (
         group_norm_silu_quantize,
+        scale_shift_silu_quantize,
         group_norm_quantize,
         layer_norm_quantize,
         silu_quantize,
@@ -228,7 +249,12 @@ class Fuse(RewritePass):
 
 
 def _fused(
-    rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node | None = None, activation: str = "none"
+    rw: Rewriter,
+    root: fx.Node,
+    x: fx.Node,
+    norm: fx.Node | None = None,
+    activation: str = "none",
+    modulation: Mapping[str, fx.Node] = MappingProxyType({}),
 ) -> fx.Node | Refuse:
     """One operator in place of all."""
     axis = _axis(root, x)
@@ -245,7 +271,7 @@ def _fused(
         ):
             return Refuse(f"{ops.name(norm)} is not over the axis that the codes' channels are on", norm)
         chain |= {arg: of_norm[theirs] for arg, theirs in NORM_ARGUMENTS.items()}
-        chain |= {"norm": kind, "norm_groups": of_norm.get("num_groups", 1)}
+        chain |= {"norm": kind, "norm_groups": of_norm.get("num_groups", 1), **modulation}
     return rw.call_at(OPS.kernel_quantize.default, root.meta["address"], **{**ops.args(root), **chain})
 
 

@@ -109,13 +109,69 @@ def test_fused_codes_are_those_of_torch_but_for_ties_and_the_same_from_every_set
         inputs += [tuple(arm.contiguous(memory_format=torch.channels_last) for arm in arms)]
     grid = (scale, zero_point, group, axis, 0, 255)
     for one, beside in inputs:
-        found = [codes.quantize(one, *grid, *given, beside, isa) for isa in SETS]
+        found = [codes.quantize(one, *grid, *given, beside, instruction_set=isa) for isa in SETS]
         assert all(torch.equal(each, found[0]) for each in found)
         assert_equal_but_for_ties(
             found[0], expected, real / quant.spread(scale.double(), group, axis, len(shape))
         )
         assert int((found[0] != expected).sum()) <= 4 * channels // 60
     assert len(expected.unique()) > 100
+
+
+@pytest.mark.parametrize("channels", [60, 128, 132])
+@pytest.mark.parametrize("which", ["both", "scale", "shift"])
+def test_what_a_group_norm_makes_is_scaled_and_shifted_for_each_image(channels: int, which: str) -> None:
+    x, weight, bias = 3 * torch.randn(4, channels, 12, 11) + 5, torch.randn(channels), torch.randn(channels)
+    groups = math.gcd(channels, 12)
+    halves = (1 + torch.randn(4, 2 * channels))[:, :, None, None].chunk(2, 1)  # as diffusers has them
+    scale, shift = (
+        half if which in ("both", name) else None
+        for half, name in zip(halves, ("scale", "shift"), strict=True)
+    )
+    steps, zero_point, group = parameters(4, channels, wide=True)
+    normed = F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-5)
+    real = F.silu(
+        normed * (1 if scale is None else scale.double()) + (0 if shift is None else shift.double())
+    )
+    expected = quant.quantize(real, steps.double(), zero_point, group, 1, 0, 255)
+    given = (steps, zero_point, group, 1, 0, 255, "group", groups, weight, bias, 1e-5, "silu")
+    last, arms = x.contiguous(memory_format=torch.channels_last), x.split([channels - 16, 16], 1)
+    apart = tuple(arm.contiguous(memory_format=torch.channels_last) for arm in arms)
+    inputs: list[tuple[Tensor, Tensor | None]] = [
+        (x, None),
+        (last, None),
+        (arms[0], arms[1]),
+        (apart[0], apart[1]),
+    ]
+    for one, beside in inputs:
+        found = [codes.quantize(one, *given, beside, scale, shift, isa) for isa in SETS]
+        assert all(torch.equal(each, found[0]) for each in found)
+        exact = real / quant.spread(steps.double(), group, 1, 4)
+        assert_equal_but_for_ties(found[0], expected, exact)
+        assert int((found[0] != expected).sum()) <= 4 * channels // 60
+    assert len(expected.unique()) > 100
+    plain = codes.quantize(
+        x.double(),
+        steps.double(),
+        *given[1:8],
+        weight.double(),
+        bias.double(),
+        1e-5,
+        "silu",
+        None,
+        None if scale is None else scale.double(),
+        None if shift is None else shift.double(),
+    )
+    assert torch.equal(plain, expected)
+
+
+def test_a_scale_and_shift_that_do_not_fit_are_refused() -> None:
+    x, grid = torch.randn(2, 8, 3, 3), (torch.ones(1, 1), torch.zeros(1, 1).int(), None, 1, 0, 255)
+    with pytest.raises(ValueError, match="only a group norm's can have them"):
+        codes.quantize(x, *grid, norm_scale=torch.ones(2, 8, 1, 1))
+    for wrong in ((1, 8, 1, 1), (2, 4, 1, 1), (2, 8)):
+        with pytest.raises(ValueError, match=r"have shape \[2, 8, 1, 1\], not"):
+            codes.quantize(x, *grid, "group", 2, norm_shift=torch.ones(wrong))
 
 
 def assert_equal_but_for_ties(found: Tensor, expected: Tensor, exact: Tensor) -> None:

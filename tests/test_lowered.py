@@ -12,6 +12,7 @@ from torch import Tensor
 import dmqfx
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.judges import SameCodes
+from dmqfx.graph import ops
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime.hoisted import HoistedModule
@@ -51,6 +52,7 @@ def every_other(x: Tensor) -> Tensor:
         ("conditional", {"B": 7, "H": 5, "W": 3, "T": 77}),
         ("inpainting", {"B": 7, "H": 1, "W": 1, "T": 3}),
         ("plain", {"B": 0}),
+        ("resnet-sampling", {"B": 3, "H": 8, "W": 4}),
     ],
 )
 def test_sizes_at_the_edges_give_what_the_reference_gives(name: str, sizes: dict[str, int]) -> None:
@@ -67,6 +69,29 @@ def test_sizes_at_the_edges_give_what_the_reference_gives(name: str, sizes: dict
     assert expected[:, :1].shape == given["sample"][:, :1].shape
     for _ in range(3):
         assert torch.equal(module(**given), expected), "replays give other bits"
+
+
+def test_scale_and_shift_of_timesteps_are_part_of_the_operator_that_writes_codes() -> None:
+    """And what they are matters: planted, the one in place of the other is found."""
+    program, given = native("resnet-sampling"), drawn("resnet-sampling", B=2)
+    modulated = [
+        node for node in program.calls("kernel_quantize") if ops.args(node)["norm_scale"] is not None
+    ]
+    assert len(modulated) > 5
+    products = [n.meta["val"] for n in program.calls("mul")]
+    assert not [
+        made for made in products if isinstance(made, Tensor) and made.dim() == 4 and made.shape[2] != 1
+    ]
+    judge = SameCodes(lower(quantized("resnet-sampling"), "reference"), [given])
+    assert not judge.judge(program).wrong
+    swapped = program.fork()
+    for node in swapped.calls("kernel_quantize"):
+        named = ops.args(node)
+        if named["norm_scale"] is not None:
+            both = {"norm_scale": named["norm_shift"], "norm_shift": named["norm_scale"]}
+            node.args, node.kwargs = (), {**named, **both}
+    swapped.gm.recompile()
+    assert "other codes" in judge.judge(swapped).what
 
 
 def test_how_inputs_lie_in_memory_and_more_threads_than_work_change_nothing() -> None:

@@ -141,6 +141,14 @@ CASES: dict[str, Callable[[], tuple[object, Arguments]]] = {
         OPS.kernel_quantize,
         (torch.randn(2, 5, 8), *coding_case()[1:4], -1, 0, 255, "none", 1, None, None, 0.0, "geglu"),
     ),
+    "kernel_quantize scaled and shifted": lambda: (
+        OPS.kernel_quantize,
+        (
+            *coding_case(),
+            *("group", 2, torch.randn(4), torch.randn(4), 1e-5, "silu", None),
+            *torch.randn(2, 8, 1, 1).chunk(2, 1),
+        ),
+    ),
     "kernel_quantize layer norm": lambda: (
         OPS.kernel_quantize,
         (

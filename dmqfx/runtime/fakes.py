@@ -163,6 +163,8 @@ def kernel_quantize(
     eps: float = 0.0,
     activation: str = "none",
     beside: Tensor | None = None,
+    norm_scale: Tensor | None = None,
+    norm_shift: Tensor | None = None,
 ) -> Tensor:
     return codes.laid_out(x, axis, qmin, activation, beside)
 

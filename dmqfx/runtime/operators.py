@@ -207,7 +207,7 @@ _OPERATORS: Mapping[str, tuple[str, Kernel, Kernel]] = {
     ),
     "kernel_quantize": (
         f"Tensor x, {_GRID}, Tensor? group, int axis, int qmin, int qmax, {_NORM}, str activation='none', "
-        "Tensor? beside=None",
+        "Tensor? beside=None, Tensor? norm_scale=None, Tensor? norm_shift=None",
         kernel_quantize,
         fakes.kernel_quantize,
     ),

@@ -25,7 +25,7 @@ __all__ = ["Replays", "is_native"]
 
 _MOST, _SEEN = 8, 32  # layouts that are replayed, and remembered
 _AGAIN = 16  # calls of a layout until it is recorded anew, once others took its place
-_OPERANDS = {"x", "beside", "x_codes", "added", "group", "query", "key", "value"}
+_OPERANDS = {"x", "beside", "x_codes", "added", "group", "query", "key", "value", "norm_scale", "norm_shift"}
 """Of native operators, what a kernel reads where it lies; of all others it reads tables that are made once."""
 _NATIVE: Mapping[object, Callable[..., Tensor]] = {
     OPS.kernel_conv2d.default: kernel_conv2d,

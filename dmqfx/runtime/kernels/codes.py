@@ -30,20 +30,23 @@ def quantize(
     eps: float = 0.0,
     activation: str = "none",
     beside: Tensor | None = None,
+    norm_scale: Tensor | None = None,
+    norm_shift: Tensor | None = None,
     instruction_set: str | None = None,
 ) -> Tensor:
     """quant.quantize of activation(norm(x)); four dimensions with channels on axis 1 come out channels last.
 
-    With `beside` it is that of the concatenation of both on axis 1, which is made only where one of them is not laid
+    What a group norm makes is multiplied by `norm_scale` and `norm_shift` added, as timesteps do it in some UNets. With
+    `beside` it is that of the concatenation of both on axis 1, which is made only where one of them is not laid
     out channels last. `geglu` is the first half of the last axis times gelu of the second, without a norm: half as many
     codes as numbers. Without norm and activation these are the codes of quant.quantize. With them a number at the middle
     of two codes may get the other. Every instruction set gives the same codes.
 
     Shapes: as quant.quantize; `axis` is 1 of [B, C, H, W] or the last; norm_weight, norm_bias [C] or None; beside
-    [B, D, H, W]. A group norm is of [B, C, H, W], a layer norm over the last axis. Other devices and dtypes are computed
-    in plain torch.
+        [B, D, H, W]; norm_scale, norm_shift [B, C, 1, 1] of all channels. A group norm is of [B, C, H, W], a layer norm
+        over the last axis. Other devices and dtypes are computed in plain torch.
     Raises: ValueError for another axis, norm or activation, groups that do not divide the channels, a timestep group
-        that is not there, or arms of other sizes.
+        that is not there, arms of other sizes, or a norm's scale or shift of another shape.
     """
     if beside is not None and not _side_by_side(x, beside, axis):
         x, beside = torch.cat([x, beside], 1), None
@@ -53,14 +56,17 @@ def quantize(
     recipe = Recipe(scale, zero_point, norm_weight, norm_bias, x.dim(), axis, width, qmin, qmax, *with_norm)
     known = prepare(recipe)
     check_groups(group, scale.shape[0], x.shape[0])
-    if native is None or known.native is None or not readable(x):
-        tell_plain("kernel_quantize", x, scale, norm_weight, norm_bias)
-        real = _plain(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, activation)
+    given = [each for each in (norm_scale, norm_shift) if each is not None]
+    _check_modulation(norm, (x.shape[0], width, 1, 1), given)
+    if native is None or known.native is None or not all(map(readable, (x, *given))):
+        tell_plain("kernel_quantize", x, scale, norm_weight, norm_bias, *given)
+        normed = _normed(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, norm_scale, norm_shift)
+        real = _activated(normed, activation)
         codes = quant.quantize(real, scale, zero_point, group, axis, qmin, qmax)
         return codes.contiguous(memory_format=_format(recipe.planes))
     out = laid_out(x, axis, qmin, activation, beside)
     coding = known.coding()
-    read = _read(coding, recipe.planes, x, beside, group)
+    read = _read(coding, recipe.planes, x, beside, group), _modulate(coding, norm_scale, norm_shift)
     if out.numel():
         coding.positions = out.numel() // (coding.batch * coding.channels)
         coding.codes = out.data_ptr()
@@ -116,7 +122,29 @@ def _format(planes: bool) -> torch.memory_format:
     return torch.channels_last if planes else torch.contiguous_format
 
 
-def _plain(
+def _check_modulation(norm: str, shape: tuple[int, ...], given: Sequence[Tensor]) -> None:
+    if given and norm != "group":
+        raise ValueError(
+            f"a scale and a shift of what a {norm} norm makes: only a group norm's can have them"
+        )
+    if wrong := [list(each.shape) for each in given if tuple(each.shape) != shape]:
+        raise ValueError(f"a norm's scale and shift have shape {list(shape)}, not {wrong}")
+
+
+def _modulate(coding: Coding, scale: Tensor | None, shift: Tensor | None) -> list[Tensor]:
+    """Scale and shift of what a norm makes; the tensors that come back have to outlive it."""
+    kept = []
+    for name, each in (("multipliers", scale), ("addends", shift)):
+        if each is not None:
+            rows = each[:, :, 0, 0]
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            setattr(coding, name, rows.data_ptr())
+            setattr(coding, f"of_{name}", rows.stride(0))
+            kept.append(rows)
+    return kept
+
+
+def _normed(
     x: Tensor,
     beside: Tensor | None,
     norm: str,
@@ -124,7 +152,8 @@ def _plain(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
 ) -> Tensor:
     if beside is not None:
         x = torch.cat([x, beside], 1)
@@ -132,6 +161,11 @@ def _plain(
         x = F.group_norm(x, groups, weight, bias, eps)
     elif norm == "layer":
         x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    x = x if scale is None else x * scale
+    return x if shift is None else x + shift
+
+
+def _activated(x: Tensor, activation: str) -> Tensor:
     if activation == "geglu":
         x, gate = x.chunk(2, -1)
         return x * F.gelu(gate)

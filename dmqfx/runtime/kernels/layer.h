@@ -78,6 +78,9 @@ struct DmqfxCoding {
   const int64_t* group;                // [batch], which of them, or null: the first
   uint8_t* codes;                      // [batch, positions, channels]; signed ones in two's complement
   float* real;                         // or null: where the numbers go that codes would be of, of silu(group norm) of rows
+  const float* multipliers;            // or null: of what a group norm makes, [channels] of each image
+  const float* addends;                // or null: what is added to that, likewise
+  int64_t of_multipliers, of_addends;  // from image to image
 };
 
 // Codes of a weight to the form in which layers read them.

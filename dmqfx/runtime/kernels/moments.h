@@ -151,11 +151,13 @@ inline void totals_of_piece(const DmqfxCoding& coding, int64_t image, int64_t pi
   totals_of_columns(from, coding.positions, sums + first, squares + first);
 }
 
-// A group norm with its weight and bias: x * times + plus of each channel of an image, from its sums.
+// A group norm with its weight and bias, scaled and shifted: x * times + plus of each channel of an image, from its sums.
 inline void finish_group_norm(const DmqfxCoding& coding, int64_t image, const double* sums, const double* squares,
                               float* times, float* pluses) {
   const int64_t size = coding.channels / coding.norm_groups;
   const auto count = static_cast<double>(size * coding.positions);
+  const float* multipliers = coding.multipliers == nullptr ? nullptr : coding.multipliers + image * coding.of_multipliers;
+  const float* addends = coding.addends == nullptr ? nullptr : coding.addends + image * coding.of_addends;
   for (int64_t first = 0, some; first < coding.norm_groups; first += some) {
     some = coding.norm_groups - first < kWide ? coding.norm_groups - first : kWide;
     float references[kWide];
@@ -169,8 +171,9 @@ inline void finish_group_norm(const DmqfxCoding& coding, int64_t image, const do
     find_moments(of_sums, of_squares, some, references, 1, count, coding.eps, of_times, of_pluses);
     for (int64_t g = 0; g < some; ++g)
       for (int64_t c = (first + g) * size; c < (first + g + 1) * size; ++c) {
-        times[c] = static_cast<float>(of_times[g] * coding.gammas[c]);
-        pluses[c] = static_cast<float>(of_pluses[g] * coding.gammas[c] + coding.betas[c]);
+        const double by = multipliers == nullptr ? 1 : multipliers[c], more = addends == nullptr ? 0 : addends[c];
+        times[c] = static_cast<float>(of_times[g] * coding.gammas[c] * by);
+        pluses[c] = static_cast<float>((of_pluses[g] * coding.gammas[c] + coding.betas[c]) * by + more);
       }
   }
 }

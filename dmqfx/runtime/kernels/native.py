@@ -83,7 +83,8 @@ class Coding(ctypes.Structure):
         ("eps", c_double),
         *((name, c_void_p) for name in ("x", "beside", "gammas", "betas", "scales", "zero_points")),
         ("timestep_groups", c_int64),
-        *((name, c_void_p) for name in ("group", "codes", "real")),
+        *((name, c_void_p) for name in ("group", "codes", "real", "multipliers", "addends")),
+        *((name, c_int64) for name in ("of_multipliers", "of_addends")),
     )
 
 
