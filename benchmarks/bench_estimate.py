@@ -11,7 +11,6 @@ above what it was when the estimate was made.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import time
@@ -29,6 +28,7 @@ from dmqfx.frontend.capture import capture
 from dmqfx.graph import registry
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
+from dmqfx.machine import give_back_memory
 from dmqfx.numbers import speeds
 from dmqfx.policy.policy import Policy
 from dmqfx.sweep.budget import Budget, seconds_of
@@ -50,7 +50,7 @@ class Seen(logging.Handler):
         said = vars(record)
         if "memory" in said:
             self.memory = said["memory"]
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before is no room for what comes
+            give_back_memory()  # what was freed before is no room for what comes
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
             self.before = peak()
         elif "took" in said:

@@ -12,7 +12,6 @@ VNNI.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import subprocess
@@ -28,6 +27,8 @@ from models import sd15
 
 import dmqfx
 from dmqfx.calibration.calibration import Calibration
+from dmqfx.machine import give_back_memory
+from dmqfx.policy.policy import Policy
 
 
 def main() -> int:
@@ -41,18 +42,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(options.compiled or folder)
         make(home, options)
+        policy = name_of(home, options.policy)
         found = {kind: child(kind, home) for kind in ("float", "compiled")}
     exact, small = found["float"], found["compiled"]
     result = {
         "what": (__doc__ or "").partition("\n")[0],
-        "policy": options.policy,
+        "policy": policy,
         **found,
         "resident_over_float": {
             at: round(small[f"megabytes_{at}"] / exact[f"megabytes_{at}"], 3)
             for at in ("loaded", "used", "peak")
         },
     }
-    write(f"load_sd15_{Path(options.policy).stem}" + "_avx2" * options.avx2, result)
+    write(f"load_sd15_{policy}" + "_avx2" * options.avx2, result)
     return 0
 
 
@@ -77,6 +79,14 @@ def make(home: Path, options: argparse.Namespace) -> None:
         q.save_pretrained(home / "compiled")
     if not (home / "float").exists():
         sd15().save_pretrained(home / "float")
+
+
+def name_of(home: Path, asked: str) -> str:
+    """The name of the policy that the model was made with, which is to be the one that was asked for."""
+    found = Policy.load(str(home / "compiled" / "policy.yaml")).name
+    if found != (wanted := Policy.load(asked).name):
+        raise SystemExit(f"{home / 'compiled'} was made with {found}, not with {wanted}")
+    return found
 
 
 def child(kind: str, home: Path) -> dict[str, float]:
@@ -125,7 +135,7 @@ def loaded(kind: str, home: Path) -> dict[str, float]:
 def resident() -> int:
     """Bytes that this process has in memory, what it freed given back."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     return status("VmRSS")
 
 

@@ -90,13 +90,11 @@ def _beyond(rw: Rewriter, root: fx.Node) -> str:
     zero_point = ops.tensor(root, "x_zero_point")
     if not is_fixed(zero_point) or not zero_point.meta["val"].numel():
         return ""
-    codes = torch.iinfo(ops.tensor(root, "x_codes").meta["val"].dtype)
-    least, greatest = map(float, torch.aminmax(rw.value(zero_point)))
-    if codes.min <= least and greatest <= codes.max:
+    codes, value = torch.iinfo(ops.tensor(root, "x_codes").meta["val"].dtype), rw.value(zero_point)
+    least, greatest = map(float, torch.aminmax(value))
+    if codes.min <= least and greatest <= codes.max and torch.equal(value, value.round()):
         return ""
-    return (
-        f"zero points of the input go from {least:g} to {greatest:g}, codes from {codes.min} to {codes.max}"
-    )
+    return f"zero points of the input go from {least:g} to {greatest:g}, codes from {codes.min} to {codes.max}, all whole"
 
 
 def _operands(

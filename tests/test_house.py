@@ -36,7 +36,8 @@ MOVED = re.compile(r"\.cu" + r"da\(|\.to\([\"']cu" + "da")
 TOOTHLESS = re.compile(r"assert [T]rue\b|pytest\.[s]kip|mark\.[s]kip|\b[x]fail\b|import[o]rskip")
 WORKPLACE = re.compile(r"/[w]ork/|/[f]arm/|/tmp/[l]ab|/tmp/[v]/|(?<!torch)\.[l]ibrary\b|\.\./[s]hared")
 JUST_IN_TIME = re.compile(
-    r"torch\.compile\(|torch\.jit\.|_inductor|cpp_extension|load_inline|import (triton|numba|cffi)"
+    r"@torch\.compile|torch\.compile\(|torch\.jit\.|_inductor|_dynamo|cpp_extension|load_inline|\.compile\(\)|"
+    r"(import|from) (triton|numba|cffi)|from torch import .*\bcompile\b"
 )
 VAGUE = re.compile(r"(Manager|Helper|Utils?|Base)$", re.IGNORECASE)
 
@@ -274,6 +275,9 @@ def found(pattern: re.Pattern[str], text: str) -> list[str]:
         (MOVED, "    x = x.cuda()"),
         (JUST_IN_TIME, "    return torch.compile(module)"),
         (JUST_IN_TIME, "from torch.utils.cpp_extension import load"),
+        (JUST_IN_TIME, "@torch.compile"),
+        (JUST_IN_TIME, "    module.compile()"),
+        (JUST_IN_TIME, "from numba import njit"),
         (WORKPLACE, "see ../sha" + "red/design"),
     ],
 )

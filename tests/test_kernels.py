@@ -787,12 +787,9 @@ def test_what_no_kernel_takes_is_told_once_and_computed_in_plain_torch(
         for dtype in (torch.bfloat16, torch.float16):
             assert torch.equal(codes(dtype), plain(dtype))
         assert torch.equal(attend(wide, wide, wide), qattention(wide, wide, wide))
-    mend = '\n  mend: q.retarget("simulate") is faster without kernels'
+    takes = "in plain torch, slowly: its kernel takes float32 on the CPU\n  mend: call it in float32, without autocast"
     assert [record.getMessage() for record in caplog.records] == [
-        "kernel_quantize computes bfloat16 on cpu in plain torch, slowly: its kernel takes float32 on the CPU"
-        + mend,
-        "kernel_quantize computes float16 on cpu in plain torch, slowly: its kernel takes float32 on the CPU"
-        + mend,
-        "kernel_attention computes float32 on cpu in plain torch, slowly: its kernel takes float32 on the CPU, heads of "
-        "up to 1024 channels" + mend,
+        f"kernel_quantize computes bfloat16 on cpu {takes}",
+        f"kernel_quantize computes float16 on cpu {takes}",
+        "kernel_attention computes heads of 1025 channels in plain torch: its kernel takes up to 1024",
     ]

@@ -610,7 +610,13 @@ def test_lower_cpu_without_the_library_changes_no_layer_and_says_why(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("moved", "told"), [(-300.0, r"-\d+ to -\d+"), (math.inf, "inf to inf"), (math.nan, "nan to nan")]
+    ("moved", "told"),
+    [
+        (-300.0, r"-\d+ to -\d+"),
+        (0.5, r"\d+\.5 to \d+\.5"),
+        (math.inf, "inf to inf"),
+        (math.nan, "nan to nan"),
+    ],
 )
 def test_lower_cpu_leaves_layers_whose_zero_points_are_no_codes(moved: float, told: str) -> None:
     before = program_before("lower-cpu")
@@ -619,7 +625,7 @@ def test_lower_cpu_leaves_layers_whose_zero_points_are_no_codes(moved: float, to
     weights = {**before.weights(), name: before.weights()[name] + moved}
     result = run_step(create("lower-cpu"), replace(before, gm=clone(before.gm, weights)), context())
     (reason,) = set(refusals(result).values()) - set(refusals(after("lower-cpu")).values())
-    assert re.fullmatch(rf"zero points of the input go from {told}, codes from 0 to 255", reason)
+    assert re.fullmatch(rf"zero points of the input go from {told}, codes from 0 to 255, all whole", reason)
     assert ops.is_call(result.node(first.meta["address"]), "qconv2d")
 
 

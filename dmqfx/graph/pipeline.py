@@ -239,7 +239,8 @@ def run_steps(
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
     after = _run_alone_or_jointly(list(zip(steps, locals_, strict=True)), program)
-    give_back_memory()
+    if ctx.calibration is not None:
+        give_back_memory()
     names = ", ".join(step.name() for step in steps)
     if given is not None:
         refuse_changes(program, given, names)

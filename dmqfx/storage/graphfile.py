@@ -34,8 +34,6 @@ PYTHON: Final[Mapping[str, Callable[..., object]]] = {
     )
 }  # fmt: skip
 """The functions outside torch.ops that a graph may call."""
-PACKED: Final = {"unpack": "packed", "qconv2d": "packed_weight", "qlinear": "packed_weight"}
-"""Operators that read packed codes, and the argument that these are."""
 _WEIGHT = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
@@ -74,9 +72,9 @@ def read_program(document: Mapping[str, Json], constants: Mapping[str, Tensor]) 
 
 def _check_codes(program: Program) -> None:
     """Raise StoreError for codes of more bits than the graph says; those of 4 and 8 bits fill what they are packed in."""
-    for node in program.calls(*PACKED):
+    for node in program.calls("unpack"):
         named = ops.args(node)
-        held, bits = named[PACKED[ops.name(node)]], named["bits"]
+        held, bits = named["packed"], named["bits"]
         if (
             not isinstance(held, fx.Node)
             or held.op != "get_attr"
@@ -85,10 +83,8 @@ def _check_codes(program: Program) -> None:
         ):
             continue
         packed = constant(program.gm, str(held.target))
+        count = packed.numel() * (2 if bits < 4 else 1)  # half a byte that is left over is 0, which fits
         try:
-            count = packed.numel() * (
-                2 if bits < 4 else 1
-            )  # what fills up a last byte is 0, which always fits
             packing.check(packing.unpack(packed, bits, bool(named["signed"]), (count,)), bits)
         except ValueError as error:
             raise StoreError(f"{node.meta['address']}, {held.target}: {error}") from error

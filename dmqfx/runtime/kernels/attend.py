@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dmqfx.runtime.attention import check, qattention
-from dmqfx.runtime.kernels.native import Attention, library, readable, tell_plain
+from dmqfx.runtime.kernels.native import Attention, library, readable, tell_plain, warn_once
 
 __all__ = ["WIDEST", "attend", "average"]
 
@@ -38,9 +38,12 @@ def attend(
     """
     factor = check(query, key, value, scale, bits)
     if not _fits(query, key, value):
-        if query.numel() and key.numel():
-            takes = f"float32 on the CPU, heads of up to {WIDEST} channels"
-            tell_plain("kernel_attention", query, key, value, takes=takes)
+        if (width := query.shape[3]) > WIDEST:
+            warn_once(
+                f"kernel_attention computes heads of {width} channels in plain torch: its kernel takes up to {WIDEST}"
+            )
+        elif query.numel() and key.numel():
+            tell_plain("kernel_attention", query, key, value)
         return qattention(query, key, value, scale, bits)
     return _attended(query, key, value, factor, bits, instruction_set)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dmqfx.numbers import quant
-from dmqfx.runtime.kernels.native import Coding, library, readable, tell_plain
+from dmqfx.runtime.kernels.native import Coding, Library, library, readable, tell_plain
 from dmqfx.runtime.kernels.recipes import ACTIVATIONS, NORMS, Recipe, check_groups, prepare
 
 __all__ = ["ACTIVATIONS", "NORMS", "laid_out", "quantize"]
@@ -56,23 +56,25 @@ def quantize(
     recipe = Recipe(scale, zero_point, norm_weight, norm_bias, x.dim(), axis, width, qmin, qmax, *with_norm)
     known = prepare(recipe)
     check_groups(group, scale.shape[0], x.shape[0])
-    given = [each for each in (norm_scale, norm_shift) if each is not None]
-    _check_modulation(norm, (x.shape[0], width, 1, 1), given)
+    given = _modulation(norm, (x.shape[0], width, 1, 1), norm_scale, norm_shift)
     if native is None or known.native is None or not all(map(readable, (x, *given))):
         tell_plain("kernel_quantize", x, scale, norm_weight, norm_bias, *given)
         normed = _normed(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, norm_scale, norm_shift)
-        real = _activated(normed, activation)
-        codes = quant.quantize(real, scale, zero_point, group, axis, qmin, qmax)
+        codes = quant.quantize(_activated(normed, activation), scale, zero_point, group, axis, qmin, qmax)
         return codes.contiguous(memory_format=_format(recipe.planes))
     out = laid_out(x, axis, qmin, activation, beside)
     coding = known.coding()
     read = _read(coding, recipe.planes, x, beside, group), _modulate(coding, norm_scale, norm_shift)
     if out.numel():
-        coding.positions = out.numel() // (coding.batch * coding.channels)
-        coding.codes = out.data_ptr()
-        native.code(coding, instruction_set)
+        _code(native, coding, out, instruction_set)
     del read
     return out
+
+
+def _code(native: Library, coding: Coding, out: Tensor, instruction_set: str | None) -> None:
+    coding.positions = out.numel() // (coding.batch * coding.channels)
+    coding.codes = out.data_ptr()
+    native.code(coding, instruction_set)
 
 
 def _read(
@@ -122,13 +124,16 @@ def _format(planes: bool) -> torch.memory_format:
     return torch.channels_last if planes else torch.contiguous_format
 
 
-def _check_modulation(norm: str, shape: tuple[int, ...], given: Sequence[Tensor]) -> None:
+def _modulation(norm: str, shape: tuple[int, ...], *operands: Tensor | None) -> list[Tensor]:
+    """Scale and shift of what a norm makes, those that there are."""
+    given = [each for each in operands if each is not None]
     if given and norm != "group":
         raise ValueError(
             f"a scale and a shift of what a {norm} norm makes: only a group norm's can have them"
         )
     if wrong := [list(each.shape) for each in given if tuple(each.shape) != shape]:
         raise ValueError(f"a norm's scale and shift have shape {list(shape)}, not {wrong}")
+    return given
 
 
 def _modulate(coding: Coding, scale: Tensor | None, shift: Tensor | None) -> list[Tensor]:

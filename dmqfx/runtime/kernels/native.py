@@ -33,6 +33,7 @@ __all__ = [
     "readable",
     "taped",
     "tell_plain",
+    "warn_once",
 ]
 
 logger = logging.getLogger(__name__)
@@ -276,8 +277,9 @@ def tell_plain(operator: str, *operands: Tensor | None, takes: str = "float32 on
     odd = next((each for each in there if not readable(each)), there[0])
     if library() is not None and odd.dtype != torch.float64:
         given = f"{str(odd.dtype).removeprefix('torch.')} on {odd.device.type}"
+        mend = "call it in float32, without autocast" if odd.is_cpu else _ELSEWHERE
         warn_once(
-            f"{operator} computes {given} in plain torch, slowly: its kernel takes {takes}\n  mend: {_ELSEWHERE}"
+            f"{operator} computes {given} in plain torch, slowly: its kernel takes {takes}\n  mend: {mend}"
         )
 
 
