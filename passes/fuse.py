@@ -9,10 +9,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from dmqfx.graph import ops
 from dmqfx.graph.facts import INTEGER, Fact
-from dmqfx.graph.modules import label
+from dmqfx.graph.modules import is_fixed, label
 from dmqfx.graph.pattern import Outcome, RewritePass, Rule, p, rule
 from dmqfx.graph.pipeline import PassContext, Preserves
 from dmqfx.graph.program import Program
@@ -41,17 +42,15 @@ def group_norm_silu_quantize(rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.N
 
 @rule(p.quantize(x=p.silu(self=MODULATED)))
 def scale_shift_silu_quantize(
-    rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node, norm_scale: fx.Node, norm_shift: fx.Node
+    rw: Rewriter, root: fx.Node, x: fx.Node, norm: fx.Node, norm_scale: Argument, norm_shift: Argument
 ) -> Outcome:
     """quantize(silu(group_norm(x) * scale + shift))  ->  kernel_quantize(x, group norm, scale, shift, silu)."""
-    made = norm.meta["val"]
-    for each in (norm_scale, norm_shift):
-        val = each.meta["val"]
-        if val.dim() != 4 or tuple(val.shape[1:]) != (made.shape[1], 1, 1) or val.dtype != made.dtype:
-            return Refuse(f"{label(each)} is not one number for each channel of an image", each)
-        if val.shape[0] != made.shape[0]:
-            return Refuse(f"{label(each)} is not of each image", each)
-    return _fused(rw, root, x, norm, "silu", {"norm_scale": norm_scale, "norm_shift": norm_shift})
+    made, modulation = norm.meta["val"], {"norm_scale": norm_scale, "norm_shift": norm_shift}
+    for each in modulation.values():
+        val = each.meta["val"] if isinstance(each, fx.Node) and not is_fixed(each) else None
+        if not isinstance(val, Tensor) or (val.shape, val.dtype) != ((*made.shape[:2], 1, 1), made.dtype):
+            return Refuse("it is not scaled and shifted by one number for each channel of each image", norm)
+    return _fused(rw, root, x, norm, "silu", modulation)
 
 
 @rule(p.quantize(x=GROUP_NORM))
@@ -151,13 +150,13 @@ def upsampled_conv2d(
 
 
 @rule(p.add(self=LAYERS, other=p.any("other"), alpha=p.value(1)))
-def layer_add(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument) -> Outcome:
+def layer_add(rw: Rewriter, root: fx.Node, layer: fx.Node, other: Argument) -> Outcome:
     """layer(x) + y  ->  layer(x, added=y), the same bits."""
     return _added(rw, root, layer, other)
 
 
 @rule(p.add(self=p.any("other"), other=LAYERS, alpha=p.value(1)))
-def add_layer(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument) -> Outcome:
+def add_layer(rw: Rewriter, root: fx.Node, layer: fx.Node, other: Argument) -> Outcome:
     """y + layer(x)  ->  layer(x, added=y), the same bits."""
     return _added(rw, root, layer, other)
 
@@ -174,9 +173,7 @@ def layer_quantize(rw: Rewriter, root: fx.Node, layer: fx.Node) -> Outcome:
         return Refuse("its channels are not those of the layer", root)
     if ops.args(layer)["group"] is not named["group"]:
         return Refuse("it is of other timestep groups than the layer", root)
-    grid: dict[str, fx.node.Argument] = {
-        f"out_{arg}": named[arg] for arg in ("scale", "zero_point", "qmin", "qmax")
-    }
+    grid: dict[str, Argument] = {f"out_{arg}": named[arg] for arg in ("scale", "zero_point", "qmin", "qmax")}
     return rw.call_at(
         layer.target,  # type: ignore[arg-type]  # an operator, as `is_call` says
         root.meta["address"],
@@ -210,7 +207,7 @@ def lay_out_conv2d(rw: Rewriter, root: fx.Node) -> Outcome:
 
 @dataclass(frozen=True)
 class Fuse(RewritePass):
-    """norm -> activation -> quantize  ->  one native operator, whose codes lie as integer layers read them.
+    """norm -> scale, shift -> activation -> quantize  ->  one native operator, whose codes lie as integer layers read them.
 
     It reads the arms of a concatenation where they are. Integer layers take what is added to their results, and
     convolutions the upsampling in front of them. What convolutions make stays laid out channels last.
@@ -254,13 +251,13 @@ def _fused(
     x: fx.Node,
     norm: fx.Node | None = None,
     activation: str = "none",
-    modulation: Mapping[str, fx.Node] = MappingProxyType({}),
+    modulation: Mapping[str, Argument] = MappingProxyType({}),
 ) -> fx.Node | Refuse:
     """One operator in place of all."""
     axis = _axis(root, x)
     if isinstance(axis, Refuse):
         return axis
-    chain: dict[str, fx.node.Argument | Tensor] = {"x": x, "axis": axis, "activation": activation}
+    chain: dict[str, Argument | Tensor] = {"x": x, "axis": axis, "activation": activation}
     if norm is not None:
         of_norm = ops.args(norm)
         kind, over = ops.name(norm).removesuffix("_norm"), of_norm.get("normalized_shape", [0])
@@ -287,7 +284,7 @@ def _is_read(node: fx.Node) -> bool:
     return len(seen) > MOST_FUSED
 
 
-def _added(rw: Rewriter, root: fx.Node, layer: fx.Node, other: fx.node.Argument) -> Outcome:
+def _added(rw: Rewriter, root: fx.Node, layer: fx.Node, other: Argument) -> Outcome:
     """The layer with something added to its results."""
     if not isinstance(other, fx.Node) or not isinstance(other.meta.get("val"), Tensor):
         return Refuse("what is added is no tensor", root)

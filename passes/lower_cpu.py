@@ -94,7 +94,8 @@ def _beyond(rw: Rewriter, root: fx.Node) -> str:
     least, greatest = map(float, torch.aminmax(value))
     if codes.min <= least and greatest <= codes.max and torch.equal(value, value.round()):
         return ""
-    return f"zero points of the input go from {least:g} to {greatest:g}, codes from {codes.min} to {codes.max}, all whole"
+    taken = f"whole ones from {codes.min} to {codes.max}"
+    return f"zero points of the input go from {least:g} to {greatest:g}, kernels take {taken}"
 
 
 def _operands(

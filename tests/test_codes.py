@@ -167,7 +167,7 @@ def test_what_a_group_norm_makes_is_scaled_and_shifted_for_each_image(channels: 
 
 def test_a_scale_and_shift_that_do_not_fit_are_refused() -> None:
     x, grid = torch.randn(2, 8, 3, 3), (torch.ones(1, 1), torch.zeros(1, 1).int(), None, 1, 0, 255)
-    with pytest.raises(ValueError, match="only a group norm's can have them"):
+    with pytest.raises(ValueError, match="only a group norm has them"):
         codes.quantize(x, *grid, norm_scale=torch.ones(2, 8, 1, 1))
     for wrong in ((1, 8, 1, 1), (2, 4, 1, 1), (2, 8)):
         with pytest.raises(ValueError, match=r"have shape \[2, 8, 1, 1\], not"):

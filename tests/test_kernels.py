@@ -791,5 +791,6 @@ def test_what_no_kernel_takes_is_told_once_and_computed_in_plain_torch(
     assert [record.getMessage() for record in caplog.records] == [
         f"kernel_quantize computes bfloat16 on cpu {takes}",
         f"kernel_quantize computes float16 on cpu {takes}",
-        "kernel_attention computes heads of 1025 channels in plain torch: its kernel takes up to 1024",
+        "kernel_attention computes float32 on cpu in plain torch, slowly: 1025 channels a head, its kernel takes 1024\n"
+        "  mend: leave quantize-attention out of the policy",
     ]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from models import captured
-from torch import Tensor
+from planting import ORDER, PLAIN, bare
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import SPEC, Wrapper, program_of_model, rows
 
 import dmqfx
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.checking.judges import SameCodes
 from dmqfx.graph import ops
+from dmqfx.graph.pipeline import PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime.hoisted import HoistedModule
@@ -69,6 +73,8 @@ def test_sizes_at_the_edges_give_what_the_reference_gives(name: str, sizes: dict
     assert expected[:, :1].shape == given["sample"][:, :1].shape
     for _ in range(3):
         assert torch.equal(module(**given), expected), "replays give other bits"
+    later = {**given, "timestep": given["timestep"] + 1}
+    assert torch.equal(module(**later), module._flat(module, **later)), "a replay reads what was"
 
 
 def test_scale_and_shift_of_timesteps_are_part_of_the_operator_that_writes_codes() -> None:
@@ -129,3 +135,51 @@ def test_it_is_compiled_as_one_graph(backend: str) -> None:
     expected = module(**given)
     found = torch.compile(module, fullgraph=True, backend=backend)(**given)
     assert (found - expected).norm() <= (0 if backend == "aot_eager" else 2e-2) * expected.norm()
+
+
+def modulated(parts: nn.ModuleDict, x: Tensor, timestep: Tensor, by: str) -> Tensor:
+    """A convolution, a group norm scaled and shifted in some way, SiLU, a convolution."""
+    normed = parts["norm"](parts["first"](x))
+    each = (timestep[:, None] / 999 + torch.linspace(0.5, 1.5, 8))[:, :, None, None]
+    match by:
+        case "each image":
+            normed = normed * each + each.flip(1)
+        case "a number":
+            normed = normed * 0.5 + each
+        case "another number":
+            normed = normed * each + 1.0
+        case "a weight":
+            normed = normed * parts["gain"].weight[None, :, 0, None, None] + each
+        case "a map":
+            normed = normed * (each + x[:, :1]) + each
+    return parts["second"](F.silu(normed))
+
+
+class Modulated(nn.Module):
+    """The same as a model."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by, conv = by, partial(nn.Conv2d, kernel_size=3, padding=1)
+        self.conv_in, self.conv_out = conv(3, 3), conv(8, 3)
+        layers = {
+            "first": conv(3, 8),
+            "norm": nn.GroupNorm(2, 8),
+            "second": conv(8, 8),
+            "gain": nn.Linear(1, 8),
+        }
+        self.parts = nn.ModuleDict(layers)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.conv_out(modulated(self.parts, self.conv_in(sample), timestep, self.by))
+
+
+@pytest.mark.parametrize("by", ["each image", "a number", "another number", "a weight", "a map"])
+def test_scale_and_shift_are_taken_where_they_are_numbers_of_each_image(by: str) -> None:
+    program = program_of_model(Wrapper(Modulated(by)), SPEC, torch.zeros(3, 3, 8, 12), torch.zeros(3))
+    for name in ORDER:
+        program = run_step(bare(name), program, PassContext(policy=PLAIN, calibration=rows()))
+    found, given = lower(program, "cpu"), program.inputs.draw(torch.Generator().manual_seed(0))
+    taken = [n for n in found.calls("kernel_quantize") if ops.args(n)["norm_scale"] is not None]
+    assert len(taken) == (by == "each image")
+    assert not SameCodes(lower(program, "reference"), [given]).judge(found).wrong

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dmqfx.runtime.attention import check, qattention
-from dmqfx.runtime.kernels.native import Attention, library, readable, tell_plain, warn_once
+from dmqfx.runtime.kernels.native import Attention, library, readable, tell_plain
 
 __all__ = ["WIDEST", "attend", "average"]
 
@@ -38,12 +38,13 @@ def attend(
     """
     factor = check(query, key, value, scale, bits)
     if not _fits(query, key, value):
-        if (width := query.shape[3]) > WIDEST:
-            warn_once(
-                f"kernel_attention computes heads of {width} channels in plain torch: its kernel takes up to {WIDEST}"
+        if query.numel() and key.numel():
+            wide = (
+                f"{query.shape[3]} channels a head, its kernel takes {WIDEST}"
+                if query.shape[3] > WIDEST
+                else ""
             )
-        elif query.numel() and key.numel():
-            tell_plain("kernel_attention", query, key, value)
+            tell_plain("kernel_attention", query, key, value, wide=wide)
         return qattention(query, key, value, scale, bits)
     return _attended(query, key, value, factor, bits, instruction_set)
 

@@ -36,11 +36,12 @@ def quantize(
 ) -> Tensor:
     """quant.quantize of activation(norm(x)); four dimensions with channels on axis 1 come out channels last.
 
-    What a group norm makes is multiplied by `norm_scale` and `norm_shift` added, as timesteps do it in some UNets. With
-    `beside` it is that of the concatenation of both on axis 1, which is made only where one of them is not laid
-    out channels last. `geglu` is the first half of the last axis times gelu of the second, without a norm: half as many
-    codes as numbers. Without norm and activation these are the codes of quant.quantize. With them a number at the middle
-    of two codes may get the other. Every instruction set gives the same codes.
+    Before the activation, what a group norm makes is multiplied by `norm_scale`, and `norm_shift` is added to it: some
+    UNets take the timestep in so. With `beside` the codes are those of the concatenation of both on axis 1, which is made
+    only where one of them is not laid out channels last. `geglu` is the first half of the last axis times gelu of the
+    second, without a norm: half as many codes as numbers. Without norm and activation these are the codes of
+    quant.quantize. With them a number at the middle of two codes may get the other. Every instruction set gives the same
+    codes.
 
     Shapes: as quant.quantize; `axis` is 1 of [B, C, H, W] or the last; norm_weight, norm_bias [C] or None; beside
         [B, D, H, W]; norm_scale, norm_shift [B, C, 1, 1] of all channels. A group norm is of [B, C, H, W], a layer norm
@@ -56,7 +57,7 @@ def quantize(
     recipe = Recipe(scale, zero_point, norm_weight, norm_bias, x.dim(), axis, width, qmin, qmax, *with_norm)
     known = prepare(recipe)
     check_groups(group, scale.shape[0], x.shape[0])
-    given = _modulation(norm, (x.shape[0], width, 1, 1), norm_scale, norm_shift)
+    given = _given_modulation(norm, (x.shape[0], width, 1, 1), norm_scale, norm_shift)
     if native is None or known.native is None or not all(map(readable, (x, *given))):
         tell_plain("kernel_quantize", x, scale, norm_weight, norm_bias, *given)
         normed = _normed(x, beside, norm, norm_groups, norm_weight, norm_bias, eps, norm_scale, norm_shift)
@@ -64,7 +65,7 @@ def quantize(
         return codes.contiguous(memory_format=_format(recipe.planes))
     out = laid_out(x, axis, qmin, activation, beside)
     coding = known.coding()
-    read = _read(coding, recipe.planes, x, beside, group), _modulate(coding, norm_scale, norm_shift)
+    read = _read(coding, recipe.planes, x, beside, group), _point_to(coding, norm_scale, norm_shift)
     if out.numel():
         _code(native, coding, out, instruction_set)
     del read
@@ -124,19 +125,17 @@ def _format(planes: bool) -> torch.memory_format:
     return torch.channels_last if planes else torch.contiguous_format
 
 
-def _modulation(norm: str, shape: tuple[int, ...], *operands: Tensor | None) -> list[Tensor]:
+def _given_modulation(norm: str, shape: tuple[int, ...], *operands: Tensor | None) -> list[Tensor]:
     """Scale and shift of what a norm makes, those that there are."""
     given = [each for each in operands if each is not None]
     if given and norm != "group":
-        raise ValueError(
-            f"a scale and a shift of what a {norm} norm makes: only a group norm's can have them"
-        )
+        raise ValueError(f"a scale and a shift behind norm {norm!r}: only a group norm has them")
     if wrong := [list(each.shape) for each in given if tuple(each.shape) != shape]:
         raise ValueError(f"a norm's scale and shift have shape {list(shape)}, not {wrong}")
     return given
 
 
-def _modulate(coding: Coding, scale: Tensor | None, shift: Tensor | None) -> list[Tensor]:
+def _point_to(coding: Coding, scale: Tensor | None, shift: Tensor | None) -> list[Tensor]:
     """Scale and shift of what a norm makes; the tensors that come back have to outlive it."""
     kept = []
     for name, each in (("multipliers", scale), ("addends", shift)):

@@ -268,19 +268,23 @@ def readable(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32
 
 
-def tell_plain(operator: str, *operands: Tensor | None, takes: str = "float32 on the CPU") -> None:
+def tell_plain(
+    operator: str, *operands: Tensor | None, takes: str = "float32 on the CPU", wide: str = ""
+) -> None:
     """Log, once for each kind of operand, that an operator computes these in plain torch: its kernel does not take them.
 
-    Nothing is said of float64, in which programs are verified, nor without the library, which is logged itself.
+    Nothing is said of float64, in which programs are verified, nor without the library, which is logged itself. `wide` says
+    what else than their kind it is that the kernel does not take.
     """
     there = [each for each in operands if each is not None]
     odd = next((each for each in there if not readable(each)), there[0])
-    if library() is not None and odd.dtype != torch.float64:
-        given = f"{str(odd.dtype).removeprefix('torch.')} on {odd.device.type}"
-        mend = "call it in float32, without autocast" if odd.is_cpu else _ELSEWHERE
-        warn_once(
-            f"{operator} computes {given} in plain torch, slowly: its kernel takes {takes}\n  mend: {mend}"
-        )
+    if library() is None or odd.dtype == torch.float64:
+        return
+    why = wide or f"its kernel takes {takes}"
+    given = f"{str(odd.dtype).removeprefix('torch.')} on {odd.device.type}"
+    mend = "call it in float32, without autocast" if odd.is_cpu else _ELSEWHERE
+    mend = "leave quantize-attention out of the policy" if wide else mend
+    warn_once(f"{operator} computes {given} in plain torch, slowly: {why}\n  mend: {mend}")
 
 
 @cache
