@@ -41,8 +41,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         home = Path(options.compiled or folder)
+        policy = Policy.load(options.policy).name  # a wrong one is told before anything is made
         make(home, options)
-        policy = name_of(home, options.policy)
+        refuse_another(home, policy)
         found = {kind: child(kind, home) for kind in ("float", "compiled")}
     exact, small = found["float"], found["compiled"]
     result = {
@@ -81,12 +82,13 @@ def make(home: Path, options: argparse.Namespace) -> None:
         sd15().save_pretrained(home / "float")
 
 
-def name_of(home: Path, asked: str) -> str:
-    """The name of the policy that the model was made with, which is to be the one that was asked for."""
+def refuse_another(home: Path, policy: str) -> None:
+    """Stop where the model was made with another policy than that of this name."""
     found = Policy.load(str(home / "compiled" / "policy.yaml")).name
-    if found != (wanted := Policy.load(asked).name):
-        raise SystemExit(f"{home / 'compiled'} was made with {found}, not with {wanted}")
-    return found
+    if found != policy:
+        raise SystemExit(
+            f"{home / 'compiled'} was made with {found}, not with {policy}\n  mend: --policy {found}, or another folder"
+        )
 
 
 def child(kind: str, home: Path) -> dict[str, float]:
