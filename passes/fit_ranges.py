@@ -18,6 +18,7 @@ from dmqfx.numbers import effort
 from dmqfx.numbers.fitting import MOMENTUM, PERCENT, Ends, Sample, percentile, search
 from dmqfx.numbers.quant import QuantSpec, params_from_range
 from dmqfx.numbers.speeds import Speeds
+from dmqfx.numbers.voting import nearest_full
 from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Reader, Turn
@@ -29,7 +30,8 @@ class FitRanges(SweepPass):
 
     The plan says how: `minmax`, the extremes; `mse`, the part of them with the least error of what the layer
     makes of it (of the UNet's output, as far as measure-sensitivity knows); `percentile`, all but the outermost
-    values; `ema`, the extremes of single rows, averaged. Where an equivalent scale has been learned, the
+    values; `ema`, the extremes of single rows, averaged. A timestep group without rows takes what was found for the
+    nearest one that has some. Where an equivalent scale has been learned, the
     parameters are those of x / gamma. Shifts that were voted on other steps are dropped.
 
     Units: `rows` output positions are looked at for `mse` and `percentile`; `percent` of the values lie inside;
@@ -88,7 +90,8 @@ class FitRanges(SweepPass):
             found = search((low, high), self._sample(turn, reader, spec), spec)
         else:
             found = percentile((low, high), self._sample(turn, reader, spec), self.percent)
-        return found[0][:, None], found[1][:, None]
+        nearest = nearest_full(seen.count)  # what was found for it, where a group has no rows of its own
+        return found[0][nearest][:, None], found[1][nearest][:, None]
 
     def _sample(self, turn: Turn, reader: Reader, spec: QuantSpec) -> Sample:
         rows = turn.rows(reader, self.rows)

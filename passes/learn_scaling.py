@@ -26,7 +26,7 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Bias, ChannelScale, Codes, Entry, LayerPair, Range, Sensitivity, Shift, Table
 from dmqfx.numbers import effort
-from dmqfx.numbers.equivalent import SURROGATE_STEPS, Layer, Learning, Scaling, learn, nbytes, surrogate
+from dmqfx.numbers.equivalent import SURROGATE_STEPS, Layer, Learning, Scaling, View, learn, nbytes, surrogate
 from dmqfx.numbers.quant import QParams
 from dmqfx.numbers.scaledinput import Input
 from dmqfx.numbers.speeds import Speeds
@@ -141,7 +141,7 @@ class LearnScaling(SweepPass):
         if self.method == "smoothquant":
             gamma, how = closed_form(x.double(), w.double(), self.exponent).to(w.dtype), "the closed form"
         else:
-            gamma, how = self._learned(turn, readers, seen, ctx, (x, w))
+            gamma, how = self._learned(turn, readers, ctx, (x, w))
         if bool((gamma == 1).all()):
             ctx.journal.refuse(found, self.method, f"{how} is 1 for every channel")
         elif ctx.journal.apply(found, self.method, f"gamma {gamma.min():.3g} .. {gamma.max():.3g}"):
@@ -153,21 +153,13 @@ class LearnScaling(SweepPass):
         self,
         turn: Turn,
         readers: Sequence[Reader],
-        seen: Range,
         ctx: PassContext,
         peaks: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, str]:
-        fit = [reader for reader in readers if reader.groups == 1 and reader.geometry == readers[0].geometry]
-        rows = turn.rows(readers[0], self.rows)
-        if len(fit) < len(readers):
-            return torch.ones_like(peaks[0]), "the start of layers in groups, or of different windows,"
-        turn.reserve(max(self.problem_nbytes(reader, len(rows.real)) for reader in fit), readers[0])
-        if self.weights == "extremes":
-            fit = [_by_extremes(reader) for reader in fit]
+        if any(reader.groups > 1 for reader in readers):
+            return torch.ones_like(peaks[0]), "the start of layers in groups"
         edges = torch.tensor([ctx.train_timesteps * k / self.groups for k in range(1, self.groups)])
-        problem = _problem(
-            turn, fit, seen, rows, timestep_group(rows.timestep, edges.to(rows.timestep.device))
-        )
+        problem = self._problem(turn, readers, edges)
         x, w = (peak.double() for peak in peaks)
         kinds = STARTS if self.start == "best" else {"identity": STARTS["identity"]}
         starts = {name: powers(x, w, *pair).to(peaks[1].dtype) for name, pair in kinds.items()}
@@ -180,6 +172,20 @@ class LearnScaling(SweepPass):
         how = Learning(self.iterations, self.rate, self.batch)
         gamma, name, turn.loss = learn(problem, starts, how, weights, turn.generator())
         return gamma, f"the best start, {name},"
+
+    def _problem(self, turn: Turn, readers: Sequence[Reader], edges: Tensor) -> Scaling:
+        """The rows that are drawn, those of each window apart."""
+        shape = turn.source.meta["val"].shape
+        views, positions = [], []
+        for geometry in dict.fromkeys(reader.geometry for reader in readers):
+            own = [reader for reader in readers if reader.geometry == geometry]
+            rows = turn.rows(own[0], self.rows)
+            turn.reserve(max(self.problem_nbytes(reader, len(rows.real)) for reader in own), own[0])
+            if self.weights == "extremes":
+                own = [_by_extremes(reader) for reader in own]
+            views.append(_view(turn, own, rows, edges))
+            positions.append(int(geometry.positions(shape)))
+        return _weighed(views, positions, len(readers))
 
 
 def _forgotten(table: Table, reader: Reader) -> Table:
@@ -207,23 +213,42 @@ def _boundaries(readers: Sequence[Reader]) -> tuple[float, ...]:
     return spec.boundaries
 
 
-def _problem(turn: Turn, readers: Sequence[Reader], seen: Range, rows: Rows, group: Tensor) -> Scaling:
-    spec = readers[0].spec
-    assert spec is not None
-    own = timestep_group(rows.timestep, torch.tensor(spec.boundaries, device=rows.timestep.device))
+def _view(turn: Turn, readers: Sequence[Reader], rows: Rows, edges: Tensor) -> View:
+    """The layers of one window; `edges` cut the rows into the groups of the weighting."""
     layers, importance = [], torch.zeros_like(rows.timestep, dtype=rows.quantized.dtype)
     for reader in readers:
         assert reader.weight_spec is not None
         weight = turn.weight(reader).flatten(1)
         felt = turn.table.get(Site(reader.site.at, "out"), Sensitivity)
-        layers.append(Layer(weight, reader.weight_spec, _root(felt, weight)))
+        layers.append(Layer(_input(turn, reader, rows), weight, reader.weight_spec, _root(felt, weight)))
         importance += 1 if felt is None else felt.of(rows.timestep).to(importance)
+    return View(layers, importance, timestep_group(rows.timestep, edges.to(rows.timestep.device)))
+
+
+def _input(turn: Turn, reader: Reader, rows: Rows) -> Input:
+    """The rows, and all that decides how they are rounded for this reader."""
+    spec = reader.spec
+    assert spec is not None  # pair-layers takes planned inputs
+    seen, voted = turn.range(spec.boundaries), turn.table.get(reader.site, Shift)
+    own = timestep_group(rows.timestep, torch.tensor(spec.boundaries, device=rows.timestep.device))
     by_row = turn.row_extremes(spec.boundaries) if spec.range == "ema" else None
-    voted = turn.table.get(readers[0].site, Shift)
     finer = None if voted is None else voted.factor.expand(len(seen.low), -1)
-    given = Input(rows.quantized, own, seen.low, seen.high, spec, rows.taps, by_row, finer).in_reach()
-    power = sum(float((given.values @ each.weight.T @ each.root).square().sum(1).mean()) for each in layers)
-    return Scaling(given, layers, importance / (len(readers) * power if power > 0 else 1.0), group)
+    return Input(rows.quantized, own, seen.low, seen.high, spec, rows.taps, by_row, finer).in_reach()
+
+
+def _weighed(views: Sequence[View], positions: Sequence[int], readers: int) -> Scaling:
+    """The problem in which the outputs themselves would be an error of 1 a reader, each window by its positions."""
+    shares = [count / max(positions) for count in positions]
+    power = sum(share * _power(view) for share, view in zip(shares, views, strict=True))
+    unit = readers * power if power > 0 else 1.0
+    both = zip(views, shares, strict=True)
+    return Scaling([replace(view, importance=view.importance * share / unit) for view, share in both])
+
+
+def _power(view: View) -> float:
+    """The mean square of what the layers put out, in the metric of each."""
+    outputs = (each.given.values @ each.weight.T @ each.root for each in view.layers)
+    return sum(float(out.square().sum(1).mean()) for out in outputs)
 
 
 def _root(felt: Sensitivity | None, weight: Tensor) -> Tensor:

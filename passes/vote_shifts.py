@@ -67,7 +67,8 @@ class VoteShifts(SweepPass):
     def visit(self, turn: Turn, ctx: PassContext) -> Iterator[tuple[Site, Entry]]:
         """Hold the vote at each chosen reader.
 
-        Raises: PipelineError if `at` fits no site; CalibrationError for numbers that are not finite.
+        Raises: PipelineError if `at` fits none of the inputs that may be chosen; CalibrationError for numbers that
+            are not finite.
         """
         self._check(turn)
         for reader in turn.readers:
@@ -80,9 +81,14 @@ class VoteShifts(SweepPass):
                 yield reader.site, found
 
     def _check(self, turn: Turn) -> None:
-        planned = (site for site, plan in turn.table.of(Planned).items() if plan.spec and not is_weight(site))
-        if self.at != EVERYWHERE and not any(self._fits(site) for site in planned):
-            raise PipelineError(f"vote-shifts: at: {self.at} fits no input that is to be quantized")
+        planned = [site for site, plan in turn.table.of(Planned).items() if plan.spec and not is_weight(site)]
+        if self.at == EVERYWHERE or any(self._chosen(turn.program, site) for site in planned):
+            return
+        if any(map(self._fits, planned)):
+            told = "fits no input that a long skip feeds\n  mend: where: all chooses other inputs, too"
+        else:
+            told = "fits no input that is to be quantized"
+        raise PipelineError(f"vote-shifts: at: {self.at} {told}")
 
     def _chosen(self, program: Program, site: Site) -> bool:
         return (self.where == "all" or fed_by_skip(program, site)) and self._fits(site)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmqfx.numbers.equivalent import Layer, Learning, Scaling, learn, surrogate
-from dmqfx.numbers.fitting import RowExtremes, Sample, percentile
+from dmqfx.numbers.equivalent import Layer, Learning, Scaling, View, learn, surrogate
+from dmqfx.numbers.fitting import RowExtremes, Sample, percentile, search
 from dmqfx.numbers.quant import QuantSpec, fake_quantize, params_from_range
 from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.scaledinput import Input
@@ -49,16 +51,27 @@ def problem(
         2.0 ** -torch.randint(3, (len(parts), 8), generator=drawn) if shifted else None,
     )
     made = [
-        Layer(torch.randn(5, 8 * taps, generator=drawn), weight, torch.randn(5, 5, generator=drawn))
+        Layer(given, torch.randn(5, 8 * taps, generator=drawn), weight, torch.randn(5, 5, generator=drawn))
         for _ in range(layers)
     ]
-    return Scaling(given, made, 0.5 + torch.rand(300, generator=drawn), group)
+    return Scaling([View(made, 0.5 + torch.rand(300, generator=drawn), group)])
 
 
-def fitted(given: Input, gamma: Tensor) -> tuple[Tensor, Tensor]:
+def with_inputs(of: Scaling, change: Callable[[Input], Input]) -> Scaling:
+    """The same problem with its inputs changed."""
+    (view,) = of.views
+    return Scaling([replace(view, layers=[replace(each, given=change(each.given)) for each in view.layers])])
+
+
+def fitted(given: Input, gamma: Tensor, felt: Tensor) -> tuple[Tensor, Tensor]:
     """The ends as fit-ranges finds them for x / gamma."""
-    if given.spec.range in ("minmax", "mse"):
+    if given.spec.range == "minmax":
         return given.ends(gamma)
+    if given.spec.range == "mse":
+        columns, (low, high) = given.columns(gamma), given.ends(gamma)
+        sample = Sample(given.values / columns, given.group, felt * columns.square())
+        found = search((low[:, 0], high[:, 0]), sample, given.spec)
+        return found[0][:, None], found[1][:, None]
     x = given.values.view(len(given.values), -1, given.taps) / gamma[:, None]
     ends = [[], []]  # type: list[list[Tensor]]
     for k in range(len(given.low)):
@@ -77,8 +90,15 @@ def fitted(given: Input, gamma: Tensor) -> tuple[Tensor, Tensor]:
 
 def deployed(of: Scaling, gamma: Tensor) -> Tensor:
     """The error in each row, by the arithmetic of the deployed graph."""
-    given, columns = of.given, of.given.columns(gamma)
-    params = params_from_range(*fitted(given, gamma), given.spec, None if given.spec.per == "tensor" else 1)
+    return torch.stack([deployed_layer(each, gamma) for each in of.views[0].layers]).sum(0)
+
+
+def deployed_layer(layer: Layer, gamma: Tensor) -> Tensor:
+    """The error of one of the layers."""
+    given, columns = layer.given, layer.given.columns(gamma)
+    params = params_from_range(
+        *fitted(given, gamma, layer.felt), given.spec, None if given.spec.per == "tensor" else 1
+    )
     if given.finer is not None:
         finer = given.finer.repeat_interleave(given.taps, 1)
         params = replace(
@@ -92,12 +112,9 @@ def deployed(of: Scaling, gamma: Tensor) -> Tensor:
         )
     x = given.values / columns
     rounded = fake_quantize(x, params, given.group if given.spec.boundaries else None)
-    total = torch.zeros(len(x))
-    for layer in of.layers:
-        scaled = layer.weight * columns
-        weight = fake_quantize(scaled, search_range(scaled, layer.spec), None)
-        total += ((rounded @ weight.T - x @ scaled.T) @ layer.root).square().sum(1)
-    return total
+    scaled = layer.weight * columns
+    weight = fake_quantize(scaled, search_range(scaled, layer.spec), None)
+    return ((rounded @ weight.T - x @ scaled.T) @ layer.root).square().sum(1)
 
 
 @given(
@@ -108,7 +125,7 @@ def deployed(of: Scaling, gamma: Tensor) -> Tensor:
     weight=st.sampled_from([WEIGHT, QuantSpec(4, "affine", per="tensor"), replace(WEIGHT, range="mse")]),
     taps=st.sampled_from([1, 4]),
     layers=st.integers(1, 2),
-    how=st.sampled_from(["minmax", "ema", "percentile"]),
+    how=st.sampled_from(["minmax", "mse", "ema", "percentile"]),
     shifted=st.booleans(),
 )
 def test_the_loss_is_the_error_of_the_deployed_layers(
@@ -120,9 +137,41 @@ def test_the_loss_is_the_error_of_the_deployed_layers(
     spec = QuantSpec(6, grid, per=per, boundaries=edges, range=how)  # type: ignore[arg-type]  # of the words
     of = problem(seed, spec, weight, outlier=5.0, taps=taps, layers=layers, shifted=shifted)
     gamma = torch.rand(8, generator=torch.Generator().manual_seed(seed)) + 0.5
-    found = of.losses(gamma, of.shares(gamma), slice(None))
+    found = errors(of, gamma)
     # A value in the middle between two codes may fall to either side.
     assert float((found - deployed(of, gamma)).norm() / found.norm()) < 2e-2
+
+
+def errors(of: Scaling, gamma: Tensor) -> Tensor:
+    """The error in each row, by no weight."""
+    (view,) = of.views
+    return view.losses(gamma, view.shares(gamma), slice(None)) / view.importance
+
+
+def test_each_layer_has_its_own_grid_of_the_tensor() -> None:
+    """One reader has 8 bits and three timestep groups, the other 4 bits and one."""
+    fine, coarse = problem(outlier=5.0), problem(outlier=5.0, spec=QuantSpec(4, "affine"))
+    gamma = torch.linspace(0.5, 2, 8)
+    (one,), (other,) = fine.views, coarse.views
+    both = Scaling([replace(one, layers=[*one.layers, *other.layers])])
+    assert torch.allclose(errors(both, gamma), errors(fine, gamma) + errors(coarse, gamma), rtol=1e-4)
+    assert float(both.expected(gamma)) == pytest.approx(float(fine.expected(gamma) + coarse.expected(gamma)))
+    assert float(errors(coarse, gamma).sum()) > 2 * float(errors(fine, gamma).sum())
+
+
+def test_layers_of_two_windows_share_a_scale_and_both_count() -> None:
+    """The outlier that either sees is moved into the weights of both."""
+    point, window = problem(outlier=50.0), problem(seed=1, outlier=50.0, taps=4)
+    both = Scaling([*point.views, *window.views])
+    one = torch.ones(8)
+    assert both.loss(one) == pytest.approx(point.loss(one) + window.loss(one))
+    weights = TimestepWeights("uniform", GROUPS)
+    gamma, _, loss = learn(both, {"one": one}, Learning(100), weights, torch.Generator())
+    assert loss < both.loss(one) / 2
+    assert point.loss(gamma) < point.loss(one) / 2
+    assert window.loss(gamma) < window.loss(one) / 2
+    found = surrogate(both, one)
+    assert float(both.expected(found)) < float(both.expected(one)) / 2
 
 
 @given(
@@ -141,6 +190,12 @@ def test_what_is_learned_is_no_worse_than_any_start(seed: int, outlier: float, k
     assert bool((gamma > 0).all())
 
 
+def grown(given: Input, size: float, rows: RowExtremes) -> Input:
+    """In another unit, as far as that is in reach."""
+    sized = (each * size for each in (given.values, given.low, given.high))
+    return replace(given, **dict(zip(("values", "low", "high"), sized, strict=True)), rows=rows).in_reach()
+
+
 @pytest.mark.parametrize("unit", [2.0**60, 2.0**-80])
 @pytest.mark.parametrize("how", ["minmax", "ema"])
 def test_the_size_of_activations_does_not_matter(unit: float, how: str) -> None:
@@ -148,13 +203,10 @@ def test_the_size_of_activations_does_not_matter(unit: float, how: str) -> None:
     spec, found = QuantSpec(6, "affine", boundaries=(1.0, 2.0), range=how), list[Tensor]()  # type: ignore[arg-type]
     for size in (1.0, unit):
         of = problem(outlier=9.0, spec=spec)
-        rows = of.given.rows
+        rows = of.views[0].layers[0].given.rows
         assert rows is not None
-        grown = replace(
-            of.given, values=of.given.values * size, low=of.given.low * size, high=of.given.high * size,
-            rows=replace(rows, low=rows.low * size, high=rows.high * size),
-        )  # fmt: skip
-        one = replace(of, given=grown.in_reach())
+        larger = replace(rows, low=rows.low * size, high=rows.high * size)
+        one = with_inputs(of, partial(grown, size=size, rows=larger))
         weights = TimestepWeights("adaptive", GROUPS)
         found.append(learn(one, {"one": torch.ones(8)}, Learning(30), weights, torch.Generator())[0])
     assert float((found[0] / found[1]).log().abs().max()) < 1e-2
@@ -164,9 +216,8 @@ def test_the_size_of_activations_does_not_matter(unit: float, how: str) -> None:
 def test_the_loss_of_all_rows_is_that_of_its_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     of, gamma = problem(outlier=5.0), torch.linspace(0.5, 2, 8)
     whole = of.loss(gamma)
-    assert whole == pytest.approx(
-        float((of.losses(gamma, of.shares(gamma), slice(None)) * of.importance).mean())
-    )
+    (view,) = of.views
+    assert whole == pytest.approx(float(view.losses(gamma, view.shares(gamma), slice(None)).mean()))
     monkeypatch.setattr("dmqfx.numbers.equivalent._PORTION", 7)
     assert problem(outlier=5.0).loss(gamma) == pytest.approx(whole, rel=1e-5)
     assert float(problem(outlier=5.0).expected(gamma)) == pytest.approx(float(of.expected(gamma)), rel=1e-5)
@@ -207,15 +258,18 @@ def test_the_expected_error_is_about_the_error() -> None:
         assert float(of.expected(torch.ones(8))) == pytest.approx(of.loss(torch.ones(8)), rel=0.35)
 
 
+def doubled(layer: Layer) -> Layer:
+    """In double precision."""
+    given = layer.given
+    wide = replace(given, values=given.values.double(), low=given.low.double(), high=given.high.double())
+    return replace(layer, given=wide, weight=layer.weight.double(), root=layer.root.double())
+
+
 def test_the_expected_error_has_the_gradient_of_its_value() -> None:
     of = problem(outlier=4.0, taps=4, layers=2)
-    wide = replace(
-        of,
-        given=replace(
-            of.given, values=of.given.values.double(), low=of.given.low.double(), high=of.given.high.double()
-        ),
-        layers=[replace(each, weight=each.weight.double(), root=each.root.double()) for each in of.layers],
-        importance=of.importance.double(),
+    (view,) = of.views
+    wide = Scaling(
+        [replace(view, layers=list(map(doubled, view.layers)), importance=view.importance.double())]
     )
     at = (
         torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.5

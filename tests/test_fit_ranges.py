@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from sweeping import context, output_noise, planned, recorded, swept
+from sweeping import chain, context, output_noise, planned, recorded, swept
 
 from dmqfx.checking.verify import verify
 from dmqfx.compiler import check_pipeline
@@ -29,7 +29,11 @@ STEPS = (
 
 def asked(method: RangeMethod, bits: int = 4) -> Program:
     """The planned UNet with the inputs' ranges by another method."""
-    program = planned(MODEL)
+    return ranged(planned(MODEL), method, bits)
+
+
+def ranged(program: Program, method: RangeMethod, bits: int) -> Program:
+    """A planned program with its inputs' ranges by a method."""
     plans = {
         site: replace(plan, spec=replace(plan.spec, range=method, bits=bits))
         for site, plan in program.table.of(Planned).items()
@@ -66,6 +70,22 @@ def test_the_least_error_is_less_at_the_output_too() -> None:
 def test_the_verifier_agrees(method: RangeMethod) -> None:
     program = asked(method)
     verify(program, create("fit-ranges", {"rows": 256}), context(recorded(program, 8)))
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "percentile", "ema"])
+def test_a_timestep_group_without_rows_takes_what_was_found_for_the_nearest(method: RangeMethod) -> None:
+    """The step, not extremes of which the search took a part only."""
+    program = ranged(chain(4), method, bits=6)
+    data = recorded(program, 16)
+    (group,) = data.groups
+    early = replace(data, groups=(group.take((data.timesteps() >= 250).nonzero()[:, 0]),))
+    found = swept(program, context(early), [("fit-ranges", {})]).table.of(QParams)
+    grouped = [params for params in found.values() if len(params.scale) == 4]
+    assert grouped
+    for params in grouped:
+        assert torch.equal(params.scale[0], params.scale[1])
+        assert torch.equal(params.zero_point[0], params.zero_point[1])
+        assert not torch.equal(params.scale[1], params.scale[2])
 
 
 def test_a_pipeline_of_observers_is_refused_where_more_than_extremes_is_asked_for() -> None:

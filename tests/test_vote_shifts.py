@@ -341,6 +341,9 @@ def test_sites_are_chosen_by_pattern() -> None:
     assert set(result.table.of(Shift)) == {LINEAR}
     with pytest.raises(PipelineError, match=r"at: tokns/\* fits no input that is to be quantized"):
         voted(BOTH, policy(), at="tokns/*")
+    told = r"at: tokens/\* fits no input that a long skip feeds\n  mend: where: all"
+    with pytest.raises(PipelineError, match=told):
+        voted(BOTH, policy(), at="tokens/*", where="skips")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.scaledinput import Input, grid_between, ratio, round_through
 from dmqfx.numbers.weighting import TimestepWeights
 
-__all__ = ["SURROGATE_STEPS", "Layer", "Learning", "Scaling", "learn", "nbytes", "surrogate"]
+__all__ = ["SURROGATE_STEPS", "Layer", "Learning", "Scaling", "View", "learn", "nbytes", "surrogate"]
 
 SURROGATE_STEPS = 100
 """Steps to the scale of least expected error; each looks at no row."""
@@ -24,81 +24,126 @@ _PORTION = 1024  # rows that are looked at together
 _COPIES = 6  # of what has the shape of a portion of the input, or of the weight
 
 
+Shares = tuple[tuple[Tensor, Tensor], Tensor]
+"""What part of its whole range each grid of a layer covers: of both ends of its input, and of its weight."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer that reads the tensor.
+    """A layer that reads the tensor, and the tensor as it is rounded for this layer.
 
     Shapes: weight [O, C * taps]; root [O, R] with root root' the metric of an error of the output.
     """
 
+    given: Input
     weight: Tensor
     spec: QuantSpec
     root: Tensor
 
-    @property
+    @cached_property
     def felt(self) -> Tensor:
         """How much the square of an error in each column weighs [C * taps]."""
         return (self.root.T @ self.weight).square().sum(0)
 
+    def shares(self, gamma: Tensor) -> Shares:
+        """What part of its whole range each grid covers best, for a scale."""
+        columns = self.given.columns(gamma)
+        scaled = self.weight * columns
+        searched, whole = (
+            search_range(scaled, spec).scale for spec in (self.spec, replace(self.spec, range="minmax"))
+        )
+        return self.given.covered(gamma, self.felt * columns.square()), ratio(searched, whole).T
 
-@dataclass(frozen=True, eq=False)
-class Scaling:
-    """The problem: one tensor, the layers that read it, and what each row weighs.
-
-    Shapes: importance [N]; timestep group of each row for the weighting, int64 [N].
-    """
-
-    given: Input
-    layers: Sequence[Layer]
-    importance: Tensor
-    group: Tensor
-
-    def shares(self, gamma: Tensor) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-        """What part of its whole range each grid covers best, for a scale: the input's ends and the weights'."""
-        felt = torch.stack([layer.felt for layer in self.layers]).sum(0) * self.given.columns(gamma).square()
-        shares, weights = self.given.covered(gamma, felt), []
-        for layer in self.layers:
-            scaled = layer.weight * self.given.columns(gamma)
-            searched = search_range(scaled, layer.spec).scale
-            weights.append(ratio(searched, search_range(scaled, replace(layer.spec, range="minmax")).scale).T)
-        return shares, weights
-
-    def losses(
-        self, gamma: Tensor, shares: tuple[tuple[Tensor, Tensor], list[Tensor]], rows: Tensor | slice
-    ) -> Tensor:
-        """The error of the layers' outputs in each row, with gradients through rounding and ranges.
+    def losses(self, gamma: Tensor, shares: Shares, rows: Tensor | slice) -> Tensor:
+        """The error of the layer's output in each row, with gradients through rounding and ranges.
 
         Shapes: gamma [C]; rows picks n of the N; returns [n].
         """
         columns = self.given.columns(gamma)
         x, rounded = self.given.values[rows] / columns, self.given.rounded(gamma, shares[0], rows)
-        total = x.new_zeros(len(x))
-        for layer, share in zip(self.layers, shares[1], strict=True):
-            scaled = layer.weight * columns
-            ends = _weight_ends(scaled, layer.spec)
-            steps, zeros = grid_between(ends[0] * share, ends[1] * share, layer.spec)
-            error = rounded @ round_through(scaled, steps, zeros, layer.spec).T - x @ scaled.T
-            total = total + (error @ layer.root).square().sum(1)
-        return total
+        scaled = self.weight * columns
+        low, high = _weight_ends(scaled, self.spec)
+        steps, zeros = grid_between(low * shares[1], high * shares[1], self.spec)
+        error = rounded @ round_through(scaled, steps, zeros, self.spec).T - x @ scaled.T
+        return (error @ self.root).square().sum(1)
+
+    def expected(self, gamma: Tensor, importance: Tensor, power: Tensor) -> Tensor:
+        """Twelve times the mean error if rounding were noise of a uniform law, with gradients.
+
+        Shapes: importance [N]; power [C], the second moments of x, rows as they weigh, summed over taps.
+        """
+        given, (ends, felt, outputs) = self.given, self._outline
+        scale, _ = given.grid(gamma)
+        share = torch.zeros_like(scale[:, 0]).index_add(0, given.group, importance) / len(given.group)
+        low, high = (_whole(end * gamma, self.spec) for end in ends)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        steps, _ = grid_between(low.amin(1, keepdim=True), high.amax(1, keepdim=True), self.spec)
+        noise: Tensor = ((share @ scale.square()) * felt * gamma.square()).sum()
+        return noise + (power / gamma.square()).sum() * (steps[:, 0].square() * outputs).sum()
+
+    @cached_property
+    def _outline(self) -> tuple[Ends, Tensor, Tensor]:
+        """The extremes of the weight over taps [O, C], what channels are felt [C] and outputs [O]."""
+        by_channel = self.weight.view(len(self.weight), -1, self.given.taps)
+        felt = self.felt.view(-1, self.given.taps).sum(1)
+        return (by_channel.amin(2), by_channel.amax(2)), felt, self.root.square().sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The tensor through one window, the layers that see it so, and what each row weighs.
+
+    Shapes: importance [N]; timestep group of each row for the weighting, int64 [N].
+    """
+
+    layers: Sequence[Layer]
+    importance: Tensor
+    group: Tensor
+
+    def losses(self, gamma: Tensor, shares: Sequence[Shares], rows: Tensor | slice) -> Tensor:
+        """The error of the layers' outputs in each row, as it weighs.
+
+        Shapes: gamma [C]; rows picks n of the N; returns [n].
+        """
+        each = zip(self.layers, shares, strict=True)
+        total = torch.stack([layer.losses(gamma, own, rows) for layer, own in each]).sum(0)
+        return total * self.importance[rows]
+
+    def loss(self, gamma: Tensor) -> float:
+        """The mean over all rows."""
+        shares, total = self.shares(gamma), 0.0
+        for start in range(0, len(self.importance), _PORTION):
+            rows = slice(start, start + _PORTION)
+            total += float(self.losses(gamma, shares, rows).double().sum())
+        return total / len(self.importance)
+
+    def shares(self, gamma: Tensor) -> list[Shares]:
+        """Those of each layer."""
+        return [layer.shares(gamma) for layer in self.layers]
+
+    def expected(self, gamma: Tensor) -> Tensor:
+        """The mean error if rounding were noise; see Scaling."""
+        each = [layer.expected(gamma, self.importance, self._power) for layer in self.layers]
+        return torch.stack(each).sum() / 12
 
     @cached_property
     def _power(self) -> Tensor:
         """The second moments of the input's channels, rows as they weigh, summed over taps [C]."""
-        parts = zip(
-            torch.split(self.given.values, _PORTION), torch.split(self.importance, _PORTION), strict=True
-        )
+        given = self.layers[0].given
+        parts = zip(torch.split(given.values, _PORTION), torch.split(self.importance, _PORTION), strict=True)
         moments = torch.stack([importance @ values.square() for values, importance in parts]).sum(0)
-        return moments.view(-1, self.given.taps).sum(1) / len(self.importance)
+        return moments.view(-1, given.taps).sum(1) / len(self.importance)
 
-    @cached_property
-    def _outlines(self) -> list[tuple[Ends, Tensor, Tensor]]:
-        """Of each layer: the extremes of its weight over taps [O, C], what channels are felt [C] and outputs [O]."""
-        found = []
-        for layer in self.layers:
-            by_channel = layer.weight.view(len(layer.weight), -1, self.given.taps)
-            felt = layer.felt.view(-1, self.given.taps).sum(1)
-            found.append(((by_channel.amin(2), by_channel.amax(2)), felt, layer.root.square().sum(1)))
-        return found
+
+@dataclass(frozen=True)
+class Scaling:
+    """The problem: one tensor, and the layers that read it, by window."""
+
+    views: Sequence[View]
+
+    def loss(self, gamma: Tensor) -> float:
+        """The mean error of all rows, each as it weighs, summed over windows."""
+        return sum(view.loss(gamma) for view in self.views)
 
     def expected(self, gamma: Tensor) -> Tensor:
         """The mean error if rounding were noise of a uniform law, independent of what it rounds; with gradients.
@@ -106,27 +151,7 @@ class Scaling:
         A step s adds s^2 / 12 to each number: those of the input weigh what their columns are felt, those of the
         weight what the input's second moments are. Nothing is rounded or clipped, so no row is looked at again.
         """
-        given = self.given
-        scale, _ = given.grid(gamma)
-        share = torch.zeros_like(scale[:, 0]).index_add(0, given.group, self.importance) / len(given.group)
-        noise, power = share @ scale.square(), (self._power / gamma.square()).sum()
-        total = gamma.new_zeros(())
-        for layer, (ends, felt, outputs) in zip(self.layers, self._outlines, strict=True):
-            low, high = (_whole(end * gamma, layer.spec) for end in ends)
-            low, high = low.clamp(max=0), high.clamp(min=0)
-            steps, _ = grid_between(low.amin(1, keepdim=True), high.amax(1, keepdim=True), layer.spec)
-            total = (
-                total + (noise * felt * gamma.square()).sum() + power * (steps[:, 0].square() * outputs).sum()
-            )
-        return total / 12
-
-    def loss(self, gamma: Tensor) -> float:
-        """The mean error of all rows, each as it weighs."""
-        shares, total = self.shares(gamma), 0.0
-        for start in range(0, len(self.importance), _PORTION):
-            rows = slice(start, start + _PORTION)
-            total += float((self.losses(gamma, shares, rows) * self.importance[rows]).double().sum())
-        return total / len(self.importance)
+        return torch.stack([view.expected(gamma) for view in self.views]).sum()
 
 
 def nbytes(rows: int, batch: int, columns: int, out: int) -> int:
@@ -183,12 +208,16 @@ def surrogate(
 def _learned(
     problem: Scaling, start: Tensor, how: Learning, weights: TimestepWeights, generator: torch.Generator
 ) -> Tensor:
-    shares = problem.shares(start)
+    shares = [view.shares(start) for view in problem.views]
 
     def drawn(gamma: Tensor) -> Tensor:
-        rows = torch.randint(len(problem.group), (how.batch,), generator=generator).to(problem.group.device)
-        losses = problem.losses(gamma, shares, rows) * problem.importance[rows]
-        return (losses * weights(losses, problem.group[rows])).mean()
+        losses, group = [], []
+        for view, own in zip(problem.views, shares, strict=True):
+            rows = torch.randint(len(view.group), (how.batch,), generator=generator).to(view.group.device)
+            losses.append(view.losses(gamma, own, rows))
+            group.append(view.group[rows])
+        found = torch.cat(losses)
+        return (found * weights(found, torch.cat(group))).mean()
 
     return _descended(start, how, drawn)
 

@@ -23,11 +23,13 @@ class Progress:
 
     def __init__(self, title: str, seconds: Sequence[float], *, shown: bool) -> None:
         self._seconds = [max(each, 1e-6) for each in seconds]
-        self._number = 0
+        self._number, self._before = 0, ""
         self._started = speeds.clock()
+        # Turns are as many as there are layers: every one may be drawn, however long the ones before it took.
         self._bar = tqdm(
-            total=sum(self._seconds), desc=title, bar_format=_FORMAT, smoothing=0, disable=not shown
-        )
+            total=sum(self._seconds), desc=title, bar_format=_FORMAT, smoothing=0, miniters=0, mininterval=0,
+            disable=not shown,
+        )  # fmt: skip
 
     def __enter__(self) -> Progress:
         return self
@@ -41,12 +43,11 @@ class Progress:
         return speeds.clock() - self._started
 
     def begin(self, site: Site) -> None:
-        """A turn begins."""
-        self._bar.set_postfix_str(f"{self._number + 1}/{len(self._seconds)} {site.at}")
+        """A turn begins; the loss of the one before stays in sight."""
+        self._bar.set_postfix_str(f"{self._number + 1}/{len(self._seconds)} {site.at}{self._before}")
 
     def end(self, loss: float | None) -> None:
         """The turn is over, with the loss that a pass reported."""
-        if loss is not None:
-            self._bar.set_postfix_str(f"{self._bar.postfix} loss {loss:.2g}", refresh=False)
+        self._before = "" if loss is None else f", loss before {loss:.2g}"
         self._bar.update(self._seconds[self._number])
         self._number += 1
