@@ -5,11 +5,11 @@
 
 860 M random parameters, 64 x 64 latents. The whole is told for --rows calibration rows, without a budget of time and with
 one for all passes together. What is told of the two sweeps, that of `learn-scaling` and that in which ranges, shifts and
-codes are found (`rounding`, behind a measured sensitivity), is held against what they take where all layers but LAYERS
-stay in float, on the rows of --calls guided calls and with as many iterations as the budget leaves; the whole is counted
-by that ratio. For `learn-steps` all weights are rounded to nearest, and it makes --steps of its iterations, each of a
-batch as the policy has it. Seconds are those of the processor, memory is the peak beside the model and the
-calibration data. Parts that are not asked for stay in the file.
+codes are found (`rounding`, behind a sensitivity that is measured of all layers on one row), is held against what they
+take where all layers but LAYERS stay in float, on the rows of --calls guided calls and with as many iterations as the
+budget leaves; the whole is counted by that ratio. For `learn-steps` all weights are rounded to nearest, and it makes
+--steps of its iterations, each of a batch as the policy has it. Seconds are those of the processor, memory is the peak
+beside the model and the calibration data. Parts that are not asked for stay in the file.
 """
 
 from __future__ import annotations
@@ -149,7 +149,10 @@ def sweep(
     first = "learn-scaling" if part == "learn-scaling" else "fit-ranges"
     skipped = SCALING if part == "rounding" else ()  # which changes no cost
     whole = Policy.load(options.policy, [LITTLE], check_step=registry.problems_with)
-    told = asked(*before(program, whole, data, first, skipped), data, options)
+    seen.found.clear()
+    ready, own = before(program, whole, data, first, skipped)
+    earlier = list(seen.found)
+    told = asked(ready, own, data, options)
     some = only(options.policy)
     ready, own = before(program, some, data, first, skipped)
     shorter = [scaled(step, told["budget"].factor) for step in own.steps]
@@ -164,6 +167,7 @@ def sweep(
         "rows_told": options.rows,
         "options_times": told["budget"].factor,
         "layers_run": len(LAYERS),
+        "before_it_over_all_layers": earlier,
         **took,
         "each": [
             {"at": each.at, "told": round(each.told, 1), "took": round(each.took, 1)} for each in Timed.turns
