@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import FITTED, PLANNED, SHIFTED, STEPPED, Fact
+from dmqfx.graph.options import at_least
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Range, Shift
@@ -30,12 +31,13 @@ class FitRanges(SweepPass):
 
     The plan says how: `minmax`, the extremes; `mse`, the part of them with the least error of what the layer
     makes of it (of the UNet's output, as far as measure-sensitivity knows); `percentile`, all but the outermost
-    values; `ema`, the extremes of single rows, averaged. A timestep group without rows takes what was found for the
+    values; `ema`, the extremes of batches, averaged. A timestep group without rows takes what was found for the
     nearest one that has some. Where an equivalent scale has been learned, the
     parameters are those of x / gamma. Shifts that were voted on other steps are dropped.
 
     Units: `rows` output positions are looked at for `mse` and `percentile`; `percent` of the values lie inside;
-    `momentum` of the average stays when a row comes.
+    `ema` joins the extremes of `batch` rows of a timestep group, drawn at random if they are more than one;
+    `momentum` of the average stays when a batch comes.
     Source: `ema` is the observer of DMQ (arXiv 2507.12933), begun anew in every timestep group.
     """
 
@@ -45,8 +47,10 @@ class FitRanges(SweepPass):
     rows: int = 8192
     percent: float = PERCENT
     momentum: float = MOMENTUM
+    batch: int = 1
 
     def __post_init__(self) -> None:
+        at_least(self, 1, "batch")
         if self.rows < 1:
             raise ValueError(f"rows must be at least 1, not {self.rows}")
         if not 0 < self.percent <= 100:
@@ -85,7 +89,8 @@ class FitRanges(SweepPass):
             return seen.low, seen.high
         low, high = seen.low.amin(1).clamp(max=0), seen.high.amax(1).clamp(min=0)
         if spec.range == "ema":
-            found = turn.row_extremes(spec.boundaries, self.momentum).average((low, high), turn.gamma(reader))
+            rows = turn.row_extremes(spec.boundaries, self.momentum).joined(self.batch, turn.generator())
+            found = rows.average((low, high), turn.gamma(reader))
         elif spec.range == "mse":
             found = search((low, high), self._sample(turn, reader, spec), spec)
         else:

@@ -167,16 +167,20 @@ class RoundWeights(SweepPass):
         bias, offset = turn.bias(reader), found.offset.to(problem.whole.weight.dtype)
         yield Site(reader.site.at, "bias"), Bias(offset if bias is None else bias + offset)
 
+    @property
+    def _by_gptq(self) -> bool:
+        """Whether codes may lie beside the target instead of the weight."""
+        return "gptq" in (self.method, self.start)
+
     def _codes(self, problem: Wide) -> tuple[Tensor, str]:
         """Codes [O, K], and what became of learning them, in words."""
-        by_gptq = "gptq" in (self.method, self.start)
-        start = problem.solved(handed_on) if by_gptq else problem.nearest
+        start = problem.solved(handed_on) if self._by_gptq else problem.nearest
         if self.method == "gptq":
             return start, ""
         how = Annealing(
             self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate, self.loss
         )
-        begin = handed_on if by_gptq else _nearest_codes
+        begin = handed_on if self._by_gptq else _nearest_codes
         codes = problem.improved(start, begin, lambda part, begun: annealed(part, begun, how))
         if codes is start:
             return start, f"; no gain over {self.start}, whose codes are kept"
@@ -195,6 +199,7 @@ class RoundWeights(SweepPass):
             damping=self.damping,
             norm=self.norm,
             centred=self.biases,
+            frozen=not self._by_gptq,
             asymmetric=self.asymmetric,
             importance=None if felt is None else felt.of(rows.timestep),
             metric=None if felt is None else felt.metric,

@@ -20,11 +20,12 @@ import dmqfx
 from dmqfx.errors import VerifyError
 from dmqfx.graph.pipeline import run_step
 from dmqfx.graph.registry import create
-from dmqfx.graph.table import Codes
+from dmqfx.graph.table import Codes, Planned
 from dmqfx.numbers import adaround
 from dmqfx.numbers.adaround import Annealing, annealed
 from dmqfx.numbers.gptq import handed_on
 from dmqfx.numbers.quant import QuantSpec
+from dmqfx.numbers.ranges import search_range
 from dmqfx.numbers.rounding import Reconstruction
 from dmqfx.passes import round_weights
 from dmqfx.sweep.budget import scaled
@@ -233,6 +234,41 @@ def test_honest_codes_pass_verification_and_the_journal_tells_the_gain(start: st
     assert len(told) == len(learned)
     for application in told:
         assert f"of the loss of {start}" in application.what or f"no gain over {start}" in application.what
+
+
+@pytest.mark.parametrize(("method", "own"), [("adaround", True), ("gptq", False)])
+def test_codes_beside_the_weight_have_its_grid_whatever_the_target(method: str, own: bool) -> None:
+    """Those that are handed on, beside the target, have the target's."""
+    options = {"method": method, "asymmetric": 1, "norm": 2.4, "rows": 512, "damping": 0.01}
+    if method == "adaround":
+        options |= {"iterations": 5}
+    program, step = chain(4), {**options, "biases": False}
+    after = swept(program, sweep_context(recorded(program, 9)), (("fit-ranges", {}), ("round-weights", step)))
+    same = {}
+    for site, entry in after.table.of(Codes).items():
+        planned = after.table.get(site, Planned)
+        assert planned is not None
+        assert planned.spec is not None
+        wanted = search_range(program.constant_at(site), planned.spec, norm=2.4)
+        same[str(site)] = torch.equal(entry.qparams.scale, wanted.scale)
+    assert len(same) > 3
+    assert all(same.values()) if own else not all(same.values())
+
+
+def test_adaround_from_the_nearest_codes_comes_closer_to_wanted_outputs_on_the_weights_own_grid() -> None:
+    """Of inputs that mostly lie in 20 of 90 directions: the solved weight is far wider than the float one."""
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 20, generator=noise) @ torch.randn(20, 90, generator=noise)
+    x = x + 0.05 * torch.randn(x.shape, generator=noise)
+    weight, given_ = torch.randn(16, 90, generator=noise), x + 0.1 * torch.randn(x.shape, generator=noise)
+    errors = []
+    for frozen in (False, True):
+        each = Reconstruction(
+            given_, x @ weight.T, weight, SPEC, 0.0, 1.0, norm=2.4, centred=False, frozen=frozen
+        )
+        codes = annealed(each, each.nearest, Annealing(iterations=200))
+        errors.append(float((given_.double() @ each.grid.real(codes).T - each.wanted).square().mean()))
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_a_time_budget_changes_iterations_only_where_they_are_made() -> None:

@@ -27,13 +27,9 @@ STEPS = (
 )
 
 
-def asked(method: RangeMethod, bits: int = 4) -> Program:
-    """The planned UNet with the inputs' ranges by another method."""
-    return ranged(planned(MODEL), method, bits)
-
-
-def ranged(program: Program, method: RangeMethod, bits: int) -> Program:
-    """A planned program with its inputs' ranges by a method."""
+def asked(method: RangeMethod, bits: int = 4, of: Program | None = None) -> Program:
+    """The planned UNet, or another program, with the inputs' ranges by another method."""
+    program = planned(MODEL) if of is None else of
     plans = {
         site: replace(plan, spec=replace(plan.spec, range=method, bits=bits))
         for site, plan in program.table.of(Planned).items()
@@ -66,6 +62,24 @@ def test_the_least_error_is_less_at_the_output_too() -> None:
     assert noise("mse") < 0.9 * noise("minmax")
 
 
+def test_extremes_of_batches_are_averaged_where_it_is_asked_for() -> None:
+    """One row in a batch is as ever; those of all rows of a group are the extremes, as of `minmax`."""
+    data = recorded(chain(3), 16)
+
+    def of(name: RangeMethod, **options: object) -> dict[str, torch.Tensor]:
+        after = swept(asked(name, of=chain(3)), context(data), (("fit-ranges", options),))
+        return {str(site): params.scale for site, params in after.table.of(QParams).items()}
+
+    rows, single, four, all_, widest = (
+        of("ema"), of("ema", batch=1), of("ema", batch=4), of("ema", batch=16), of("minmax"),
+    )  # fmt: skip
+    assert all(torch.equal(rows[at], single[at]) for at in rows)
+    assert any(not torch.equal(four[at], rows[at]) for at in rows)
+    first = next(iter(rows))  # later tensors differ with what was quantized before them
+    assert torch.allclose(all_[first], widest[first])
+    assert not torch.allclose(rows[first], widest[first])
+
+
 @pytest.mark.parametrize("method", ["mse", "percentile", "ema"])
 def test_the_verifier_agrees(method: RangeMethod) -> None:
     program = asked(method)
@@ -75,7 +89,7 @@ def test_the_verifier_agrees(method: RangeMethod) -> None:
 @pytest.mark.parametrize("method", ["minmax", "mse", "percentile", "ema"])
 def test_a_timestep_group_without_rows_takes_what_was_found_for_the_nearest(method: RangeMethod) -> None:
     """The step, not extremes of which the search took a part only."""
-    program = ranged(chain(4), method, bits=6)
+    program = asked(method, 6, chain(4))
     data = recorded(program, 16)
     (group,) = data.groups
     early = replace(data, groups=(group.take((data.timesteps() >= 250).nonzero()[:, 0]),))
@@ -118,7 +132,7 @@ def test_what_no_range_can_be_is_refused(key: str, spec: dict[str, object], told
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("rows", 0), ("percent", 0.0), ("percent", 101.0), ("momentum", 1.0), ("momentum", -0.1)],
+    [("rows", 0), ("percent", 0.0), ("percent", 101.0), ("momentum", 1.0), ("momentum", -0.1), ("batch", 0)],
 )
 def test_options_out_of_range_are_refused(option: str, value: float) -> None:
     with pytest.raises(DmqfxError, match=f"{option} must be"):

@@ -150,3 +150,39 @@ def test_the_average_of_rows_is_that_of_an_observer_that_sees_one_after_the_othe
         for each in own[1:]:
             wanted = tuple(momentum * a + (1 - momentum) * b for a, b in zip(wanted, each, strict=True))
         assert (float(low[k]), float(high[k])) == pytest.approx(wanted, rel=1e-5)
+
+
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 6))
+def test_batches_are_of_one_group_and_every_row_is_in_one(seed: int, size: int) -> None:
+    drawn = torch.Generator().manual_seed(seed)
+    group = torch.randint(3, (17,), generator=drawn)
+    number = torch.arange(17.0)[:, None]  # every row tells which one it is
+    batches = RowExtremes(-number, number, group, 0.5).joined(size, drawn)
+    count = torch.bincount(group, minlength=3)
+    assert torch.bincount(batches.group, minlength=3).tolist() == (-(-count // size)).tolist()
+    assert batches.momentum == 0.5
+    for k in range(3):
+        own, ends = group == k, batches.group == k
+        if bool(own.any()):
+            assert float(batches.high[ends].max()) == float(number[own].max())
+            assert float(batches.low[ends].min()) == -float(number[own].max())
+            assert float(batches.low[ends].max()) <= -float(number[own].min())
+    if size == 1:
+        assert batches.high.flatten().tolist() == number.flatten().tolist()
+
+
+def test_a_batch_of_all_rows_of_a_group_has_its_extremes() -> None:
+    low, high = torch.tensor([-4.0, -2.0, -8.0])[:, None], torch.tensor([4.0, 2.0, 8.0])[:, None]
+    rows = RowExtremes(low, high, torch.tensor([0, 0, 1]), 0.75).joined(16, torch.Generator())
+    found = rows.average((torch.tensor([0.0, 0, -1]), torch.tensor([0.0, 0, 1])))
+    assert found[0].tolist() == [-4.0, -8.0, -1.0]
+    assert found[1].tolist() == [4.0, 8.0, 1.0]
+
+
+def test_batches_are_drawn_at_random_and_the_same_by_the_same_seed() -> None:
+    number, group = torch.arange(64.0)[:, None], torch.arange(64) % 2
+    rows = RowExtremes(-number, number, group)
+    one, same, other = (rows.joined(4, torch.Generator().manual_seed(seed)).high for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one.flatten().tolist() != sorted(one.flatten().tolist())

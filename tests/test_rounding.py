@@ -101,6 +101,18 @@ def test_the_asymmetric_target_makes_up_for_what_happened_upstream() -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_a_frozen_grid_is_that_of_the_weight_and_else_that_of_the_target() -> None:
+    x, weight = drawn(2)
+    given = x * torch.linspace(0.8, 1.2, x.shape[1])
+    free, frozen = (
+        Reconstruction(given, x @ weight.T, weight, SPEC, 0.001, 1.0, norm=2.4, frozen=each)
+        for each in (False, True)
+    )
+    assert torch.equal(frozen.params.scale, search_range(weight, SPEC, norm=2.4).scale)
+    assert torch.equal(free.params.scale, search_range(free.target.float(), SPEC, norm=2.4).scale)
+    assert not torch.equal(free.params.scale, frozen.params.scale)
+
+
 def test_no_damping_is_next_to_none_and_not_much() -> None:
     """An inverse wants a little."""
     x, weight = drawn(3)

@@ -109,16 +109,33 @@ def percentile(ends: Ends, sample: Sample, percent: float) -> Ends:
 
 @dataclass(frozen=True, eq=False)
 class RowExtremes:
-    """The extremes of single calibration rows, in their order.
+    """The extremes of single calibration rows, in their order, or of batches of them.
 
     Shapes: low, high [N, C]; group int64 [N].
-    Units: `momentum` of the average stays when a row comes.
+    Units: `momentum` of the average stays when a row, or a batch, comes.
     """
 
     low: Tensor
     high: Tensor
     group: Tensor
     momentum: float = MOMENTUM
+
+    def joined(self, size: int, generator: torch.Generator) -> RowExtremes:
+        """Those of batches of so many rows of one group, drawn at random; the last of a group may have fewer.
+
+        Of 1 they are the rows, in their order.
+        """
+        if size == 1:
+            return self
+        order = torch.randperm(len(self.group), generator=generator).to(self.group.device)
+        batches = [
+            rows
+            for k in torch.unique(self.group)
+            for rows in torch.split(order[self.group[order] == k], size)
+        ]
+        low, high = ([self.low[b].amin(0) for b in batches], [self.high[b].amax(0) for b in batches])
+        group = torch.stack([self.group[b[0]] for b in batches])
+        return replace(self, low=torch.stack(low), high=torch.stack(high), group=group)
 
     def average(self, ends: Ends, gamma: Tensor | None = None) -> Ends:
         """The extremes of whole rows of x / gamma, averaged exponentially within each group, with gradients.

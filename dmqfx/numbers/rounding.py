@@ -31,8 +31,9 @@ class Reconstruction:
     output, or None for all channels alike.
     Units: damping is relative to the mean energy of an input column (and of an output channel's metric);
     `asymmetric` is the share 0..1 of the way from the float weight to the one that best gives `wanted`; `norm` is
-    the exponent of the search of the grid, see search_range. What the mean of the output lacks is left to a bias, if
-    the problem is `centred`.
+    the exponent of the search of the grid, see search_range. The grid is the target's, or the weight's own if it is
+    `frozen`: codes beside the weight want that one. What the mean of the output lacks is left to a bias, if the
+    problem is `centred`.
     """
 
     given: Tensor
@@ -45,6 +46,7 @@ class Reconstruction:
     metric: Tensor | None = None
     norm: float = 2.0
     centred: bool = True
+    frozen: bool = False
 
     @cached_property
     def target(self) -> Tensor:
@@ -70,8 +72,9 @@ class Reconstruction:
 
     @cached_property
     def params(self) -> QParams:
-        """The searched range of the target."""
-        return search_range(self.target.to(self.weight.dtype).view_as(self.weight), self.spec, norm=self.norm)
+        """The searched range of the target, or of the weight."""
+        covered = self.weight if self.frozen else self.target.to(self.weight.dtype).view_as(self.weight)
+        return search_range(covered, self.spec, norm=self.norm)
 
     @cached_property
     def grid(self) -> Grid:
