@@ -376,6 +376,33 @@ print(before - resident())
 """
 
 
+LARGE = """
+from pathlib import Path
+import torch
+from dmqfx.machine import memory_given_back
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+for _ in range(8):
+    torch.ones(2**22)  # glibc learns that tensors of 16 MB come and go
+def holes():
+    tensors = [torch.ones(2**20) for _ in range(100)]
+    before = resident()
+    del tensors[::2]
+    return before - resident()
+kept = holes()
+with memory_given_back():
+    print(kept, holes())
+"""
+
+
+def test_large_tensors_go_back_as_soon_as_they_are_freed() -> None:
+    """200 MB of freed tensors, each beside one that is in use; elsewhere they are kept for what comes."""
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, check=True)
+    kept, gone = map(int, done.stdout.split())
+    assert kept < 50
+    assert gone > 150
+
+
 def test_holes_between_tensors_go_back_to_the_system() -> None:
     """200 MB of freed tensors, each beside one that is in use."""
     done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)

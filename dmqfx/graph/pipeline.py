@@ -8,6 +8,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -21,7 +22,7 @@ from dmqfx.graph.fingerprint import fingerprint, refuse_changes, tensors
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Journal, PassRecord
 from dmqfx.graph.program import Program
-from dmqfx.machine import give_back_memory
+from dmqfx.machine import memory_given_back
 
 if TYPE_CHECKING:
     from dmqfx.calibration.calibration import Calibration
@@ -238,9 +239,8 @@ def run_steps(
     given = fingerprint(program) if observe is not None else None
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
-    after = _run_alone_or_jointly(list(zip(steps, locals_, strict=True)), program)
-    if ctx.calibration is not None:
-        give_back_memory()
+    with nullcontext() if ctx.calibration is None else memory_given_back():
+        after = _run_alone_or_jointly(list(zip(steps, locals_, strict=True)), program)
     names = ", ".join(step.name() for step in steps)
     if given is not None:
         refuse_changes(program, given, names)
