@@ -29,7 +29,8 @@ from dmqfx.sweep.reconstruct import Reconstructed, Weigh, layers_with_codes, rec
 class ReconstructBlocks(Pass):
     """Let the weights of each residual block move to the other code beside them, for the block's output's sake.
 
-    Residual blocks of one module in a row are one: the attentions and the feed-forward layer of a transformer block.
+    Residual blocks of one module in a row are one: the attentions and the feed-forward layer of a transformer block,
+    but for cross-attention's to_k and to_v, which read the prompt alone and are in none.
     A code is the one that round-weights chose, or its neighbour on the side of the weight. What comes into a block is
     the network as quantized so far, what should come out the float block's output: of the same inputs, or with
     `asymmetric` 1 of the float ones. Where measure-sensitivity has run, an error counts by what the UNet's output
