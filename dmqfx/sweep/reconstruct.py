@@ -182,7 +182,7 @@ class _Problem:
             losses = [self._lost(k, {}) for k in range(len(self._arrivals))]
         timesteps = [arrival.timestep for arrival in self._arrivals]
         weights = by(torch.cat(losses), torch.cat(timesteps))
-        self._weights = weights.split([len(each) for each in losses])
+        self._weights = torch.split(weights, [len(each) for each in losses])
 
     def loss(self) -> float:
         """The mean over all rows, with constants as they are in the table."""
