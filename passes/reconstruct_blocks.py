@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from dmqfx.graph.address import Site
 from dmqfx.graph.blocks import Block, units
@@ -17,24 +18,29 @@ from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Entry, Table
 from dmqfx.numbers.adaround import Annealing, Loss
+from dmqfx.numbers.weighting import UNEVEN, TimestepWeights, Weighting
+from dmqfx.runtime.operators import timestep_group
 from dmqfx.sweep.blocksweep import learn_blocks
 from dmqfx.sweep.blockwalk import Arrival
-from dmqfx.sweep.reconstruct import Reconstructed, layers_with_codes, reconstructed
+from dmqfx.sweep.reconstruct import Reconstructed, Weigh, layers_with_codes, reconstructed
 
 
 @dataclass(frozen=True)
 class ReconstructBlocks(Pass):
     """Let the weights of each residual block move to the other code beside them, for the block's output's sake.
 
-    Residual blocks of one module in a row are one: the attentions and the feed-forward layer of a transformer block.
+    Residual blocks of one module in a row are one: the attentions and the feed-forward layer of a transformer block,
+    but for cross-attention's to_k and to_v, which read the prompt alone and are in none.
     A code is the one that round-weights chose, or its neighbour on the side of the weight. What comes into a block is
     the network as quantized so far, what should come out the float block's output: of the same inputs, or with
     `asymmetric` 1 of the float ones. Where measure-sensitivity has run, an error counts by what the UNet's output
-    feels of it. A block whose loss on all rows is no less keeps its codes.
+    feels of it. `weighting` is what rows weigh by their timestep group besides, with `adaptive` by the error that the
+    codes before make there, see TimestepWeights. A block whose loss on all rows is no less keeps its codes.
 
     Units: `rows` of calibration, timesteps in equal shares; `batch` of them at a time; `iterations`, `rate`,
     `warmup`, the `beta`s, `settling` and `loss` are those of Annealing, a relative loss counting as 1 per weight at
-    the start.
+    the start. `groups` are parts of equal width of the training timesteps, for the weighting, whose exponent is
+    `strength`.
     Source: BRECQ (arXiv 2102.05426).
     """
 
@@ -43,6 +49,9 @@ class ReconstructBlocks(Pass):
     clears: ClassVar[frozenset[Fact]] = frozenset({CORRECTED})
     forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
     preserves: ClassVar[Preserves] = Preserves.BITWISE
+    only_with: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = dict.fromkeys(
+        ("strength", "groups"), ("weighting", UNEVEN)
+    )
     rows: int = 64
     batch: int = 8
     iterations: int = 150
@@ -54,10 +63,13 @@ class ReconstructBlocks(Pass):
     loss: Loss = Annealing.loss
     asymmetric: float = 0.0
     biases: bool = True
+    weighting: Weighting = "uniform"
+    strength: float = 20.0
+    groups: int = 20
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "rows", "batch", "iterations")
-        at_least(self, 0, "settling")
+        at_least(self, 1, "rows", "batch", "iterations", "groups")
+        at_least(self, 0, "settling", "strength")
         above(self, 0, "rate")
         above(self, 1, "beta_start", "beta_end")
         between(self, 0, 1, "asymmetric", "warmup")
@@ -121,6 +133,7 @@ class ReconstructBlocks(Pass):
             asymmetric=self.asymmetric,
             biases=self.biases,
             generator=seeded,
+            weigh=None if self.weighting == "uniform" else self._weigh(ctx),
         )
         if not better(found):
             told = (
@@ -134,6 +147,15 @@ class ReconstructBlocks(Pass):
             block.at, "block", f"{found.after / found.before:.2g} of the loss of the codes before"
         )
         return found.entries
+
+    def _weigh(self, ctx: PassContext) -> Weigh:
+        edges = torch.tensor([ctx.train_timesteps * k / self.groups for k in range(1, self.groups)])
+
+        def weigh(losses: Tensor, timestep: Tensor) -> Tensor:
+            group = timestep_group(timestep, edges.to(timestep.device))
+            return TimestepWeights(self.weighting, self.groups, self.strength)(losses, group)
+
+        return weigh
 
 
 def better(found: Reconstructed) -> bool:

@@ -211,6 +211,20 @@ def test_every_shipped_policy_and_every_rule_of_theirs_has_a_row_in_the_referenc
     assert f"\n| `{name}` | " in PAGE
 
 
+TOLD = "learn-scaling vote-shifts fit-ranges measure-sensitivity round-weights reconstruct-blocks learn-steps".split()
+
+
+@pytest.mark.parametrize("step", TOLD)
+def test_every_option_of_a_pass_that_learns_or_measures_has_a_row_in_one_table_of_the_reference(
+    step: str,
+) -> None:
+    """But for `method`, which may have a table of its own."""
+    options = {each.name for each in fields(registry.passes()[step])} - {"method"}
+    tables = re.findall(r"(?:^\|.*\n)+", PAGE, re.MULTILINE)
+    rows = [set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\|([^|]*)", t, re.MULTILINE)))) for t in tables]
+    assert any(options <= row for row in rows)
+
+
 def test_the_mistakes_in_the_reference_are_those_that_dmqfx_reports() -> None:
     text = (
         "schema: dmqfx.policy/1\nextends: w4a8-quick\ndefault:\n  weight: {bit: 4}\n"

@@ -28,9 +28,11 @@ from dmqfx.graph.table import Bias, Codes, Planned, Table
 from dmqfx.numbers.adaround import Annealing, Cells
 from dmqfx.numbers.packing import unpack
 from dmqfx.numbers.speeds import Speeds
+from dmqfx.numbers.weighting import TimestepWeights
+from dmqfx.passes.reconstruct_blocks import ReconstructBlocks
 from dmqfx.sweep.blockwalk import Arrival, walk
 from dmqfx.sweep.chunks import chunked
-from dmqfx.sweep.reconstruct import reconstructed
+from dmqfx.sweep.reconstruct import Weigh, reconstructed
 from dmqfx.sweep.turn import turns
 
 QUICK = {"rows": 12, "batch": 4, "iterations": 30, "rate": 0.1}
@@ -221,6 +223,52 @@ def test_biases_stay_where_they_are_not_to_be_learned() -> None:
     assert after().table.of(Bias)
 
 
+def learned_with(**options: object) -> dict[str, bytes]:
+    return bits(
+        run_step(create("reconstruct-blocks", {**QUICK, **options}), before(), context("shifts")).table
+    )
+
+
+def test_timesteps_that_count_alike_are_as_ever_and_uneven_ones_lead_to_other_codes() -> None:
+    as_ever = bits(after().table)
+    assert learned_with(weighting="focal", strength=0.0) == as_ever  # all rows weigh 1
+    assert learned_with(weighting="focal", groups=3) != as_ever
+
+
+def test_rows_weigh_what_the_timestep_weights_say_of_the_losses_before() -> None:
+    """The losses that learning is judged by, by hand: the mean of each row's, by the weight of its group."""
+    data, groups = context("shifts").calibration, 3
+    assert data is not None
+    step, told = ReconstructBlocks(weighting="focal", strength=2.0, groups=groups), list[float]()
+
+    def visit(table: Table, block: Block, arrivals: list[Arrival]) -> Table:
+        weights, seen = TimestepWeights("focal", groups, 2.0), list[tuple[Tensor, Tensor]]()
+
+        def result(weigh: Weigh) -> float:
+            return reconstructed(
+                before(), table, block, arrivals, Annealing(1), asymmetric=0.0, biases=False,
+                generator=torch.Generator().manual_seed(0), weigh=weigh,
+            ).before  # fmt: skip
+
+        def alike(losses: Tensor, timestep: Tensor) -> Tensor:
+            seen.append((losses, timestep))
+            return torch.ones_like(losses)
+
+        uniform = result(alike)
+        ((losses, timestep),) = seen
+        group = (timestep * groups / 1000).long()
+        wanted = weights(losses, group)
+        assert len(wanted.unique()) == groups
+        assert torch.equal(timestep, torch.cat([arrival.timestep for arrival in arrivals]))
+        ratio = float((wanted * losses).mean() / losses.mean())
+        assert result(step._weigh(context("shifts"))) == pytest.approx(uniform * ratio, rel=1e-4)
+        told.append(ratio)
+        return table
+
+    walk(before(), list(chunked(data, before(), 4)), blocks(before()), visit, memory=2**30)
+    assert len(told) == len(blocks(before()))
+
+
 def test_fuel_bounds_the_blocks() -> None:
     few = replace(context("shifts"), journal=Journal(fuel=2))
     create("reconstruct-blocks", QUICK).run(before(), few)
@@ -254,6 +302,8 @@ def test_without_calibration_it_says_what_is_missing() -> None:
         ("warmup", 2),
         ("beta_end", 1),
         ("settling", -1),
+        ("strength", -1),
+        ("groups", 0),
     ],
 )
 def test_options_out_of_bounds_are_refused(option: str, value: float) -> None:

@@ -60,7 +60,7 @@ class SkipConcat:
 
     Units: `deep` and `skip` are channel counts, in the order of the concat when `skip_last`. `deep_variance` and
     `skip_variance` are the variance over channels of the per-channel absolute maximum, divided by its squared mean;
-    nan until calibration has been seen. `uneven` arms are the ones that channel-wise scales are for.
+    nan until calibration has been seen. `uneven` is told and drawn; no pass goes by it.
     """
 
     deep: int

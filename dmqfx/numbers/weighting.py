@@ -21,8 +21,8 @@ class TimestepWeights:
     losses: the groups of small loss decide. The averages are exponential, of each group's mean loss, updated
     where the group is present; weights are 1 in the mean of a batch. `focal` is the same without that: weights as
     they are, 1 at most. `published` is `focal` by averages of each group's *sum*, in which absent groups decay, as in
-    DMQ. `linear` and `quadratic` fall from 1 + strength at the noisiest group to 1. As long as no two groups have a loss,
-    all weights are 1.
+    DMQ. `linear` and `quadratic` fall from 1 + strength at the noisiest group to 1 + strength / groups, or / groups^2. As
+    long as no two groups have a loss, all other weights are 1.
 
     Source: DMQ (arXiv 2507.12933), adaptive timestep weighting.
     Example:

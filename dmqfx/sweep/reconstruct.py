@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +21,10 @@ from dmqfx.numbers.rounding import Grid
 from dmqfx.sweep.blockwalk import Arrival, forward, quantized_twins
 from dmqfx.sweep.deploy import deployed_bias, scaled_weight
 
-__all__ = ["Reconstructed", "layers_with_codes", "reconstructed"]
+__all__ = ["Reconstructed", "Weigh", "layers_with_codes", "reconstructed"]
+
+Weigh: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Gets the losses of all rows and their timesteps, gives what each row weighs; all [N]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +54,18 @@ def reconstructed(
     asymmetric: float,
     biases: bool,
     generator: torch.Generator,
+    weigh: Weigh | None = None,
 ) -> Reconstructed:
     """Learn: each iteration looks at one chunk, drawn at random, with inputs as the layers will see them.
+
+    Rows count alike, or as `weigh` says of what the codes before lose on them.
 
     Source: BRECQ (arXiv 2102.05426), block reconstruction; rounding is learned as in AdaRound (arXiv 2004.10568).
     """
     layers = [_Layer(program, table, node, biases) for node in layers_with_codes(program, table, block)]
     problem = _Problem(program, table, block, arrivals, asymmetric)
+    if weigh is not None:
+        problem.weigh(weigh)
     before = problem.loss()
     movable = max(1.0, sum(float(layer.cells.movable.sum()) for layer in layers))
     relative = movable / before if before > 0 else 0.0
@@ -149,13 +158,14 @@ class _Problem:
         self._felt, self._axis = _felt(program, table, block)
         self._wanted: list[Tensor]
         self._energy: float
+        self._weights: Sequence[Tensor] | None = None
         if like is not None:
-            self._wanted, self._energy = like._wanted, like._energy
+            self._wanted, self._energy, self._weights = like._wanted, like._energy, like._weights
             return
         self._wanted = [self._target(arrival, asymmetric) for arrival in arrivals]
         rows = sum(len(arrival.timestep) for arrival in arrivals)
         energies = (
-            self._weighed(y, a.timestep) * len(a.timestep)
+            self._felt_by_row(y, a.timestep).mean() * len(a.timestep)
             for y, a in zip(self._wanted, arrivals, strict=True)
         )
         self._energy = max(sum(float(each) for each in energies) / rows, torch.finfo(torch.float32).tiny)
@@ -166,6 +176,14 @@ class _Problem:
         positions = sum(wanted.numel() // wanted.shape[self._axis] for wanted in self._wanted)
         return self._energy * sum(map(len, self._wanted)) / positions
 
+    def weigh(self, by: Weigh) -> None:
+        """Let rows weigh what is said of their losses with constants as they are in the table."""
+        with torch.no_grad():
+            losses = [self._lost(k, {}) for k in range(len(self._arrivals))]
+        timesteps = [arrival.timestep for arrival in self._arrivals]
+        weights = by(torch.cat(losses), torch.cat(timesteps))
+        self._weights = torch.split(weights, [len(each) for each in losses])
+
     def loss(self) -> float:
         """The mean over all rows, with constants as they are in the table."""
         rows = [len(arrival.timestep) for arrival in self._arrivals]
@@ -174,12 +192,17 @@ class _Problem:
 
     def error(self, k: int, learned: dict[fx.Node, dict[str, Tensor]]) -> Tensor:
         """The mean over the rows of one chunk."""
+        lost = self._lost(k, learned)
+        return (lost if self._weights is None else lost * self._weights[k]).mean() / self._energy
+
+    def _lost(self, k: int, learned: dict[fx.Node, dict[str, Tensor]]) -> Tensor:
+        """The error of each row of a chunk, as it is felt [B]."""
         arrival = self._arrivals[k]
         given = {node: pair.quantized for node, pair in arrival.values.items()}
         values = forward(self._program, self._block.inside, given, arrival.timestep, self._twins, learned)
         out = values[self._block.out]
         assert isinstance(out, Tensor)
-        return self._weighed(out - self._wanted[k], arrival.timestep) / self._energy
+        return self._felt_by_row(out - self._wanted[k], arrival.timestep)
 
     def _target(self, arrival: Arrival, asymmetric: float) -> Tensor:
         """The float block's output, on the way from that of the quantized inputs to that of the float ones."""
@@ -194,13 +217,13 @@ class _Problem:
         assert target is not None
         return target
 
-    def _weighed(self, error: Tensor, timestep: Tensor) -> Tensor:
-        """The mean over rows of the sum of e' metric e over positions, each row by the weight of its timestep."""
+    def _felt_by_row(self, error: Tensor, timestep: Tensor) -> Tensor:
+        """The sum of e' metric e over positions, for each row by what the output feels at its timestep [B]."""
         rows = error.movedim(self._axis, -1).flatten(1, -2)
         felt = self._felt
         seen = rows if felt is None or felt.metric is None else rows @ felt.metric.to(rows)
         each = (seen * rows).sum((1, 2))
-        return (each if felt is None else each * felt.of(timestep).to(each)).mean()
+        return each if felt is None else each * felt.of(timestep).to(each)
 
 
 def _felt(program: Program, table: Table, block: Block) -> tuple[Sensitivity | None, int]:
