@@ -31,6 +31,7 @@ from dmqfx.runtime.unet import CompiledUNet
 from dmqfx.seeing.report import Report
 from dmqfx.storage.provenance import fingerprint, provenance, weights_digest
 from dmqfx.sweep.budget import Budget, bytes_of, seconds_of
+from dmqfx.sweep.kept import kept
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ def compile(
     `verify` checks every pass as it runs. `budget` is a time such as 90s, 5min, 1h or overnight that all
     passes should take together, by what this machine is measured to need: they get fewer rows, or more
     iterations. `memory` is what a sweep may take beside the model; what is beyond goes to disk. In `run_dir`
-    finished parts of sweeps are kept: the same call, made again after a kill, goes on behind them to the same
-    bits. `target` says what the layers run as, see `TARGETS`.
+    such trajectories and finished parts of sweeps are kept: the same call, made again after a kill, goes on
+    behind them to the same bits. `target` says what the layers run as, see `TARGETS`.
 
     Units: seed starts every generator; the report measures SQNR on report_rows calibration rows (0: none).
     Raises: PolicyError, CaptureError, CalibrationError, PipelineError; VerifyError if `verify` finds a
@@ -91,7 +92,7 @@ def compile(
     budgeted = None if seconds is None else Budget.over(seconds, _steps(chosen).steps)
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
-        data = Calibration.synthesize(unet, seed=seed, progress=bars)
+        data = kept(folder, unet, seed, lambda: Calibration.synthesize(unet, seed=seed, progress=bars))
     before = _captured(unet, data)
     ctx = PassContext(
         chosen, data, seed, bars, train_timesteps(unet, data), memory=room, budget=budgeted, run_dir=folder

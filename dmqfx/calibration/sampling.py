@@ -19,7 +19,9 @@ from dmqfx.calibration.recording import Tape, recording, refuse_others
 from dmqfx.errors import CalibrationError
 from dmqfx.frontend.signature import UNet, is_supported, signature
 
-__all__ = ["quiet", "record", "refuse_options", "synthetic"]
+__all__ = ["quiet", "record", "refuse_options", "synthetic", "warn_of_random"]
+
+_RANDOM = "random "  # how the note of conditions that were drawn begins
 
 
 def record(source: DiffusionPipeline | UNet, options: Mapping[str, object]) -> Calibration:
@@ -135,14 +137,22 @@ def synthetic(
     with _watched(unet, progress, plan.calls) as tape:
         rescaled = plan.run(tape)
     if drawn:
-        notes.append(f"random {', '.join(drawn)}")
-        warnings.warn(_warning(unet, list(drawn)), CalibrationWarning, stacklevel=3)
+        notes.append(f"{_RANDOM}{', '.join(drawn)}")
     if rescaled:
         notes.append(
             f"latents that grew were scaled back {rescaled} times in {plan.steps * plan.trajectories} rows"
         )
     settings = {"seed": seed, "steps": plan.steps, "trajectories": plan.trajectories}
-    return tape.calibration("synthetic", scheduler=plan.scheduler, settings=settings, notes=tuple(notes))
+    found = tape.calibration("synthetic", scheduler=plan.scheduler, settings=settings, notes=tuple(notes))
+    warn_of_random(unet, found)
+    return found
+
+
+def warn_of_random(unet: UNet, calibration: Calibration) -> None:
+    """Say to the caller's caller's caller which conditions are random in a calibration of the model, if any are."""
+    notes = [note for origin in calibration.origins for note in origin.notes]
+    for names in (note.removeprefix(_RANDOM) for note in notes if note.startswith(_RANDOM)):
+        warnings.warn(_warning(unet, names), CalibrationWarning, stacklevel=4)
 
 
 def _usual_scheduler(unet: UNet) -> DDIMScheduler:
@@ -177,9 +187,9 @@ def _drawn(unet: UNet, trajectories: int, seed: int) -> dict[str, Tensor]:
     return drawn | {n: torch.ones(()) for n in names if not rows[0][n].dim()}
 
 
-def _warning(unet: UNet, names: Sequence[str]) -> str:
+def _warning(unet: UNet, names: str) -> str:
     return (
-        f"calibrating {type(unet).__name__} on random {', '.join(names)}: "
+        f"calibrating {type(unet).__name__} on random {names}: "
         "the ranges may not be those of real use\n"
         "  mend: calibration=Calibration.record(pipe, prompts=[...]), or\n"
         "        calibration=Calibration.record(unet, scheduler=..., conditioning={...}), or\n"
