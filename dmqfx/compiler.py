@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration, CalibrationWarning
 from dmqfx.calibration.recording import weights_fingerprint
 from dmqfx.checking.verify import checking
-from dmqfx.errors import CaptureError, PipelineError, PolicyError
+from dmqfx.errors import CalibrationError, CaptureError, PipelineError, PolicyError
 from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import UNet, demanded
@@ -28,9 +29,11 @@ from dmqfx.policy.policy import Policy
 from dmqfx.runtime import targets
 from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
+from dmqfx.seeing.measurement import selected
 from dmqfx.seeing.report import Report
 from dmqfx.storage.provenance import fingerprint, provenance, weights_digest
 from dmqfx.sweep.budget import Budget, bytes_of, seconds_of
+from dmqfx.sweep.finite import refuse_overflow
 from dmqfx.sweep.kept import kept
 
 logger = logging.getLogger(__name__)
@@ -102,6 +105,7 @@ def compile(
         scaled, after, data, rows=report_rows if processes.is_first() else 0, progress=bars
     )
     _warn(chosen, report)
+    _warn_of_overflow(scaled, report, data, report_rows)
     made = {"seed": seed, "calibration": data.describe() if data is not None else None}
     origin = {**provenance(before), "float_weights": weights_digest(unet), **made}
     return CompiledUNet(
@@ -147,6 +151,17 @@ def _warn(policy: Policy, report: Report) -> None:
         warnings.warn(what, NothingQuantizedWarning, stacklevel=3)
     for miss in report.misses(policy.expect):
         warnings.warn(miss, QualityWarning, stacklevel=3)
+
+
+def _warn_of_overflow(before: Program, report: Report, data: Calibration | None, rows: int) -> None:
+    """Where a report is no number, say to the caller of `compile` if that is the float model's doing, and where."""
+    if data is not None and any(map(math.isnan, report.output_db.values())):
+        try:
+            refuse_overflow(before, selected(data, rows))
+        except CalibrationError as error:
+            warnings.warn(
+                f"nothing could be measured of some rows: {error}", CalibrationWarning, stacklevel=3
+            )
 
 
 def check_pipeline(policy: Policy) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmqfx.calibration.calibration import Calibration, CalibrationWarning
-from dmqfx.calibration.denoising import CONCAT, MOST_TRAJECTORIES, Denoising, latent_channels
+from dmqfx.calibration.denoising import CONCAT, MOST_TRAJECTORIES, Denoising, NotFiniteError, latent_channels
 from dmqfx.calibration.recording import Tape, recording, refuse_others
 from dmqfx.errors import CalibrationError
+from dmqfx.frontend.capture import capture
 from dmqfx.frontend.signature import UNet, is_supported, signature
+from dmqfx.sweep.finite import refuse_overflow_of
 
 __all__ = ["quiet", "record", "refuse_options", "synthetic", "warn_of_random"]
 
@@ -102,7 +104,7 @@ def from_sampler(
     halves = (given,) if guidance_scale is None else ({**given, **(unconditional or {})}, given)
     _refuse_conditioning(unet, halves, count)
     found = Denoising(unet, scheduler, size or _size(unet), count, steps, halves, guidance_scale or 1.0, seed)
-    with _watched(unet, progress, found.calls) as tape:
+    with _naming_overflow(unet), _watched(unet, progress, found.calls) as tape:
         found.run(tape)
     settings = {"seed": seed, "steps": steps, "trajectories": count, "guidance_scale": guidance_scale}
     return tape.calibration("sampler", scheduler=scheduler, settings=settings)
@@ -128,14 +130,15 @@ def synthetic(
     plan = Denoising(
         unet, chosen, _size(unet), trajectories or 1, steps or 1, (drawn,), seed=seed, steady=True
     )
-    if scheduler is None:
-        kind = "epsilon" if plan.predicts_noise() else "v_prediction"
-        plan = replace(plan, scheduler=DDIMScheduler.from_config(chosen.config, prediction_type=kind))
-        notes.append(f"the scheduler is a guess: DDIM, {kind}, {chosen.config.beta_schedule} betas")
-    if steps is None or trajectories is None:
-        plan = plan.sized(seconds, steps, trajectories)
-    with _watched(unet, progress, plan.calls) as tape:
-        rescaled = plan.run(tape)
+    with _naming_overflow(unet):
+        if scheduler is None:
+            kind = "epsilon" if plan.predicts_noise() else "v_prediction"
+            plan = replace(plan, scheduler=DDIMScheduler.from_config(chosen.config, prediction_type=kind))
+            notes.append(f"the scheduler is a guess: DDIM, {kind}, {chosen.config.beta_schedule} betas")
+        if steps is None or trajectories is None:
+            plan = plan.sized(seconds, steps, trajectories)
+        with _watched(unet, progress, plan.calls) as tape:
+            rescaled = plan.run(tape)
     if drawn:
         notes.append(f"{_RANDOM}{', '.join(drawn)}")
     if rescaled:
@@ -280,6 +283,16 @@ def _watched(unet: UNet, progress: bool | None, total: int | None) -> Iterator[T
             yield tape
         finally:
             ticking.remove()
+
+
+@contextmanager
+def _naming_overflow(unet: UNet) -> Iterator[None]:
+    """A UNet's result that is not finite is an error that names the first operation, once no hook is there to capture."""
+    try:
+        yield
+    except NotFiniteError as error:
+        refuse_overflow_of(capture(unet), error.call, f"calls {error.where}")
+        raise
 
 
 @contextmanager
