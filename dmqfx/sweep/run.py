@@ -21,7 +21,7 @@ from dmqfx.errors import StoreError
 from dmqfx.graph.address import Site
 from dmqfx.graph.journal import Application, Refusal
 from dmqfx.graph.table import Entry
-from dmqfx.storage.atomic import replacing
+from dmqfx.storage.atomic import TORN, replacing
 from dmqfx.storage.codec import Json, decode, dump, encode, parse
 from dmqfx.storage.lock import locked
 from dmqfx.storage.manifest import read_manifest, write_manifest
@@ -131,7 +131,7 @@ class Run(NoRun):
                 (new / _RECORD).write_text(dump(record), encoding="utf-8")
                 save_file(tensors, new / _TENSORS)
                 write_manifest(new, {})
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # which is what safetensors makes of a full disk
             raise StoreError(f"cannot keep a run in {self._folder}: {error}") from error
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -215,7 +215,7 @@ def made(folder: Path, directory: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what a process that was killed had half written."""
-    for torn in folder.glob(".*"):
+    for torn in folder.glob(TORN):
         shutil.rmtree(torn)
 
 
