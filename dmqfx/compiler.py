@@ -104,8 +104,7 @@ def compile(
     report = Report.measure(
         scaled, after, data, rows=report_rows if processes.is_first() else 0, progress=bars
     )
-    _warn(chosen, report)
-    _warn_of_overflow(scaled, report, data, report_rows)
+    _warn(chosen, report, scaled, data, report_rows)
     made = {"seed": seed, "calibration": data.describe() if data is not None else None}
     origin = {**provenance(before), "float_weights": weights_digest(unet), **made}
     return CompiledUNet(
@@ -144,24 +143,19 @@ def _captured(unet: UNet, data: Calibration | None) -> Program:
     return before
 
 
-def _warn(policy: Policy, report: Report) -> None:
-    """Say to the caller of `compile` what the policy wanted and did not get."""
+def _warn(policy: Policy, report: Report, before: Program, data: Calibration | None, rows: int) -> None:
+    """Say to the caller of `compile` what the policy wanted and did not get, and where the float model overflows."""
     if policy.bits_asked_at and (idle := report.idle):
         what = f"the policy {policy.name!r} asks for bits, but {idle}"
         warnings.warn(what, NothingQuantizedWarning, stacklevel=3)
     for miss in report.misses(policy.expect):
         warnings.warn(miss, QualityWarning, stacklevel=3)
-
-
-def _warn_of_overflow(before: Program, report: Report, data: Calibration | None, rows: int) -> None:
-    """Where a report is no number, say to the caller of `compile` if that is the float model's doing, and where."""
     if data is not None and any(map(math.isnan, report.output_db.values())):
         try:
             refuse_overflow(before, selected(data, rows))
         except CalibrationError as error:
-            warnings.warn(
-                f"nothing could be measured of some rows: {error}", CalibrationWarning, stacklevel=3
-            )
+            what = f"nothing could be measured of some rows: {error}"
+            warnings.warn(what, CalibrationWarning, stacklevel=3)
 
 
 def check_pipeline(policy: Policy) -> None:
