@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration, CalibrationWarning
 from dmqfx.calibration.recording import weights_fingerprint
 from dmqfx.checking.verify import checking
-from dmqfx.errors import CaptureError, PipelineError, PolicyError
+from dmqfx.errors import CalibrationError, CaptureError, PipelineError, PolicyError
 from dmqfx.frontend.capture import capture
 from dmqfx.frontend.exclusions import refuse
 from dmqfx.frontend.signature import UNet, demanded
@@ -28,9 +29,12 @@ from dmqfx.policy.policy import Policy
 from dmqfx.runtime import targets
 from dmqfx.runtime.targets import Target
 from dmqfx.runtime.unet import CompiledUNet
+from dmqfx.seeing.measurement import selected
 from dmqfx.seeing.report import Report
 from dmqfx.storage.provenance import fingerprint, provenance, weights_digest
 from dmqfx.sweep.budget import Budget, bytes_of, seconds_of
+from dmqfx.sweep.finite import refuse_overflow
+from dmqfx.sweep.kept import kept
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +72,8 @@ def compile(
     `verify` checks every pass as it runs. `budget` is a time such as 90s, 5min, 1h or overnight that all
     passes should take together, by what this machine is measured to need: they get fewer rows, or more
     iterations. `memory` is what a sweep may take beside the model; what is beyond goes to disk. In `run_dir`
-    finished parts of sweeps are kept: the same call, made again after a kill, goes on behind them to the same
-    bits. `target` says what the layers run as, see `TARGETS`.
+    such trajectories and finished parts of sweeps are kept: the same call, made again after a kill, goes on
+    behind them to the same bits. `target` says what the layers run as, see `TARGETS`.
 
     Units: seed starts every generator; the report measures SQNR on report_rows calibration rows (0: none).
     Raises: PolicyError, CaptureError, CalibrationError, PipelineError; VerifyError if `verify` finds a
@@ -91,7 +95,7 @@ def compile(
     budgeted = None if seconds is None else Budget.over(seconds, _steps(chosen).steps)
     data = calibration
     if data is None and (report_rows or needs_calibration(chosen)):
-        data = Calibration.synthesize(unet, seed=seed, progress=bars)
+        data = kept(folder, unet, seed, lambda: Calibration.synthesize(unet, seed=seed, progress=bars))
     before = _captured(unet, data)
     ctx = PassContext(
         chosen, data, seed, bars, train_timesteps(unet, data), memory=room, budget=budgeted, run_dir=folder
@@ -100,7 +104,7 @@ def compile(
     report = Report.measure(
         scaled, after, data, rows=report_rows if processes.is_first() else 0, progress=bars
     )
-    _warn(chosen, report)
+    _warn(chosen, report, scaled, data, report_rows)
     made = {"seed": seed, "calibration": data.describe() if data is not None else None}
     origin = {**provenance(before), "float_weights": weights_digest(unet), **made}
     return CompiledUNet(
@@ -139,13 +143,19 @@ def _captured(unet: UNet, data: Calibration | None) -> Program:
     return before
 
 
-def _warn(policy: Policy, report: Report) -> None:
-    """Say to the caller of `compile` what the policy wanted and did not get."""
+def _warn(policy: Policy, report: Report, before: Program, data: Calibration | None, rows: int) -> None:
+    """Say to the caller of `compile` what the policy wanted and did not get, and where the float model overflows."""
     if policy.bits_asked_at and (idle := report.idle):
         what = f"the policy {policy.name!r} asks for bits, but {idle}"
         warnings.warn(what, NothingQuantizedWarning, stacklevel=3)
     for miss in report.misses(policy.expect):
         warnings.warn(miss, QualityWarning, stacklevel=3)
+    if data is not None and any(map(math.isnan, report.output_db.values())):
+        try:
+            refuse_overflow(before, selected(data, rows))
+        except CalibrationError as error:
+            what = f"nothing could be measured of some rows: {error}"
+            warnings.warn(what, CalibrationWarning, stacklevel=3)
 
 
 def check_pipeline(policy: Policy) -> None:

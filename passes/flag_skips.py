@@ -18,6 +18,7 @@ from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Refuse
 from dmqfx.graph.table import SkipConcat
+from dmqfx.sweep.finite import refuse_overflow
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class FlagSkips(Pass):
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Write a SkipConcat entry per concatenation found; refuse the others with a reason.
 
-        Raises: CalibrationError if a value is not finite where arms are measured.
+        Raises: CalibrationError if a value is not finite where arms are measured, naming the first operation.
         """
         graph = program.digraph()
         found: dict[Site, SkipConcat] = {}
@@ -71,6 +72,7 @@ class FlagSkips(Pass):
         measured = {site: torch.stack(values).amax(0) for site, values in peaks.items()}
         for site, peak in measured.items():
             if not bool(torch.isfinite(peak).all()):
+                refuse_overflow(program, chosen)
                 raise CalibrationError(f"{site}: calibration saw a value that is not finite")
         return {site: self._with_variance(entry, measured[site]) for site, entry in found.items()}
 

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from dmqfx import processes
+from dmqfx.calibration.calibration import Calibration
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CALIBRATED, FITTED, OBSERVED, SHIFTED, Fact
@@ -21,6 +22,7 @@ from dmqfx.graph.table import Range, Shift
 from dmqfx.numbers.observers import Observer
 from dmqfx.numbers.quant import QParams
 from dmqfx.sweep.chunks import own_rows, shared
+from dmqfx.sweep.finite import refuse_overflow
 from dmqfx.sweep.streaming import streamed
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ class FreezeObservers(Pass):
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Stream the calibration once; statistics are kept, activations are not.
 
-        Raises: CalibrationError without calibration, for rows that do not fit, for values not finite.
+        Raises: CalibrationError without calibration, for rows that do not fit, for values not finite, naming the
+            first operation.
         """
         if ctx.calibration is None:
             raise CalibrationError(
@@ -62,7 +65,7 @@ class FreezeObservers(Pass):
                 continue
             sites = [Site(user.meta["address"], arg) for user, arg in readers(node)]
             observer.join(processes.gathered)
-            seen = observer.result()
+            seen = _result(observer, program, ctx.calibration)
             table = table.put_all(dict.fromkeys(sites, seen))
             for site in sites:  # parameters of the range before
                 table = table.drop(site, QParams).drop(site, Shift)
@@ -82,6 +85,15 @@ class FreezeObservers(Pass):
             for batch in streamed(batches, own_rows(ctx.calibration), self.name()):
                 program(**{name: value.to(program.device) for name, value in batch.items()})
                 bar.update(len(batch["sample"]))
+
+
+def _result(observer: Observer, program: Program, data: Calibration) -> Range:
+    """What an observer saw. Of what is not finite it is not the one to blame: the first operation is."""
+    try:
+        return observer.result()
+    except CalibrationError:
+        refuse_overflow(program, data)
+        raise
 
 
 def _warn_of_gaps(ranges: dict[Site, Range]) -> None:

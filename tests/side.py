@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from models import unconditional
 from safetensors.torch import load_file, save_file
 from sweeping import SWEEP, VOTED, Stop, chain, context, output, recorded, swept, tensors
 from torch import Tensor
@@ -43,6 +44,7 @@ from dmqfx.passes import learn_scaling
 from dmqfx.policy.policy import Policy
 from dmqfx.runtime.targets import lower
 from dmqfx.sweep import sensitivitysweep, stepsweep
+from dmqfx.sweep.kept import kept
 from dmqfx.sweep.sensitivity import Measurement
 from dmqfx.sweep.sweep import SweepPass
 from dmqfx.sweep.turn import Turn
@@ -115,19 +117,21 @@ def work(kind: str, folder: Path) -> Table | dict[str, Tensor]:
     if kind == "whole":
         return whole()
     if kind == "resumed":
-        kept = replace(ctx, run_dir=folder / "run")
+        going = replace(ctx, run_dir=folder / "run")
         Stop.at = "conv4/conv2d:input"
         try:
-            swept(chain(), kept, SWEEP, Stop())
+            swept(chain(), going, SWEEP, Stop())
         except KeyboardInterrupt:
             Stop.at = ""
-        return swept(chain(), kept, SWEEP, Stop()).table
+        return swept(chain(), going, SWEEP, Stop()).table
     if kind == "blocks":
-        kept = replace(ctx, run_dir=folder / "run")
-        return swept(chain(4, residual=True), kept, BLOCKS).table
+        going = replace(ctx, run_dir=folder / "run")
+        return swept(chain(4, residual=True), going, BLOCKS).table
     if kind == "steps":
         ctx = replace(ctx, run_dir=folder / "run", calibration=in_samples(data))
         return swept(chain(4, residual=True), ctx, (*SWEEP, LEARN)).table
+    if kind == "kept":
+        return [made_by_itself(folder / "made", life).columns() for life in (0, 1)][1]
     if kind in ("raise", "die"):
         return swept(chain(), ctx, SWEEP, Break("conv4/conv2d:input", kind)).table
     if kind == "few":
@@ -135,6 +139,13 @@ def work(kind: str, folder: Path) -> Table | dict[str, Tensor]:
     assert kind == "other"
     processes.same("name", str(processes.rank()))
     return Table()
+
+
+def made_by_itself(folder: Path, life: int) -> Calibration:
+    """The rows of a small model with the seed 0; they would be others in each life."""
+    torch.manual_seed(0)
+    unet = unconditional()
+    return kept(folder, unet, 0, partial(Calibration.synthesize, unet, steps=2, trajectories=1, seed=life))
 
 
 def felt(data: Calibration, run: Path | None = None) -> Table:

@@ -729,7 +729,7 @@ def test_progress_bars_are_shown_on_a_terminal(folder: Path) -> None:
     assert b"record: 100%" in os.read(mine, 100_000)
 
 
-def test_an_interrupted_compilation_leaves_nothing_and_says_so(folder: Path) -> None:
+def test_an_interrupted_compilation_leaves_no_more_than_its_rows_and_says_so(folder: Path) -> None:
     long = (
         "--verify",
         "--verbose",
@@ -741,4 +741,5 @@ def test_an_interrupted_compilation_leaves_nothing_and_says_so(folder: Path) -> 
     going.send_signal(signal.SIGINT)
     assert going.wait() == terminal.INTERRUPTED
     assert going.stderr.read().endswith("dmqfx: interrupted\n")
-    assert not [path for path in folder.iterdir() if "cut" in path.name]
+    assert [path.name for path in folder.iterdir() if "cut" in path.name] == ["cut.run"]
+    assert [path.name.partition("-")[0] for path in (folder / "cut.run").iterdir()] == ["calibration"]

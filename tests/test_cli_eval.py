@@ -89,6 +89,22 @@ def test_another_scheduler_draws_by_its_own_timesteps(ask: Ask) -> None:
     )
 
 
+def test_a_scheduler_whose_package_is_missing_is_refused_with_its_name(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As diffusers stands in for it."""
+
+    class Dummy:
+        _backends = ("torch", "sde_package")
+
+    monkeypatch.setattr("diffusers.DPMSolverSDEScheduler", Dummy)
+    code, _, said = ask("q", "pipe", *DRAW, "--scheduler", "DPMSolverSDEScheduler")
+    assert (code, "DPMSolverSDEScheduler needs sde_package\n  mend: pip install sde_package" in said) == (
+        1,
+        True,
+    )
+
+
 def test_features_and_a_reference_can_be_given(ask: Ask) -> None:
     given = ("--features", "colours:mean", "--reference", "reference.npy")
     found = data(ask("q", "pipe", *DRAW, *given, "--json"))
@@ -178,6 +194,23 @@ def test_a_gate_of_ssim_is_met_or_missed_by_pictures_that_are_large_enough(ask: 
             1,
             "diffusers has no scheduler 'UNet2DModel'",
         ),
+        (
+            "emoji-q emoji --scheduler FlowMatchEulerDiscreteScheduler",
+            1,
+            "FlowMatchEulerDiscreteScheduler cannot draw with this model: AttributeError: ",
+        ),
+        (
+            "q pipe --prompts prompts.txt --scheduler RePaintScheduler",
+            1,
+            "velocity that a UNet predicts, such as DDIMS",
+        ),
+        (
+            "emoji-q emoji --scheduler UnCLIPScheduler",
+            1,
+            "UnCLIPScheduler cannot draw with this model: ValueError",
+        ),
+        ("emoji-q emoji --scheduler VQDiffusionScheduler", 1, "cannot draw with this model: TypeError"),
+        ("emoji-q emoji --scheduler PNDMScheduler --steps 2", 1, "PNDMScheduler makes no 2 steps"),
         ("q pipe --prompts prompts.txt --steps 5000", 1, "DDIMScheduler makes no 5000 steps"),
         ("q pipe --prompts prompts.txt --reference nowhere", 1, "there is no nowhere to take reference"),
         ("q pipe --prompts prompts.txt --features colours", 1, "write module:function"),

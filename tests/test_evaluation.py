@@ -232,6 +232,36 @@ def test_the_printed_table_has_every_timestep_and_the_worst_picture() -> None:
     ]
 
 
+@pytest.mark.parametrize(("pictures", "told"), [((25.0, math.nan, 30.0), "nan"), ((30.0, 25.0), "25.0")])
+def test_a_picture_that_is_no_number_is_the_worst(pictures: tuple[float, ...], told: str) -> None:
+    found = str(Evaluation((replace(FIRST, psnr_db=pictures),)))
+    assert next(line for line in found.splitlines() if line.startswith("picture PSNR")).split()[-1] == told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"steps": 2}, "PNDM, 2 steps in 3 calls, guided"),
+        ({"steps": 3}, "PNDM, 3 steps, guided"),
+        ({"steps": None}, "PNDM, 3 calls, guided"),
+    ],
+)
+def test_steps_are_those_that_were_asked_for_and_calls_are_told_where_they_are_others(
+    settings: dict[str, int | None], told: str
+) -> None:
+    run = replace(FIRST, drift=((981.0, 0.01), (981.0, 0.03), (1.0, 0.02)))
+    about = {"scheduler": "PNDM", "pictures_per_run": 2, "features": "", "lpips": "", "settings": settings}
+    found = str(Evaluation((run, run), about))
+    assert told in found
+    assert [line.split()[-1] for line in found.splitlines()[1:3]] == ["0.0300", "0.0200"]  # of two, the last
+
+
+def test_timesteps_that_are_near_each_other_are_kept_apart() -> None:
+    outputs = {time: Output(time, 1.0) for time in (981.0, 0.1234567, 0.1234568)}
+    found = Evaluation((Run(outputs),)).to_data()["output_db"]
+    assert found == {"981": 981.0, "0.1234568": 0.1234568, "0.1234567": 0.1234567}
+
+
 def test_columns_of_what_was_not_measured_are_left_out_and_runs_are_averaged() -> None:
     lines = str(Evaluation((replace(SECOND, psnr_db=(), ssim=()),) * 2)).splitlines()
     assert lines[:2] == ["timestep  output SQNR dB    gain", "     981            22.0  1.0000"]

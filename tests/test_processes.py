@@ -10,7 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from models import relative, unconditional
-from side import BLOCKS, chain, context, error, felt, found, named, recorded, started, untimed, whole, work
+from side import (
+    BLOCKS,
+    chain,
+    context,
+    error,
+    felt,
+    found,
+    made_by_itself,
+    named,
+    recorded,
+    started,
+    untimed,
+    whole,
+    work,
+)
 from sweeping import SWEEP, swept
 
 from dmqfx import load, processes
@@ -21,7 +35,7 @@ from dmqfx.graph.table import Table
 from dmqfx.numbers.speeds import Speeds
 
 FAILING = ("raise", "few", "other")
-SHARED = (*FAILING, "minmax", "observed", "felt", "blocks", "steps", "les", "alive", "resumed")
+SHARED = (*FAILING, "minmax", "observed", "felt", "blocks", "steps", "les", "alive", "kept", "resumed")
 LONG = ("mse", "percentile", "ema", "surrogate", "whole")
 DYING = ("mortal0", ",", "mortal1", ",", "mortal2", ",", "mortal3", "die")
 CODES = [[0, -9], [-9, -9], [-9, 0], [0, 9]]
@@ -170,6 +184,18 @@ def test_sums_that_two_processes_keep_are_not_those_of_one(
     assert kept == ["process-1/state-0000008", "state-0000006"]
     felt(recorded(chain(), 9, 4), both / "mortal")
     assert f"the run in {run} had other numbers of processes; it is not used" in caplog.text
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_rows_that_one_process_kept_are_read_by_all(both: Path, tmp_path: Path) -> None:
+    """What they would have made in their second life is others."""
+    first = made_by_itself(tmp_path, 0).columns()
+    for rank in (0, 1):
+        second = found("kept", both, rank)
+        assert second.keys() == first.keys()
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+    (folder,) = (both / "made").iterdir()
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".safetensors"}
 
 
 def test_one_process_that_works_on_half_of_the_rows_has_another_result(both: Path) -> None:

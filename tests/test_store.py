@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -345,6 +346,26 @@ def test_a_failed_save_leaves_the_older_model(
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
     newer.save_pretrained(target)
     assert store.load(target).config["sample_size"] == 12
+
+
+def test_weights_that_find_no_room_are_an_error_that_says_where(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As safetensors says it, which is no OSError."""
+    target, write = Path(shutil.copytree(saved, tmp_path / "unet")), store.save_file
+
+    def cramped(*args: object, **kwargs: object) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file can be longer
+        try:
+            write(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(store, "save_file", cramped)
+    with pytest.raises(StoreError, match=f"cannot save the weights to {target}: .*too large"):
+        copy.deepcopy(compiled()).save_pretrained(target)
+    assert contents(target) == contents(saved)
 
 
 def test_a_process_killed_between_two_renames_leaves_both_whole(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from sweeping import SWEEP, VOTED, Stop, Tell, bits, chain, context, recorded, swept
 
 from dmqfx.errors import StoreError
@@ -19,6 +21,7 @@ from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned, Shift
+from dmqfx.sweep.run import running
 from dmqfx.sweep.walk import Walk
 
 SITES = [f"conv{k}/conv2d:input" for k in range(4)] + ["conv4/conv2d:input", "time/linear:input"]
@@ -217,6 +220,36 @@ def test_a_directory_at_work_is_refused_to_others(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         swept(chain(), ctx, SWEEP, Nested())
+
+
+def test_a_full_disk_is_an_error_that_says_where_and_what_was_kept_is_still_there(tmp_path: Path) -> None:
+    directory, device = tmp_path / "run", torch.device("cpu")
+    with running(directory, "pass", {"weights": "a"}, device) as run:
+        run.begin(1.0)
+        run.keep(1, {"x": torch.ones(3)})
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, hard))  # no file can be longer
+        try:
+            with pytest.raises(
+                StoreError, match=f"cannot keep a run in {directory}/pass-[0-9a-f]*: .*too large"
+            ):
+                run.keep(2, {"x": torch.zeros(2**16)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        kept = run.state()
+    assert kept is not None
+    assert (kept[0], kept[1]["x"].tolist()) == (1, [1, 1, 1])
+
+
+def test_half_of_a_turn_goes_and_a_hidden_file_of_somebody_else_stays(tmp_path: Path) -> None:
+    with running(tmp_path, "pass", {"weights": "a"}, torch.device("cpu")) as run:
+        run.begin(1.0)
+    (folder,) = tmp_path.iterdir()
+    (folder / ".DS_Store").write_text("")
+    (folder / ".turn-00000.dmqfx-abcdefgh" / "new").mkdir(parents=True)
+    with running(tmp_path, "pass", {"weights": "a"}, torch.device("cpu")) as run:
+        assert run.factor == 1.0
+    assert sorted(path.name for path in folder.iterdir()) == [".DS_Store", "lock", "plan"]
 
 
 def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:

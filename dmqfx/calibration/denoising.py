@@ -16,15 +16,25 @@ from torch import Tensor
 from dmqfx import processes
 from dmqfx.calibration.recording import Tape
 from dmqfx.errors import CalibrationError
+from dmqfx.frontend.call import bind
 from dmqfx.frontend.signature import UNet, signature
 
-__all__ = ["CONCAT", "MOST_TRAJECTORIES", "Denoising", "latent_channels"]
+__all__ = ["CONCAT", "MOST_TRAJECTORIES", "Denoising", "NotFiniteError", "latent_channels"]
 
 CONCAT = "concat"
 _TOGETHER = 4  # trajectories in one UNet call: fixed, because the last bits of a result depend on it
 _WILD = 2.0  # a latent, scaled as its UNet sees it, has a standard deviation near 1
 _MOST_STEPS, _FEWEST_STEPS, MOST_TRAJECTORIES = 20, 8, 8
 _ADDED = ("text_embeds", "time_ids", "image_embeds", "hint")
+
+
+class NotFiniteError(CalibrationError):
+    """A UNet whose result is not finite, and the call: by placeholder name."""
+
+    def __init__(self, unet: UNet, timestep: Tensor, call: Mapping[str, Tensor]) -> None:
+        self.where = f"at timestep {float(timestep):g}"
+        self.call = call
+        super().__init__(f"{type(unet).__name__} gives values that are not finite {self.where}")
 
 
 @dataclass(frozen=True)
@@ -146,13 +156,12 @@ class Denoising:
         rest = dict(conditions)
         if CONCAT in rest:
             sample = torch.cat([sample, rest.pop(CONCAT)], dim=1)
-        result = self.unet(sample, t, **_arguments(self.unet, rest), return_dict=False)[0]
+        named = _arguments(self.unet, rest)
+        result = self.unet(sample, t, **named, return_dict=False)[0]
         if isinstance(self.unet, ControlNetModel):
             return None
         if not torch.isfinite(result).all():
-            raise CalibrationError(
-                f"{type(self.unet).__name__} gives values that are not finite at timestep {float(t):g}"
-            )
+            raise NotFiniteError(self.unet, t, bind(signature(self.unet), (sample, t), named))
         first, *guided = result.float().chunk(len(self.halves))
         prediction: Tensor = first + self.guidance_scale * (guided[0] - first) if guided else first
         learned = str(self.scheduler.config.get("variance_type", "")).startswith("learned")

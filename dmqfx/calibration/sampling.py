@@ -14,12 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmqfx.calibration.calibration import Calibration, CalibrationWarning
-from dmqfx.calibration.denoising import CONCAT, MOST_TRAJECTORIES, Denoising, latent_channels
+from dmqfx.calibration.denoising import CONCAT, MOST_TRAJECTORIES, Denoising, NotFiniteError, latent_channels
 from dmqfx.calibration.recording import Tape, recording, refuse_others
 from dmqfx.errors import CalibrationError
+from dmqfx.frontend.capture import capture
 from dmqfx.frontend.signature import UNet, is_supported, signature
+from dmqfx.sweep.finite import refuse_overflow_of
 
-__all__ = ["quiet", "record", "refuse_options", "synthetic"]
+__all__ = ["quiet", "record", "refuse_options", "synthetic", "warn_of_random"]
+
+_RANDOM = "random "  # how the note of conditions that were drawn begins
 
 
 def record(source: DiffusionPipeline | UNet, options: Mapping[str, object]) -> Calibration:
@@ -100,7 +104,7 @@ def from_sampler(
     halves = (given,) if guidance_scale is None else ({**given, **(unconditional or {})}, given)
     _refuse_conditioning(unet, halves, count)
     found = Denoising(unet, scheduler, size or _size(unet), count, steps, halves, guidance_scale or 1.0, seed)
-    with _watched(unet, progress, found.calls) as tape:
+    with _naming_overflow(unet), _watched(unet, progress, found.calls) as tape:
         found.run(tape)
     settings = {"seed": seed, "steps": steps, "trajectories": count, "guidance_scale": guidance_scale}
     return tape.calibration("sampler", scheduler=scheduler, settings=settings)
@@ -126,23 +130,32 @@ def synthetic(
     plan = Denoising(
         unet, chosen, _size(unet), trajectories or 1, steps or 1, (drawn,), seed=seed, steady=True
     )
-    if scheduler is None:
-        kind = "epsilon" if plan.predicts_noise() else "v_prediction"
-        plan = replace(plan, scheduler=DDIMScheduler.from_config(chosen.config, prediction_type=kind))
-        notes.append(f"the scheduler is a guess: DDIM, {kind}, {chosen.config.beta_schedule} betas")
-    if steps is None or trajectories is None:
-        plan = plan.sized(seconds, steps, trajectories)
-    with _watched(unet, progress, plan.calls) as tape:
-        rescaled = plan.run(tape)
+    with _naming_overflow(unet):
+        if scheduler is None:
+            kind = "epsilon" if plan.predicts_noise() else "v_prediction"
+            plan = replace(plan, scheduler=DDIMScheduler.from_config(chosen.config, prediction_type=kind))
+            notes.append(f"the scheduler is a guess: DDIM, {kind}, {chosen.config.beta_schedule} betas")
+        if steps is None or trajectories is None:
+            plan = plan.sized(seconds, steps, trajectories)
+        with _watched(unet, progress, plan.calls) as tape:
+            rescaled = plan.run(tape)
     if drawn:
-        notes.append(f"random {', '.join(drawn)}")
-        warnings.warn(_warning(unet, list(drawn)), CalibrationWarning, stacklevel=3)
+        notes.append(f"{_RANDOM}{', '.join(drawn)}")
     if rescaled:
         notes.append(
             f"latents that grew were scaled back {rescaled} times in {plan.steps * plan.trajectories} rows"
         )
     settings = {"seed": seed, "steps": plan.steps, "trajectories": plan.trajectories}
-    return tape.calibration("synthetic", scheduler=plan.scheduler, settings=settings, notes=tuple(notes))
+    found = tape.calibration("synthetic", scheduler=plan.scheduler, settings=settings, notes=tuple(notes))
+    warn_of_random(unet, found)
+    return found
+
+
+def warn_of_random(unet: UNet, calibration: Calibration) -> None:
+    """Say to the caller's caller's caller which conditions are random in a calibration of the model, if any are."""
+    notes = [note for origin in calibration.origins for note in origin.notes]
+    for names in (note.removeprefix(_RANDOM) for note in notes if note.startswith(_RANDOM)):
+        warnings.warn(_warning(unet, names), CalibrationWarning, stacklevel=4)
 
 
 def _usual_scheduler(unet: UNet) -> DDIMScheduler:
@@ -177,9 +190,9 @@ def _drawn(unet: UNet, trajectories: int, seed: int) -> dict[str, Tensor]:
     return drawn | {n: torch.ones(()) for n in names if not rows[0][n].dim()}
 
 
-def _warning(unet: UNet, names: Sequence[str]) -> str:
+def _warning(unet: UNet, names: str) -> str:
     return (
-        f"calibrating {type(unet).__name__} on random {', '.join(names)}: "
+        f"calibrating {type(unet).__name__} on random {names}: "
         "the ranges may not be those of real use\n"
         "  mend: calibration=Calibration.record(pipe, prompts=[...]), or\n"
         "        calibration=Calibration.record(unet, scheduler=..., conditioning={...}), or\n"
@@ -270,6 +283,16 @@ def _watched(unet: UNet, progress: bool | None, total: int | None) -> Iterator[T
             yield tape
         finally:
             ticking.remove()
+
+
+@contextmanager
+def _naming_overflow(unet: UNet) -> Iterator[None]:
+    """A UNet's result that is not finite is an error that names the first operation, once no hook is there to capture."""
+    try:
+        yield
+    except NotFiniteError as error:
+        refuse_overflow_of(capture(unet), error.call, f"calls {error.where}")
+        raise
 
 
 @contextmanager

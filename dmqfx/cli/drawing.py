@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["features", "load_sampler", "reference"]
 
 _FOR_PICTURES = ("steps", "scheduler", "features", "reference")
+_STEPS = 20  # unless --steps says
+_USUAL = "DDIMScheduler, DDPMScheduler, PNDMScheduler, EulerDiscreteScheduler or DPMSolverMultistepScheduler"
 
 
 def load_sampler(options: argparse.Namespace) -> tuple[UNet, Sampler | None]:
@@ -68,7 +72,7 @@ def _emoji(options: argparse.Namespace) -> Sampler:
     shown = emoji.demo_prompts(options.pictures or 16)
     prompts = files.read_prompts(options.prompts) if options.prompts else shown
     emoji.embed(prompts)  # what it does not know is said before anything long
-    steps = 20 if options.steps is None else options.steps
+    steps = _STEPS if options.steps is None else options.steps
     scale = 3.0 if options.guidance is None else options.guidance
     return EmojiSampler(prompts, steps, scale, _scheduler(options, emoji.load_scheduler()))
 
@@ -86,20 +90,62 @@ def _pipeline(options: argparse.Namespace) -> tuple[UNet, Sampler]:
 def _scheduler(options: argparse.Namespace, usual: SchedulerMixin) -> SchedulerMixin:
     """The scheduler that --scheduler names, configured like the usual one.
 
-    Raises: DmqfxError if there is none, or it cannot make so many steps.
+    Raises: DmqfxError if there is none, it is not for such models, or it cannot make so many steps.
+    """
+    chosen = _like(usual, options.scheduler) if options.scheduler else usual
+    steps = options.steps or _STEPS
+    try:
+        chosen.set_timesteps(steps)
+    except ValueError as error:
+        raise DmqfxError(f"{type(chosen).__name__} makes no {steps} steps: {error}") from error
+    return chosen
+
+
+def _like(usual: SchedulerMixin, name: str) -> SchedulerMixin:
+    """The scheduler of this name, configured like the usual one.
+
+    Raises: DmqfxError if there is none, or it is not for such models.
+    """
+    kind = _named(name)
+    try:
+        chosen = kind.from_config(usual.config)
+        _drive(copy.deepcopy(chosen))
+    except Exception as error:  # whatever one raises that is made for other models
+        raise DmqfxError(
+            f"{name} cannot draw with this model: {type(error).__name__}: {error}\n"
+            f"  mend: one that steps from the noise or the velocity that a UNet predicts, such as {_USUAL}"
+        ) from error
+    return chosen
+
+
+def _named(name: str) -> type[SchedulerMixin]:
+    """A scheduler of diffusers.
+
+    Raises: DmqfxError if there is none of this name, or a package that it needs is missing.
     """
     import diffusers
 
-    chosen = usual
-    if options.scheduler:
-        kind = getattr(diffusers, options.scheduler, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-            near = ", ".join(get_close_matches(options.scheduler, names, 3))
-            raise DmqfxError(f"diffusers has no scheduler {options.scheduler!r}; near it: {near or 'none'}")
-        chosen = kind.from_config(usual.config)  # type: ignore[attr-defined]  # diffusers is Any to the type checker
-    try:
-        chosen.set_timesteps(options.steps or 20)
-    except ValueError as error:
-        raise DmqfxError(f"{type(chosen).__name__} makes no {options.steps} steps: {error}") from error
-    return chosen
+    kind = getattr(diffusers, name, None)
+    if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
+        return kind
+    known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+    missing = [package for package in getattr(kind, "_backends", ()) if find_spec(package) is None]
+    if name in known and missing:
+        raise DmqfxError(f"{name} needs {' and '.join(missing)}\n  mend: pip install {' '.join(missing)}")
+    near = ", ".join(get_close_matches(name, known, 3))
+    raise DmqfxError(f"diffusers has no scheduler {name!r}; near it: {near or 'none'}")
+
+
+def _drive(scheduler: SchedulerMixin) -> None:
+    """Step as a sampler does, with ones for noise and predictions; what is driven otherwise raises something."""
+    import torch
+
+    latent = torch.ones(1, 4, 8, 8)
+    learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
+    predicted = torch.ones(1, 8 if learned else 4, 8, 8)
+    with torch.random.fork_rng(devices=()):
+        scheduler.set_timesteps(_STEPS)
+        latent = latent * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            scheduler.scale_model_input(latent, t)
+            latent = scheduler.step(predicted, t, latent, return_dict=False)[0]

@@ -7,6 +7,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -248,7 +249,7 @@ def _compiled(options: argparse.Namespace) -> int:
     refuse_foreign(out)
     run = files.to_be_folder(options.run_dir or f"{out}.run")
     floors = _floors(options, policy)
-    calibration = _given(options, wanted=options.rows > 0 or needs_calibration(policy))
+    calibration = _given(options, run, wanted=options.rows > 0 or needs_calibration(policy))
     unet = sources.load_unet(options.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)  # the gate says it
@@ -294,12 +295,16 @@ def _told(options: argparse.Namespace, q: CompiledUNet, out: Path, floors: Seque
     return terminal.gate(report.misses(Expect(max(floors, default=None))))
 
 
-def _given(options: argparse.Namespace, *, wanted: bool) -> Calibration | None:
-    """The calibration that was named, or the bundled model's own."""
-    from dmqfx import processes
+def _given(options: argparse.Namespace, run: Path, *, wanted: bool) -> Calibration | None:
+    """The calibration that was named, or the bundled model's own, which is kept in the run directory."""
+    from dmqfx import emoji, processes
     from dmqfx.evaluation import emoji_calibration
+    from dmqfx.sweep.kept import kept
+
+    seed, watched = options.seed, bars() and processes.is_first()
 
     calibration = sources.load_calibration(options.calibration)
     if calibration is None and wanted and sources.is_emoji(options.model):
-        return emoji_calibration(seed=options.seed, progress=bars() and processes.is_first())
+        make = partial(emoji_calibration, seed=seed, progress=watched)
+        return kept(run, emoji.load_unet(), seed, make)
     return calibration

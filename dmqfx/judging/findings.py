@@ -20,8 +20,8 @@ class Run:
     """What one seed, or one recording, showed.
 
     Units: outputs by timestep, from the first to the last, guided ones at guidance_scale; drift is (timestep,
-    |q - f| / |f| of the latents after its step); psnr_db, ssim, lpips of each picture against the float
-    model's; frechet by what it compares.
+    |q - f| / |f| of the latents after its step), for some schedulers several of one timestep; psnr_db, ssim,
+    lpips of each picture against the float model's; frechet by what it compares.
     """
 
     outputs: Mapping[float, Output]
@@ -144,7 +144,7 @@ class Evaluation:
     def to_data(self) -> dict[str, object]:
         """The same as plain values."""
         return {
-            "output_db": {f"{time:g}": db for time, db in self.output_db.items()},
+            "output_db": {repr(float(t)).removesuffix(".0"): db for t, db in self.output_db.items()},
             "image_db": list(self.image_db),
             "mean_output_db": self.mean_output_db,
             "mean_image_db": self.mean_image_db,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
@@ -46,11 +47,11 @@ def written(evaluation: Evaluation) -> str:
 
 def _by_timestep(evaluation: Evaluation) -> str:
     rows = [["timestep", *(name for name, _, _ in _COLUMNS), "drift"]]
-    drifts = [pair for run in evaluation.runs for pair in run.drift]
-    for time in sorted({*evaluation.output_db, *(at for at, _ in drifts)}, reverse=True):
+    drifts = [dict(run.drift) for run in evaluation.runs]  # of several calls at a timestep, the last one's
+    for time in sorted({*evaluation.output_db}.union(*drifts), reverse=True):
         found = [run.outputs[time] for run in evaluation.runs if time in run.outputs]
         cells = [_cell([pick(output) for output in found], decimals) for _, decimals, pick in _COLUMNS]
-        rows.append([f"{time:g}", *cells, _cell([distance for at, distance in drifts if at == time], 4)])
+        rows.append([f"{time:g}", *cells, _cell([drift.get(time) for drift in drifts], 4)])
     kept = [k for k in range(len(rows[0])) if any(row[k] for row in rows[1:])]
     return wording.columns([[row[k] for k in kept] for row in rows], right=range(len(kept)))
 
@@ -61,7 +62,8 @@ def _means(evaluation: Evaluation) -> str:
     for name, spread in evaluation.summary().items():
         words, decimals = NAMES[name]
         pictures = [value for run in evaluation.runs for value in getattr(run, name)] if name in worst else []
-        extreme = f"{worst[name](pictures):.{decimals}f}" if pictures else ""
+        broken = any(map(math.isnan, pictures))  # worse than any number, which min and max do not know
+        extreme = f"{math.nan if broken else worst[name](pictures):.{decimals}f}" if pictures else ""
         deviation = "" if spread.deviation is None else f"{spread.deviation:.{decimals + 1}f}"
         rows.append([words, f"{spread.mean:.{decimals}f}", deviation, extreme])
     kept = [k for k in range(4) if any(row[k] for row in rows[1:])]
@@ -73,11 +75,19 @@ def _remarks(evaluation: Evaluation) -> Iterator[str]:
     told, many = evaluation.protocol, len(evaluation.runs) > 1
     about, lines = [f"{len(evaluation.runs)} run{'s' * many}"], list[str]()
     if "scheduler" in told:
-        steps = len(evaluation.runs[0].drift)
-        about += [f"{told['pictures_per_run']} pictures each", f"{told['scheduler']}, {steps} steps"]
+        about += [f"{told['pictures_per_run']} pictures each", f"{told['scheduler']}, {_length(evaluation)}"]
         lines += [f"Fréchet distances in the features {told['features']}", f"LPIPS: {told['lpips']}"]
     about += [f"guided at {scale:g}" for scale in {run.guidance_scale for run in evaluation.runs} - {None}]
     yield "\n".join([", ".join(about), *lines])
+
+
+def _length(evaluation: Evaluation) -> str:
+    """Of the schedule: the steps that were asked for, and the calls where these are others."""
+    calls, settings = len(evaluation.runs[0].drift), evaluation.protocol.get("settings")
+    steps = settings.get("steps") if isinstance(settings, Mapping) else None
+    if steps is None:
+        return f"{calls} calls"
+    return f"{steps} steps" + f" in {calls} calls" * (steps != calls)
 
 
 def _cell(values: Sequence[float | None], decimals: int) -> str:

@@ -23,7 +23,7 @@ from dmqfx.seeing.report import LayerReport, PassReport, Refused, Report, SiteRe
 if TYPE_CHECKING:
     from dmqfx.calibration.calibration import Calibration
 
-__all__ = ["measure"]
+__all__ = ["measure", "selected"]
 
 _BATCH = 4
 
@@ -50,6 +50,12 @@ def measure(
     )
 
 
+def selected(calibration: Calibration, rows: int) -> Calibration:
+    """What is measured on: so many rows, and at least one of every timestep."""
+    wanted = max(rows, len(set(calibration.timesteps().tolist())))
+    return calibration.select(wanted, torch.Generator().manual_seed(0))
+
+
 def _tally(
     before: Program,
     after: Program,
@@ -59,9 +65,7 @@ def _tally(
     progress: bool,
 ) -> tuple[Tally, int]:
     """Both programs on a selection of rows, and how many these are."""
-    wanted = max(rows, len(set(calibration.timesteps().tolist())))
-    chosen = calibration.select(wanted, torch.Generator().manual_seed(0))
-    tally = Tally()
+    chosen, tally = selected(calibration, rows), Tally()
     with tqdm(total=len(chosen), desc="measure", unit="row", disable=not progress) as bar:
         for batch in chosen.batches(_BATCH):
             compare(before, after, batch, common, tally)

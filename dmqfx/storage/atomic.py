@@ -9,11 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from dmqfx.errors import StoreError
 from dmqfx.storage.lock import locked
 
-__all__ = ["replacing", "replacing_file", "survivor"]
+__all__ = ["TORN", "replacing", "replacing_file", "survivor"]
+
+TORN: Final = ".*.dmqfx-*"
+"""What a directory is called that `replacing` fills, as a glob: no other hidden file is ours."""
 
 
 @contextmanager

@@ -48,7 +48,8 @@ _OF_THIS_MACHINE: Final = ("_use_default_values", "_ignore_files", "_name_or_pat
 def save(unet: CompiledUNet, directory: str | PathLike[str]) -> None:
     """Write a compiled UNet into a directory, which may hold an older one; that one survives an error.
 
-    Raises: StoreError for a directory that holds anything else, or a program that cannot be stored.
+    Raises: StoreError for a directory that holds anything else, a program that cannot be stored, or weights that
+        find no room; OSError for any other file that cannot be written.
     """
     path = Path(directory).expanduser().resolve()
     refuse_foreign(path)
@@ -58,7 +59,10 @@ def save(unet: CompiledUNet, directory: str | PathLike[str]) -> None:
         _write(new / CONFIG, json.dumps(_write_config(unet), indent=2, sort_keys=True) + "\n")
         _write(new / GRAPH, dump(write_graph(unet.program)))
         _write(new / TABLE, dump(table))
-        save_file(_apart(tensors), new / TENSORS, metadata={"format": "pt"})
+        try:
+            save_file(_apart(tensors), new / TENSORS, metadata={"format": "pt"})
+        except SafetensorError as error:  # which is what it makes of a full disk
+            raise StoreError(f"cannot save the weights to {path}: {error}") from error
         (new / TENSORS).chmod((new / CONFIG).stat().st_mode)  # safetensors makes a private file
         if unet.policy is not None:
             _write(new / POLICY, print_policy(unet.policy))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -13,7 +14,10 @@ from dmqfx.graph.modules import constant, label
 from dmqfx.graph.program import Program
 from dmqfx.sweep.values import Pair
 
-__all__ = ["finite", "refuse_broken_weights", "refuse_not_finite"]
+if TYPE_CHECKING:
+    from dmqfx.calibration.calibration import Calibration
+
+__all__ = ["finite", "refuse_broken_weights", "refuse_not_finite", "refuse_overflow", "refuse_overflow_of"]
 
 
 def refuse_broken_weights(program: Program) -> None:
@@ -43,10 +47,49 @@ def refuse_not_finite(node: fx.Node, pair: Pair, timestep: Tensor, numbers: Sequ
             if not isinstance(tensor, Tensor) or finite(tensor):
                 continue
             row = _row(tensor, len(timestep))
-            raise CalibrationError(
-                f"{label(node)}: the {what} network's value is not finite for calibration row {numbers[row]}"
-                f" (timestep {float(timestep[row]):g})\n  mend: {_MEND[what]}"
-            )
+            raise _error(node, what, f"row {numbers[row]} (timestep {float(timestep[row]):g})")
+
+
+def refuse_overflow(program: Program, data: Calibration) -> None:
+    """Raise for the first operation of a float program whose value is not finite, trying the rows one by one.
+
+    For where something was seen that is not finite; if every row's values are, nothing happens.
+
+    Raises: CalibrationError naming the operation and the row.
+    """
+    places = zip(data.trajectories().tolist(), data.steps().tolist(), data.timesteps().tolist(), strict=True)
+    batches = data.batches(1, program.inputs, dtype=program.dtype)
+    for (trajectory, step, time), batch in zip(places, batches, strict=True):
+        refuse_overflow_of(program, batch, f"row of trajectory {trajectory}, step {step} (timestep {time:g})")
+
+
+def refuse_overflow_of(program: Program, batch: Mapping[str, Tensor], where: str) -> None:
+    """The same of one batch, which is called so.
+
+    Raises: CalibrationError naming the operation.
+    """
+    _Watched(program, where).run(*(batch[i.name].to(program.device) for i in program.inputs.inputs))
+
+
+class _Watched(fx.Interpreter):
+    """Runs a graph as far as its values are finite."""
+
+    def __init__(self, program: Program, where: str) -> None:
+        super().__init__(program.gm)
+        self.where = where
+        self.extra_traceback = False  # the error says where it is
+
+    def run_node(self, n: fx.Node) -> object:
+        with torch.no_grad():
+            value = super().run_node(n)
+        if not finite(value):
+            raise _error(n, "float", self.where)
+        return value
+
+
+def _error(node: fx.Node, what: str, where: str) -> CalibrationError:
+    said = f"{label(node)}: the {what} network's value is not finite for calibration {where}"
+    return CalibrationError(f"{said}\n  mend: {_MEND[what]}")
 
 
 _MEND = {

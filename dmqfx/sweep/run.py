@@ -21,12 +21,12 @@ from dmqfx.errors import StoreError
 from dmqfx.graph.address import Site
 from dmqfx.graph.journal import Application, Refusal
 from dmqfx.graph.table import Entry
-from dmqfx.storage.atomic import replacing
+from dmqfx.storage.atomic import TORN, replacing
 from dmqfx.storage.codec import Json, decode, dump, encode, parse
 from dmqfx.storage.lock import locked
 from dmqfx.storage.manifest import read_manifest, write_manifest
 
-__all__ = ["NoRun", "OtherRun", "Run", "Written", "packed", "running", "unpacked"]
+__all__ = ["NoRun", "OtherRun", "Run", "Written", "made", "packed", "running", "unpacked"]
 
 _RECORD, _TENSORS, _PLAN, _STATE = "record.json", "tensors.safetensors", "plan", "state"
 _DAMAGED = "%s\n  it is computed again, and so is what came after it"
@@ -131,7 +131,7 @@ class Run(NoRun):
                 (new / _RECORD).write_text(dump(record), encoding="utf-8")
                 save_file(tensors, new / _TENSORS)
                 write_manifest(new, {})
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # which is what safetensors makes of a full disk
             raise StoreError(f"cannot keep a run in {self._folder}: {error}") from error
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -175,7 +175,7 @@ class OtherRun(Run):
     def own(self) -> Run:
         """A folder beside what the first process keeps, for this one alone."""
         folder = self._folder / f"process-{processes.rank()}"
-        _made(folder, self._folder)
+        made(folder, self._folder)
         _clear(folder)
         return Run(folder, self._key, self._device)
 
@@ -190,7 +190,7 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
     """
     whole: dict[str, Json] = dict(key.items())
     folder = directory / f"{title}-{hashlib.sha256(dump(whole).encode()).hexdigest()[:12]}"
-    _made(folder, directory)
+    made(folder, directory)
     if not processes.is_first():
         yield OtherRun(folder, whole, device)
         return
@@ -202,7 +202,11 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
         yield Run(folder, whole, device)
 
 
-def _made(folder: Path, directory: Path) -> None:
+def made(folder: Path, directory: Path) -> None:
+    """Make a folder of a run directory, if it is not there.
+
+    Raises: StoreError if it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -211,7 +215,7 @@ def _made(folder: Path, directory: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove what a process that was killed had half written."""
-    for torn in folder.glob(".*"):
+    for torn in folder.glob(TORN):
         shutil.rmtree(torn)
 
 
