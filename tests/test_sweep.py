@@ -419,16 +419,16 @@ import torch
 from dmqfx.machine import memory_given_back
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
-for _ in range(8):
-    torch.ones(2**22)  # glibc learns that tensors of 16 MB come and go
 def holes():
     tensors = [torch.ones(2**20) for _ in range(100)]
     before = resident()
     del tensors[::2]
     return before - resident()
-kept = holes()
 with memory_given_back():
-    print(kept, holes())
+    gone = holes()
+for _ in range(8):
+    torch.ones(2**22)  # glibc learns that tensors of 16 MB come and go
+print(holes(), gone)
 """
 
 

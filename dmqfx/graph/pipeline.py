@@ -22,7 +22,7 @@ from dmqfx.graph.fingerprint import fingerprint, refuse_changes, tensors
 from dmqfx.graph.invariants import check_facts, check_structure
 from dmqfx.graph.journal import Journal, PassRecord
 from dmqfx.graph.program import Program
-from dmqfx.machine import memory_given_back
+from dmqfx.machine import give_back_memory, memory_given_back
 
 if TYPE_CHECKING:
     from dmqfx.calibration.calibration import Calibration
@@ -222,8 +222,9 @@ class Pipeline:
         Raises: PipelineError for a wrong order; RewriteError when a pass breaks a structural rule.
         """
         self.check(program, providers)
-        for together in _neighbours(self.steps):
-            program = run_steps(together, program, ctx, observe)
+        with nullcontext() if ctx.calibration is None else memory_given_back():
+            for together in _neighbours(self.steps):
+                program = run_steps(together, program, ctx, observe)
         return program
 
 
@@ -239,8 +240,9 @@ def run_steps(
     given = fingerprint(program) if observe is not None else None
     started, versions = time.perf_counter(), _versions(program)
     locals_ = [replace(ctx, journal=Journal(fuel=ctx.journal.fuel)) for _ in steps]
-    with nullcontext() if ctx.calibration is None else memory_given_back():
-        after = _run_alone_or_jointly(list(zip(steps, locals_, strict=True)), program)
+    after = _run_alone_or_jointly(list(zip(steps, locals_, strict=True)), program)
+    if ctx.calibration is not None:
+        give_back_memory()
     names = ", ".join(step.name() for step in steps)
     if given is not None:
         refuse_changes(program, given, names)
@@ -279,10 +281,7 @@ def _run_alone_or_jointly(steps: Sequence[tuple[Pass, PassContext]], program: Pr
 
 
 def run_step(step: Pass, program: Program, ctx: PassContext, observe: Observe | None = None) -> Program:
-    """One pass on one program: run, structural checks, facts, log.
-
-    Raises: RewriteError when the pass breaks a structural rule.
-    """
+    """What run_steps does, with one pass."""
     return run_steps((step,), program, ctx, observe)
 
 
