@@ -116,10 +116,10 @@ class ReconstructBlocks(Pass):
         block: Block,
         arrivals: Sequence[Arrival],
         ctx: PassContext,
-    ) -> dict[Site, Entry]:
-        """The codes and biases of one block, where they are better than what it has."""
+    ) -> tuple[dict[Site, Entry], float | None]:
+        """The codes and biases of one block, where they are better than what it has, and the loss that is left."""
         if ctx.journal.exhausted:
-            return {}
+            return {}, None
         how = Annealing(
             self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate, self.loss
         )
@@ -142,11 +142,11 @@ class ReconstructBlocks(Pass):
                 else "no loss"
             )
             ctx.journal.refuse(block.at, "block", f"{told}; the codes are kept")
-            return {}
+            return {}, found.before
         ctx.journal.apply(
             block.at, "block", f"{found.after / found.before:.2g} of the loss of the codes before"
         )
-        return found.entries
+        return found.entries, found.after
 
     def _weigh(self, ctx: PassContext) -> Weigh:
         edges = torch.tensor([ctx.train_timesteps * k / self.groups for k in range(1, self.groups)])

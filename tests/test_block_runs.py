@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -214,3 +215,10 @@ def test_what_a_turn_wrote_arrives_as_it_was_sent() -> None:
     assert bits(Table().put_all(dict(got.entries))) == bits(Table().put_all(dict(entries)))
     assert got.dropped == written.dropped
     assert [site for site, _ in got.entries] == [site for site, _ in entries]
+
+
+def test_the_bar_tells_the_loss_of_each_block(capsys: pytest.CaptureFixture[str]) -> None:
+    learned(ready(progress=True))
+    told = re.findall(r"(\d)/4 (\S+), loss before ([0-9.e-]+)", capsys.readouterr().err)
+    assert {(number, at) for number, at, _ in told} == {(str(k), ORDER[k - 1]) for k in (2, 3, 4)}
+    assert all(float(loss) > 0 for _, _, loss in told)

@@ -44,8 +44,8 @@ class BlockLearner(Learner, Protocol):
         block: Block,
         arrivals: Sequence[Arrival],
         ctx: PassContext,
-    ) -> dict[Site, Entry]:
-        """What the table gets for a block."""
+    ) -> tuple[dict[Site, Entry], float | None]:
+        """What the table gets for a block, and the loss that is left, if there is one."""
 
 
 def learn_blocks(program: Program, order: Sequence[Block], step: BlockLearner, ctx: PassContext) -> Program:
@@ -102,14 +102,16 @@ def _visited(
     bar: Progress,
 ) -> Table:
     """The table after a block."""
+    loss: float | None = None
 
     def work() -> tuple[list[tuple[Site, Entry]], Table]:
-        entries = step.learn(program, table, block, arrivals, ctx)
+        nonlocal loss
+        entries, loss = step.learn(program, table, block, arrivals, ctx)
         return list(entries.items()), table.put_all(entries)
 
     bar.begin(Site(block.at, "out"))
     after = visits.visit(table, [ctx.journal], work)
-    bar.end(None)
+    bar.end(loss)
     return after
 
 
