@@ -155,7 +155,9 @@ def _warn(policy: Policy, report: Report, before: Program, data: Calibration | N
             refuse_overflow(before, selected(data, rows))
         except CalibrationError as error:
             what = f"nothing could be measured of some rows: {error}"
-            warnings.warn(what, CalibrationWarning, stacklevel=3)
+        else:
+            what = "the compiled model's output is not finite on some rows, where the float one's is; see the report"
+        warnings.warn(what, CalibrationWarning, stacklevel=3)
 
 
 def check_pipeline(policy: Policy) -> None:

@@ -185,7 +185,7 @@ class LearnScaling(SweepPass):
                 own = [_by_extremes(reader) for reader in own]
             views.append(_view(turn, own, rows, edges))
             positions.append(int(geometry.positions(shape)))
-        return _weighed(views, positions, len(readers))
+        return _weighed(views, positions)
 
 
 def _forgotten(table: Table, reader: Reader) -> Table:
@@ -215,14 +215,16 @@ def _boundaries(readers: Sequence[Reader]) -> tuple[float, ...]:
 
 def _view(turn: Turn, readers: Sequence[Reader], rows: Rows, edges: Tensor) -> View:
     """The layers of one window; `edges` cut the rows into the groups of the weighting."""
-    layers, importance = [], torch.zeros_like(rows.timestep, dtype=rows.quantized.dtype)
+    layers, values = list[Layer](), None
     for reader in readers:
         assert reader.weight_spec is not None
-        weight = turn.weight(reader).flatten(1)
+        given, weight = _input(turn, reader, rows), turn.weight(reader).flatten(1)
+        values = given.values if values is None else values  # one tensor, and so in one unit for all
         felt = turn.table.get(Site(reader.site.at, "out"), Sensitivity)
-        layers.append(Layer(_input(turn, reader, rows), weight, reader.weight_spec, _root(felt, weight)))
-        importance += 1 if felt is None else felt.of(rows.timestep).to(importance)
-    return View(layers, importance, timestep_group(rows.timestep, edges.to(rows.timestep.device)))
+        importance = values.new_ones(len(values)) if felt is None else felt.of(rows.timestep).to(values)
+        own = replace(given, values=values)
+        layers.append(Layer(own, weight, reader.weight_spec, _root(felt, weight), importance))
+    return View(layers, timestep_group(rows.timestep, edges.to(rows.timestep.device)))
 
 
 def _input(turn: Turn, reader: Reader, rows: Rows) -> Input:
@@ -236,13 +238,15 @@ def _input(turn: Turn, reader: Reader, rows: Rows) -> Input:
     return Input(rows.quantized, own, seen.low, seen.high, spec, rows.taps, by_row, finer).in_reach()
 
 
-def _weighed(views: Sequence[View], positions: Sequence[int], readers: int) -> Scaling:
-    """The problem in which the outputs themselves would be an error of 1 a reader, each window by its positions."""
+def _weighed(views: Sequence[View], positions: Sequence[int]) -> Scaling:
+    """The problem in which all outputs together would be an error of 1, a window counting by its positions."""
     shares = [count / max(positions) for count in positions]
-    power = sum(share * _power(view) for share, view in zip(shares, views, strict=True))
-    unit = readers * power if power > 0 else 1.0
-    both = zip(views, shares, strict=True)
-    return Scaling([replace(view, importance=view.importance * share / unit) for view, share in both])
+    unit = sum(share * _power(view) for share, view in zip(shares, views, strict=True)) or 1.0
+    found = []
+    for view, share in zip(views, shares, strict=True):
+        layers = [replace(each, importance=each.importance * (share / unit)) for each in view.layers]
+        found.append(replace(view, layers=layers))
+    return Scaling(found)
 
 
 def _power(view: View) -> float:

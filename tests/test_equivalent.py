@@ -50,11 +50,11 @@ def problem(
         RowExtremes(values.amin(2), values.amax(2), own),
         2.0 ** -torch.randint(3, (len(parts), 8), generator=drawn) if shifted else None,
     )
-    made = [
-        Layer(given, torch.randn(5, 8 * taps, generator=drawn), weight, torch.randn(5, 5, generator=drawn))
-        for _ in range(layers)
-    ]
-    return Scaling([View(made, 0.5 + torch.rand(300, generator=drawn), group)])
+    shapes = [(5, 8 * taps), (5, 5)]
+    pairs = [[torch.randn(shape, generator=drawn) for shape in shapes] for _ in range(layers)]
+    importance = 0.5 + torch.rand(300, generator=drawn)
+    made = [Layer(given, own, weight, root, importance) for own, root in pairs]
+    return Scaling([View(made, group)])
 
 
 def with_inputs(of: Scaling, change: Callable[[Input], Input]) -> Scaling:
@@ -145,7 +145,8 @@ def test_the_loss_is_the_error_of_the_deployed_layers(
 def errors(of: Scaling, gamma: Tensor) -> Tensor:
     """The error in each row, by no weight."""
     (view,) = of.views
-    return view.losses(gamma, view.shares(gamma), slice(None)) / view.importance
+    equal = [replace(each, importance=torch.ones_like(each.importance)) for each in view.layers]
+    return replace(view, layers=equal).losses(gamma, view.shares(gamma), slice(None))
 
 
 def test_each_layer_has_its_own_grid_of_the_tensor() -> None:
@@ -262,15 +263,14 @@ def doubled(layer: Layer) -> Layer:
     """In double precision."""
     given = layer.given
     wide = replace(given, values=given.values.double(), low=given.low.double(), high=given.high.double())
-    return replace(layer, given=wide, weight=layer.weight.double(), root=layer.root.double())
+    weight, root, importance = (each.double() for each in (layer.weight, layer.root, layer.importance))
+    return replace(layer, given=wide, weight=weight, root=root, importance=importance)
 
 
 def test_the_expected_error_has_the_gradient_of_its_value() -> None:
     of = problem(outlier=4.0, taps=4, layers=2)
     (view,) = of.views
-    wide = Scaling(
-        [replace(view, layers=list(map(doubled, view.layers)), importance=view.importance.double())]
-    )
+    wide = Scaling([replace(view, layers=list(map(doubled, view.layers)))])
     at = (
         torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.5
     ).requires_grad_()

@@ -129,3 +129,12 @@ def test_the_command_keeps_the_rows_of_the_bundled_model_and_removes_them_when_i
     assert main(command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
     capsys.readouterr()
+
+
+def test_rows_that_something_else_makes_of_the_model_are_others(tmp_path: Path) -> None:
+    unet = unconditional()
+    first = kept(tmp_path, unet, 0, lambda: rows(unet))
+    other = kept(tmp_path, unet, 0, lambda: rows(unet, 1), "prompts")
+    assert not same(first, other)
+    assert same(kept(tmp_path, unet, 0, never), first)
+    assert same(kept(tmp_path, unet, 0, never, "prompts"), other)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from unittest.mock import patch
 
 import pytest
 import torch
+from models import captured
 from sweeping import context, output_noise, planned, recorded, swept
 
 from dmqfx.checking.tablecheck import broken_claims
 from dmqfx.checking.verify import verify
 from dmqfx.errors import PassNotFoundError, PipelineError
+from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CORRECTED, FITTED, ROUNDED, SHIFTED, STEPPED
 from dmqfx.graph.pipeline import Pipeline
@@ -20,8 +22,9 @@ from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create, pipeline
 from dmqfx.graph.rewrite import Journal
 from dmqfx.graph.table import Bias, ChannelScale, Codes, LayerPair, Shift
-from dmqfx.numbers.equivalent import surrogate
-from dmqfx.numbers.quant import QParams
+from dmqfx.numbers.equivalent import Layer, View, surrogate
+from dmqfx.numbers.quant import QParams, QuantSpec
+from dmqfx.numbers.scaledinput import Input
 from dmqfx.passes import learn_scaling
 
 MODEL = "plain"
@@ -192,3 +195,56 @@ def test_the_closed_form_alone_asks_for_ranges() -> None:
 def test_options_out_of_range_are_refused(option: str, value: object, told: str) -> None:
     with pytest.raises(PassNotFoundError, match=told):
         create("learn-scaling", {"method": "les", option: value})
+
+
+@pytest.mark.parametrize("windows", [[2, 1], [1, 1, 1]])
+def test_a_layer_counts_by_its_positions_whatever_else_sees_the_tensor_so(windows: Sequence[int]) -> None:
+    """Layers alike: how they are spread over windows changes nothing; one with half the positions counts half."""
+    gamma = torch.linspace(0.5, 2, 8)
+    together, apart = (
+        learn_scaling._weighed(seen_by(own), [4] * len(own)) for own in ([sum(windows)], windows)
+    )
+    assert apart.loss(gamma) == pytest.approx(together.loss(gamma), rel=1e-5)
+    assert float(apart.expected(gamma)) == pytest.approx(float(together.expected(gamma)), rel=1e-5)
+    fewer = learn_scaling._weighed(seen_by([1, 1]), [4, 2])
+    first, second = (view.loss(gamma) for view in fewer.views)
+    assert first == pytest.approx(2 * second, rel=1e-5)
+
+
+def seen_by(windows: Sequence[int]) -> list[View]:
+    """So many layers of one weight and the same rows, by window."""
+    drawn = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 8, generator=drawn), torch.randn(4, 8, generator=drawn)
+    group, spec = torch.zeros(64, dtype=torch.int64), QuantSpec(4, "symmetric", per="channel")
+    given = Input(x, group, x.amin(0)[None], x.amax(0)[None], QuantSpec(6, "affine"))
+    return [
+        View([Layer(given, weight, spec, torch.eye(4), torch.ones(64))] * count, group) for count in windows
+    ]
+
+
+def test_layers_that_look_at_a_tensor_through_other_windows_share_a_scale() -> None:
+    """The arm of a skip, and the downsampling convolution that reads the same tensor."""
+    steps = [
+        ("canonicalize", {}),
+        ("flag-skips", {}),
+        ("split-skips", {}),
+        ("plan-sites", {}),
+        ("pair-layers", {}),
+    ]
+    program = pipeline(steps).run(captured(MODEL)[1], context(recorded(planned(MODEL), 8)))
+    apart = {
+        at: pair for at, pair in program.table.of(LayerPair).items() if len(windows_of(program, pair)) > 1
+    }
+    assert apart
+    given = context(recorded(program, 8))
+    found = swept(program, given, [("learn-scaling", {"method": "surrogate", "rows": 64})])
+    assert apart.keys() <= found.table.of(ChannelScale).keys()
+
+
+def windows_of(program: Program, pair: LayerPair) -> set[object]:
+    """The strides and kernels of the layers of a pair."""
+    nodes = [program.node(site.at) for site in pair.readers]
+    return {
+        (str(ops.args(node).get("stride")), ops.tensor(node, "weight").meta["val"].shape[2:])
+        for node in nodes
+    }

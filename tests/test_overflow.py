@@ -78,7 +78,7 @@ def test_the_row_that_overflows_is_named_and_not_the_first(rows: Calibration) ->
     "given", [{}, {"scheduler": DDIMScheduler(), "steps": 2, "trajectories": 1}], ids=len
 )
 def test_a_calibration_that_is_made_names_the_operation(given: dict[str, object], unet: UNet2DModel) -> None:
-    with pytest.raises(CalibrationError, match=NAMED + rf"calls at timestep {500 if given else 999}" + MEND):
+    with pytest.raises(CalibrationError, match=NAMED + rf"call at timestep {500 if given else 999}" + MEND):
         Calibration.record(unet, **given) if given else compile(unet, "w8a16")
     assert not unet._forward_hooks
 

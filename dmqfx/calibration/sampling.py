@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dmqfx.calibration.calibration import Calibration, CalibrationWarning
 from dmqfx.calibration.denoising import CONCAT, MOST_TRAJECTORIES, Denoising, NotFiniteError, latent_channels
 from dmqfx.calibration.recording import Tape, recording, refuse_others
-from dmqfx.errors import CalibrationError
+from dmqfx.errors import CalibrationError, CaptureError
 from dmqfx.frontend.capture import capture
 from dmqfx.frontend.signature import UNet, is_supported, signature
 from dmqfx.sweep.finite import refuse_overflow_of
@@ -291,7 +291,8 @@ def _naming_overflow(unet: UNet) -> Iterator[None]:
     try:
         yield
     except NotFiniteError as error:
-        refuse_overflow_of(capture(unet), error.call, f"calls {error.where}")
+        with suppress(CaptureError):  # what cannot be captured has no names for its operations
+            refuse_overflow_of(capture(unet), error.call, f"call {error.where}")
         raise
 
 

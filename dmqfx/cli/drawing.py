@@ -144,7 +144,7 @@ def _drive(scheduler: SchedulerMixin) -> None:
     learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
     predicted = torch.ones(1, 8 if learned else 4, 8, 8)
     with torch.random.fork_rng(devices=()):
-        scheduler.set_timesteps(_STEPS)
+        scheduler.set_timesteps(min(_STEPS, scheduler.config.num_train_timesteps))
         latent = latent * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             scheduler.scale_model_input(latent, t)

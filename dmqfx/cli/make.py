@@ -306,5 +306,5 @@ def _given(options: argparse.Namespace, run: Path, *, wanted: bool) -> Calibrati
     calibration = sources.load_calibration(options.calibration)
     if calibration is None and wanted and sources.is_emoji(options.model):
         make = partial(emoji_calibration, seed=seed, progress=watched)
-        return kept(run, emoji.load_unet(), seed, make)
+        return kept(run, emoji.load_unet(), seed, make, "prompts of the bundled model")
     return calibration

@@ -30,15 +30,16 @@ Shares = tuple[tuple[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A layer that reads the tensor, and the tensor as it is rounded for this layer.
+    """A layer that reads the tensor, the tensor as it is rounded for this layer, and what each row weighs.
 
-    Shapes: weight [O, C * taps]; root [O, R] with root root' the metric of an error of the output.
+    Shapes: weight [O, C * taps]; root [O, R] with root root' the metric of an error of the output; importance [N].
     """
 
     given: Input
     weight: Tensor
     spec: QuantSpec
     root: Tensor
+    importance: Tensor
 
     @cached_property
     def felt(self) -> Tensor:
@@ -55,7 +56,7 @@ class Layer:
         return self.given.covered(gamma, self.felt * columns.square()), ratio(searched, whole).T
 
     def losses(self, gamma: Tensor, shares: Shares, rows: Tensor | slice) -> Tensor:
-        """The error of the layer's output in each row, with gradients through rounding and ranges.
+        """The error of the layer's output in each row, as it weighs, with gradients through rounding and ranges.
 
         Shapes: gamma [C]; rows picks n of the N; returns [n].
         """
@@ -65,21 +66,26 @@ class Layer:
         low, high = _weight_ends(scaled, self.spec)
         steps, zeros = grid_between(low * shares[1], high * shares[1], self.spec)
         error = rounded @ round_through(scaled, steps, zeros, self.spec).T - x @ scaled.T
-        return (error @ self.root).square().sum(1)
+        return (error @ self.root).square().sum(1) * self.importance[rows]
 
-    def expected(self, gamma: Tensor, importance: Tensor, power: Tensor) -> Tensor:
-        """Twelve times the mean error if rounding were noise of a uniform law, with gradients.
-
-        Shapes: importance [N]; power [C], the second moments of x, rows as they weigh, summed over taps.
-        """
+    def expected(self, gamma: Tensor) -> Tensor:
+        """Twelve times the mean error if rounding were noise of a uniform law; see Scaling."""
         given, (ends, felt, outputs) = self.given, self._outline
         scale, _ = given.grid(gamma)
-        share = torch.zeros_like(scale[:, 0]).index_add(0, given.group, importance) / len(given.group)
+        share = torch.zeros_like(scale[:, 0]).index_add(0, given.group, self.importance) / len(given.group)
         low, high = (_whole(end * gamma, self.spec) for end in ends)
         low, high = low.clamp(max=0), high.clamp(min=0)
         steps, _ = grid_between(low.amin(1, keepdim=True), high.amax(1, keepdim=True), self.spec)
         noise: Tensor = ((share @ scale.square()) * felt * gamma.square()).sum()
-        return noise + (power / gamma.square()).sum() * (steps[:, 0].square() * outputs).sum()
+        return noise + (self._power / gamma.square()).sum() * (steps[:, 0].square() * outputs).sum()
+
+    @cached_property
+    def _power(self) -> Tensor:
+        """The second moments of the input's channels, rows as they weigh, summed over taps [C]."""
+        values = torch.split(self.given.values, _PORTION)
+        parts = zip(values, torch.split(self.importance, _PORTION), strict=True)
+        moments = torch.stack([importance @ x.square() for x, importance in parts]).sum(0)
+        return moments.view(-1, self.given.taps).sum(1) / len(self.importance)
 
     @cached_property
     def _outline(self) -> tuple[Ends, Tensor, Tensor]:
@@ -91,13 +97,12 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The tensor through one window, the layers that see it so, and what each row weighs.
+    """The tensor through one window, and the layers that see it so.
 
-    Shapes: importance [N]; timestep group of each row for the weighting, int64 [N].
+    Shapes: timestep group of each row for the weighting, int64 [N].
     """
 
     layers: Sequence[Layer]
-    importance: Tensor
     group: Tensor
 
     def losses(self, gamma: Tensor, shares: Sequence[Shares], rows: Tensor | slice) -> Tensor:
@@ -106,16 +111,15 @@ class View:
         Shapes: gamma [C]; rows picks n of the N; returns [n].
         """
         each = zip(self.layers, shares, strict=True)
-        total = torch.stack([layer.losses(gamma, own, rows) for layer, own in each]).sum(0)
-        return total * self.importance[rows]
+        return torch.stack([layer.losses(gamma, own, rows) for layer, own in each]).sum(0)
 
     def loss(self, gamma: Tensor) -> float:
         """The mean over all rows."""
         shares, total = self.shares(gamma), 0.0
-        for start in range(0, len(self.importance), _PORTION):
+        for start in range(0, len(self.group), _PORTION):
             rows = slice(start, start + _PORTION)
             total += float(self.losses(gamma, shares, rows).double().sum())
-        return total / len(self.importance)
+        return total / len(self.group)
 
     def shares(self, gamma: Tensor) -> list[Shares]:
         """Those of each layer."""
@@ -123,16 +127,7 @@ class View:
 
     def expected(self, gamma: Tensor) -> Tensor:
         """The mean error if rounding were noise; see Scaling."""
-        each = [layer.expected(gamma, self.importance, self._power) for layer in self.layers]
-        return torch.stack(each).sum() / 12
-
-    @cached_property
-    def _power(self) -> Tensor:
-        """The second moments of the input's channels, rows as they weigh, summed over taps [C]."""
-        given = self.layers[0].given
-        parts = zip(torch.split(given.values, _PORTION), torch.split(self.importance, _PORTION), strict=True)
-        moments = torch.stack([importance @ values.square() for values, importance in parts]).sum(0)
-        return moments.view(-1, given.taps).sum(1) / len(self.importance)
+        return torch.stack([layer.expected(gamma) for layer in self.layers]).sum() / 12
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,20 @@ __all__ = ["kept"]
 _log = logging.getLogger(__name__)
 
 
-def kept(directory: Path | None, unet: UNet, seed: int, make: Callable[[], Calibration]) -> Calibration:
+def kept(
+    directory: Path | None, unet: UNet, seed: int, make: Callable[[], Calibration], how: str = "synthetic"
+) -> Calibration:
     """The rows that `make` makes of this model with this seed; if it made them here before, those.
 
     Made anew they could be others: how many there are depends on how busy the machine is. Of several processes
-    the first one writes, and all read.
+    the first one writes, and all read. `how` tells what makes them from others.
 
-    Raises: StoreError if the directory cannot be used, or is not seen by all processes; whatever `make` raises.
+    Raises: StoreError if the directory cannot be used, or rows in it are not seen by all processes; whatever
+        `make` raises.
     """
     if directory is None:
         return make()
-    folder = directory / f"calibration-{_digest(unet, seed)}"
+    folder = directory / f"calibration-{_digest(unet, seed, how)}"
     with processes.together():
         made(folder, directory)
         found = _read(folder)
@@ -51,9 +54,9 @@ def kept(directory: Path | None, unet: UNet, seed: int, make: Callable[[], Calib
     return found
 
 
-def _digest(unet: UNet, seed: int) -> str:
-    """Of all that the rows depend on: the model, the seed and the versions."""
-    about = asdict(origin(unet, "synthetic", None, {"seed": seed}, ()))
+def _digest(unet: UNet, seed: int, how: str) -> str:
+    """Of all that the rows depend on: the model, what makes them, the seed and the versions."""
+    about = asdict(origin(unet, how, None, {"seed": seed}, ()))
     text = json.dumps({**about, "weights": weights_digest(unet)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
