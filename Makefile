@@ -20,9 +20,10 @@ $(STAMP): pyproject.toml setup.py constraints-dev.txt $(wildcard dmqfx/runtime/k
 demo: $(STAMP)  ## quantize the bundled emoji model and draw float beside quantized (demo.png)
 	$(BIN)/dmqfx demo --out demo.png
 
-# A worker runs whole files: models are captured once per worker, and most tests of a file share them.
+# A worker runs whole files, in the order of their names: models are captured once per worker, and most tests of a file
+# share them. (Files of most tests first would leave those of few long tests for the end, when one worker has nothing to do.)
 test: $(STAMP)  ## the fast tests
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take long
 	$(BIN)/pytest -m slow $(ARGS)

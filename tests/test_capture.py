@@ -51,6 +51,7 @@ from dmqfx.runtime.unet import CompiledUNet
 
 RARE = (
     "stable-diffusion-1",
+    "kandinsky-2.1",
     "k-diffusion",
     "self-attention",
     "learned-time",
@@ -359,6 +360,7 @@ def test_residual_sizes_are_told_apart_even_where_the_example_is_one_pixel() -> 
     assert dims == ["H", "H", "H/2", "H/2", "H/4", "H/4", "H/4"]
 
 
+@pytest.mark.slow
 def test_residuals_of_an_encoder_that_rounds_down_are_taken_at_sizes_that_halve_evenly() -> None:
     unet = conditional(
         block_out_channels=(8, 8),

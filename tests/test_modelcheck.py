@@ -28,6 +28,7 @@ def sound() -> CompiledUNet:
     return compile(unet, "w8a16", report_rows=0)
 
 
+@pytest.mark.slow
 def test_a_large_model_is_checked_with_few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     unet, seen = one_level(), []
     randomize(unet)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from models import one_level, randomize
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "tests" / "plugin"
 Session = dict[str, dict[str, Any]]
