@@ -102,16 +102,13 @@ def test_a_compilation_that_is_killed_goes_on_and_ends_with_the_same_files(
     chance, kills = random.Random(0), 0
     shutil.rmtree(home / "torn", ignore_errors=True)
     for wanted in turns_before:
-        called, quiet = [sys.executable, "-m", "dmqfx", *command(home, "torn")], subprocess.DEVNULL
-        started = subprocess.Popen(
-            called, stderr=quiet, stdout=quiet, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        while turns(home / "torn.run") < wanted and started.poll() is None:
+        running = started(command(home, "torn"))
+        while turns(home / "torn.run") < wanted and running.poll() is None:
             time.sleep(0.002)
         time.sleep(chance.random() * 0.05)
-        kills += started.poll() is None
-        started.kill()
-        started.wait()
+        kills += running.poll() is None
+        running.kill()
+        running.wait()
     assert kills == len(turns_before)
     assert not (home / "torn").exists()
     before = turns(home / "torn.run")
@@ -120,6 +117,41 @@ def test_a_compilation_that_is_killed_goes_on_and_ends_with_the_same_files(
     assert "tensors were finished before" in capsys.readouterr().err
     assert content(home / "torn") == content(home / "whole")
     assert not (home / "torn.run").exists()
+
+
+@pytest.mark.slow
+def test_a_compilation_that_is_killed_at_any_time_ends_with_the_files_of_a_whole_run(home: Path) -> None:
+    """Six times: while it imports, makes its calibration, captures, learns scales, looks back, rounds, or saves."""
+    scaled = POLICY.replace("plan-sites\n", f"plan-sites\n{SCALING}")
+    (home / "scaled.yaml").write_text(scaled.replace("name: short", "name: scaled"))
+    given = ["compile", str(home / "unet"), "--policy", str(home / "scaled.yaml"), "--rows", "0", "--out"]
+    chance, began = random.Random(1), time.monotonic()
+    assert started([*given, str(home / "once")]).wait() == 0
+    whole, kills = time.monotonic() - began, 0
+    for _ in range(6):
+        running = started([*given, str(home / "often")])
+        time.sleep(chance.random() * whole)
+        kills += running.poll() is None
+        running.kill()
+        running.wait()
+    assert kills >= 3  # what is kept makes each run shorter than the one before
+    assert started([*given, str(home / "often")]).wait() == 0
+    assert content(home / "often") == content(home / "once")
+    assert not (home / "often.run").exists()
+
+
+SCALING = """  - pair-layers
+  - learn-scaling: {method: les, iterations: 10, rows: 256}
+  - apply-scaling
+"""
+
+
+def started(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """The command in a process of its own, on one thread."""
+    quiet, alone = subprocess.DEVNULL, {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "dmqfx", *arguments], stderr=quiet, stdout=quiet, env=alone
+    )
 
 
 OFTEN = """import sys
@@ -136,14 +168,14 @@ def test_learning_steps_that_is_killed_goes_on_at_the_iteration_it_was_at(
     """A process that keeps every iteration instead of those of 20 seconds."""
     found = list[int]()
     for wanted in (2, 6):
-        started = subprocess.Popen(
+        running = subprocess.Popen(
             [sys.executable, "-c", OFTEN, *command(home, "shot")],
             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        while iterations(home / "shot.run") < wanted and started.poll() is None:
+        while iterations(home / "shot.run") < wanted and running.poll() is None:
             time.sleep(0.002)
-        started.kill()
-        assert started.wait() == -9
+        running.kill()
+        assert running.wait() == -9
         found.append(iterations(home / "shot.run"))
     assert 2 <= found[0] < found[1] <= 10
     assert main(command(home, "shot")) == 0

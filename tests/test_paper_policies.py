@@ -85,3 +85,36 @@ def test_both_arms_of_the_decoders_shortcuts_and_the_encoders_vote(name: str) ->
     arms = {site for site in chosen if "~split-skips" in site}
     assert arms
     assert {site.replace("~split-skips.1", "") for site in arms} < chosen
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_constants_are_the_published_ones(name: str) -> None:
+    """METHODS of the paper: 6,000 and 20,000 iterations, 20 groups, weight strength 20, votes of 85 %, shifts to 1/8."""
+    policy = Policy.load(name)
+    own = {step.name: step.keywords() for step in policy.pipeline}
+    scales, codes, blocks = own["learn-scaling"], own["round-weights"], own["reconstruct-blocks"]
+    wanted = {
+        "method": "les",
+        "start": "identity",
+        "iterations": 6000,
+        "rate": 0.001,
+        "strength": 20,
+        "groups": 20,
+    }
+    assert wanted.items() <= scales.items()
+    assert scales["weighting"] == "published"
+    shared = {
+        "iterations": 20000,
+        "rate": 0.001,
+        "warmup": 0.2,
+        "beta_start": 20,
+        "beta_end": 2,
+        "settling": 0.01,
+    }
+    assert shared.items() <= codes.items()
+    assert {**shared, "batch": 32, "asymmetric": 1}.items() <= blocks.items()
+    assert {"method": "adaround", "start": "nearest", "norm": 2.4, "asymmetric": 1}.items() <= codes.items()
+    assert own["fit-ranges"] == {"momentum": 0.95, "batch": 16}
+    assert own["vote-shifts"] == {"where": "all", "at": "**.conv_shortcut/*", "agree": 0.85, "largest": 3}
+    bits = 8 if name.endswith("w4a8") else 6
+    assert (policy.default.weight.bits, policy.default.input.bits) == (4, bits)
