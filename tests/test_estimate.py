@@ -92,6 +92,23 @@ def test_the_best_of_some_short_times_counts_and_a_long_one_is_not_repeated(cloc
     assert own.seconds(prepare, 2, at=(2,), exponent=1) == 5.0
 
 
+@pytest.mark.parametrize(
+    ("seconds", "looks", "expected"), [(0.25, [2, 2, 8, 8], 0.25), (0.7, [2, 2, 8], 0.7), (30.0, [2], 30.0)]
+)
+def test_two_rows_stand_for_all_where_they_take_long(
+    clock: Clock, seconds: float, looks: list[int], expected: float
+) -> None:
+    """What takes long is not done again for kernels that the first time builds."""
+    seen: list[int] = []
+
+    def work(rows: int) -> None:
+        seen.append(rows)
+        clock.now += seconds * rows
+
+    assert speeds.row_time(CPU, work, 8) == pytest.approx(expected)
+    assert seen == looks
+
+
 @pytest.mark.parametrize(("columns", "out"), [(576, 64), (256, 512)])
 def test_a_local_problem_takes_about_what_is_estimated(
     columns: int, out: int, monkeypatch: pytest.MonkeyPatch

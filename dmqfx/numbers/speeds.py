@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
 
-__all__ = ["Prepare", "Speeds", "clock", "finish", "second_time"]
+__all__ = ["Prepare", "Speeds", "clock", "finish", "row_time", "second_time"]
 
 Prepare: TypeAlias = Callable[[int, torch.device], Callable[[], object]]
 """Makes the operands of an operation of some size; what it returns is what is timed."""
 
 clock = time.perf_counter
 _REPEATS, _ENOUGH = 3, 0.03  # the best of so many; one that took so many seconds is not repeated
+_LONG, _FEW = (
+    5.0,
+    2,
+)  # seconds in which building kernels is nothing; rows that stand for more where they take as long
 
 
 class Speeds:
@@ -75,11 +80,22 @@ def finish(device: torch.device) -> None:
 
 
 def second_time(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds that work takes the second time: the first one builds kernels."""
+    """Seconds that work takes the second time: the first one builds kernels, which is little of what takes long."""
     took = 0.0
     for _ in range(2):
         started = clock()
         work()
         finish(device)
         took = clock() - started
+        if took > _LONG:
+            break
     return took
+
+
+def row_time(device: torch.device, work: Callable[[int], object], rows: int) -> float:
+    """Seconds of one of the rows that work is done on at a time; two stand for all where they take long."""
+    few = min(_FEW, rows)
+    took = second_time(device, partial(work, few))
+    if took < _LONG and few < rows:
+        few, took = rows, second_time(device, partial(work, rows))
+    return took / few

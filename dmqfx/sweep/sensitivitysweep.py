@@ -18,7 +18,7 @@ from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Sensitivity, Table
 from dmqfx.numbers import speeds
-from dmqfx.numbers.speeds import second_time
+from dmqfx.numbers.speeds import row_time
 from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, chunked, shared
 from dmqfx.sweep.estimate import Estimate, tell
@@ -102,8 +102,7 @@ def _planned(
     sums = found.nbytes * (2 if ctx.run_dir is not None else 1)  # they are copied to be kept
     memory = max(1, ctx.memory - sums)
     room = network.tried(network.room(largest, memory, found.watched), largest, memory, found.try_out)
-    some = largest.part(slice(room.rows))
-    one = second_time(program.device, partial(found.try_out, some)) / len(some.timestep)
+    one = row_time(program.device, lambda count: found.try_out(largest.part(slice(count))), room.rows)
 
     def seconds(factor: float) -> float:
         return 2 * one * min(scaled(step, factor).rows, len(data)) / processes.count()
