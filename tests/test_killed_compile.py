@@ -121,20 +121,20 @@ def test_a_compilation_that_is_killed_goes_on_and_ends_with_the_same_files(
 
 @pytest.mark.slow
 def test_a_compilation_that_is_killed_at_any_time_ends_with_the_files_of_a_whole_run(home: Path) -> None:
-    """Six times: while it imports, makes its calibration, captures, learns scales, looks back, rounds, or saves."""
+    """Four times: while it imports, makes its calibration, captures, learns scales, looks back, rounds, or saves."""
     scaled = POLICY.replace("plan-sites\n", f"plan-sites\n{SCALING}")
     (home / "scaled.yaml").write_text(scaled.replace("name: short", "name: scaled"))
     given = ["compile", str(home / "unet"), "--policy", str(home / "scaled.yaml"), "--rows", "0", "--out"]
     chance, began = random.Random(1), time.monotonic()
     assert started([*given, str(home / "once")]).wait() == 0
     whole, kills = time.monotonic() - began, 0
-    for _ in range(6):
+    for _ in range(4):
         running = started([*given, str(home / "often")])
         time.sleep(chance.random() * whole)
         kills += running.poll() is None
         running.kill()
         running.wait()
-    assert kills >= 3  # what is kept makes each run shorter than the one before
+    assert kills >= 2  # what is kept makes each run shorter than the one before
     assert started([*given, str(home / "often")]).wait() == 0
     assert content(home / "often") == content(home / "once")
     assert not (home / "often.run").exists()
