@@ -111,6 +111,7 @@ def test_a_run_directory_that_is_a_file_is_refused_before_rows_are_made(tmp_path
         kept(tmp_path / "run", unconditional(), 0, never)
 
 
+@pytest.mark.slow
 def test_the_command_keeps_the_rows_of_the_bundled_model_and_removes_them_when_it_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

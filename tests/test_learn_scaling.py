@@ -236,7 +236,7 @@ def test_layers_that_look_at_a_tensor_through_other_windows_share_a_scale() -> N
         at: pair for at, pair in program.table.of(LayerPair).items() if len(windows_of(program, pair)) > 1
     }
     assert apart
-    given = context(recorded(program, 8))
+    given = context(recorded(program, 2))
     found = swept(program, given, [("learn-scaling", {"method": "surrogate", "rows": 64})])
     assert apart.keys() <= found.table.of(ChannelScale).keys()
 

@@ -51,10 +51,8 @@ def sqnr(program: Program) -> float:
     return float(-20 * torch.tensor(error).log10())
 
 
-@pytest.mark.parametrize(
-    ("name", "least"),
-    [pytest.param("dmq-paper-w4a8", 15.0, marks=pytest.mark.slow), ("dmq-paper-w4a6", 13.0)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("dmq-paper-w4a8", 15.0), ("dmq-paper-w4a6", 13.0)])
 def test_the_published_recipe_runs_and_its_output_is_far_better_than_none(name: str, least: float) -> None:
     found = quantized(name)
     assert {record.name for record in found.log} >= {step.name for step in Policy.load(name).pipeline}

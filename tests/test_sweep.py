@@ -200,6 +200,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_the_same_threads_give_the_same_bits_and_others_change_the_order_of_sums(
     threads: Callable[[int], None],
 ) -> None:
