@@ -56,7 +56,7 @@ def every_other(x: Tensor) -> Tensor:
         ("conditional", {"B": 7, "H": 5, "W": 3, "T": 77}),
         ("inpainting", {"B": 7, "H": 1, "W": 1, "T": 3}),
         ("plain", {"B": 0}),
-        ("resnet-sampling", {"B": 3, "H": 8, "W": 4}),
+        pytest.param("resnet-sampling", {"B": 3, "H": 8, "W": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_sizes_at_the_edges_give_what_the_reference_gives(name: str, sizes: dict[str, int]) -> None:

@@ -135,6 +135,7 @@ def test_the_wheel_carries_its_licence_and_the_origin_of_the_model(wheel: Path) 
     assert "emoji-datasource-google" in licences["NOTICE"]
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_finds_its_passes_policies_and_model(wheel: Path, tmp_path: Path) -> None:
     environment = empty_environment(tmp_path / "environment")
     environment.pip_install(str(wheel))
