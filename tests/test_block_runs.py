@@ -66,7 +66,7 @@ def watched(stop: str = "") -> Iterator[list[str]]:
         yield seen
 
 
-@pytest.mark.parametrize("at", [ORDER[0], ORDER[2]])
+@pytest.mark.parametrize("at", [pytest.param(ORDER[0], marks=pytest.mark.slow), ORDER[2]])
 def test_a_finished_block_is_not_learned_again_and_the_bits_are_those_of_a_whole_run(
     tmp_path: Path, at: str
 ) -> None:

@@ -117,7 +117,10 @@ def assert_equals_eager_at_all_sizes(name: str) -> None:
         assert_equals_eager(unet, program, sizes)
 
 
-@pytest.mark.parametrize("name", COMMON)
+LONG = ("stable-diffusion-xl", "fir-sampling")
+
+
+@pytest.mark.parametrize("name", [*(name for name in COMMON if name not in LONG), *map(slowly, LONG)])
 def test_a_captured_model_equals_eager_at_sizes_it_was_not_captured_at(name: str) -> None:
     assert_equals_eager_at_all_sizes(name)
 

@@ -30,7 +30,8 @@ def small(dtype: torch.dtype) -> UNet2DModel:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_unet_is_compiled_in_float32_and_gives_back_its_own_dtype(
     dtype: torch.dtype,
 ) -> None:

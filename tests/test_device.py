@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_everything_stays_on_the_device_of_the_model(which: str) -> None:
     """What on_device.py holds; every test of it runs, here or among the slow ones."""
     there = Path(__file__).with_name("on_device.py")

@@ -52,7 +52,7 @@ def every_other(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("conditional", {"B": 1, "H": 1, "W": 1, "T": 1}),
+        pytest.param("conditional", {"B": 1, "H": 1, "W": 1, "T": 1}, marks=pytest.mark.slow),
         ("conditional", {"B": 7, "H": 5, "W": 3, "T": 77}),
         ("inpainting", {"B": 7, "H": 1, "W": 1, "T": 3}),
         ("plain", {"B": 0}),

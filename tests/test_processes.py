@@ -187,6 +187,7 @@ def test_sums_that_two_processes_keep_are_not_those_of_one(
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_the_rows_that_one_process_kept_are_read_by_all(both: Path, tmp_path: Path) -> None:
     """What they would have made in their second life is others."""
     first = made_by_itself(tmp_path, 0).columns()

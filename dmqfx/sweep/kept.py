@@ -56,7 +56,7 @@ def kept(
 
 def _digest(unet: UNet, seed: int, how: str) -> str:
     """Of all that the rows depend on: the model, what makes them, the seed and the versions."""
-    about = asdict(origin(unet, how, None, {"seed": seed}, ()))
+    about = asdict(origin(unet, "synthetic", None, {"seed": seed, "rows": how}, ()))
     text = json.dumps({**about, "weights": weights_digest(unet)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
