@@ -1,5 +1,6 @@
 # Every target sets itself up: the first run makes .venv and installs dmqfx and its tools into it.
-# The versions are those of constraints-dev.txt. PYTHON picks the interpreter (3.10 or newer).
+# The versions are those of constraints-dev.txt; Python compiles the modules that are used, pip all of them, in most of a minute.
+# PYTHON picks the interpreter (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ help:  ## list the targets
 
 $(STAMP): pyproject.toml setup.py constraints-dev.txt $(wildcard dmqfx/runtime/kernels/*.cpp dmqfx/runtime/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints-dev.txt --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)  ## quantize the bundled emoji model and draw float beside quantized (demo.png)

@@ -72,7 +72,7 @@ def _emoji(options: argparse.Namespace) -> Sampler:
     shown = emoji.demo_prompts(options.pictures or 16)
     prompts = files.read_prompts(options.prompts) if options.prompts else shown
     emoji.embed(prompts)  # what it does not know is said before anything long
-    steps = _STEPS if options.steps is None else options.steps
+    steps = options.steps or _STEPS
     scale = 3.0 if options.guidance is None else options.guidance
     return EmojiSampler(prompts, steps, scale, _scheduler(options, emoji.load_scheduler()))
 
