@@ -719,6 +719,7 @@ def test_a_reader_that_leaves_early_is_no_error(folder: Path) -> None:
     assert shown.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_progress_bars_are_shown_on_a_terminal(folder: Path) -> None:
     mine, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
@@ -729,6 +730,7 @@ def test_progress_bars_are_shown_on_a_terminal(folder: Path) -> None:
     assert b"record: 100%" in os.read(mine, 100_000)
 
 
+@pytest.mark.slow
 def test_an_interrupted_compilation_leaves_no_more_than_its_rows_and_says_so(folder: Path) -> None:
     long = (
         "--verify",

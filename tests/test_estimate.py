@@ -290,6 +290,7 @@ def test_a_budget_that_is_over_leaves_nothing(clock: Clock) -> None:
     assert budget.share == 0
 
 
+@pytest.mark.slow
 def test_a_budget_reaches_the_sweep_from_compile(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "dmqfx"):
         q = compile_unet(

@@ -135,6 +135,7 @@ def grown(memory: int) -> int:
     return int(found.stdout)
 
 
+@pytest.mark.slow
 def test_a_process_stays_within_its_budget() -> None:
     """Two tensors of 32 MB, input and output of a layer, are alive at a time: 40 MB force some of it to disk.
 
