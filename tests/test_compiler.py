@@ -81,7 +81,6 @@ def of_one_level(channels: int = 3) -> UNet2DModel:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_inside_inference_mode_learning_passes_learn_all_the_same() -> None:
     torch.manual_seed(0)
     unet = of_one_level()
