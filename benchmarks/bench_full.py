@@ -7,9 +7,9 @@
 one for all passes together. What is told of the two sweeps, that of `learn-scaling` and that in which ranges, shifts and
 codes are found (`rounding`, behind a sensitivity that is measured of all layers on one row), is held against what they
 take where all layers but LAYERS stay in float, on the rows of --calls guided calls and with as many iterations as the
-budget leaves; the whole is counted by that ratio. For `learn-steps` all weights are rounded to nearest, and it makes
---steps of its iterations, each of a batch as the policy has it. Seconds are those of the processor, memory is the peak
-beside the model and the calibration data. Parts that are not asked for stay in the file.
+budget leaves; the whole is counted by that ratio. For `learn-steps` weights are rounded to nearest, ranges are
+extremes, and it makes --steps of its iterations, each of a batch as the policy has it. Seconds are those of the processor,
+memory is the peak beside the model and the calibration data. Parts that are not asked for stay in the file.
 """
 
 from __future__ import annotations
@@ -230,7 +230,9 @@ def learn_steps(
     program: Program, data: Calibration, options: argparse.Namespace, seen: Seen, part: str
 ) -> dict[str, object]:
     """So many iterations of learn-steps behind nearest codes, and all of them by the ratio."""
-    policy = Policy.load(options.policy, ["pipeline.round-weights.method=nearest"])
+    policy = Policy.load(
+        options.policy, ["pipeline.round-weights.method=nearest", "default.input.range=minmax"]
+    )
     names = [step.name for step in policy.pipeline]
     own = policy.pipeline[names.index(part)]
     left = [

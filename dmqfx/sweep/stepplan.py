@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol
@@ -15,7 +15,7 @@ from dmqfx import processes
 from dmqfx.calibration.calibration import Calibration
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
-from dmqfx.numbers.speeds import second_time
+from dmqfx.numbers.speeds import row_time
 from dmqfx.sweep.budget import scaled
 from dmqfx.sweep.chunks import Chunk, held_out, mixed
 from dmqfx.sweep.endtoend import Steps, practise
@@ -125,19 +125,20 @@ class _Trial:
 
     @staticmethod
     def of(program: Program, chunk: Chunk, batch: int, memory: int) -> _Trial:
-        """Try the parts of a batch that fit the memory."""
+        """Try the parts of a batch that fit the memory; two rows of it for all, where they take long."""
         network = Network(program)
         steps = Steps(program, program.table, network.nodes)
         step = partial(practise, network, steps)
         room = network.room(chunk, memory, steps.twins, steps.learned())
         room = network.tried(room, chunk, memory, step)
-        some = chunk.part(slice(room.rows))
-        rows = len(some.timestep)
+        learned = steps.twins, steps.learned()
+
+        def row(work: Callable[[Chunk], object]) -> float:
+            return row_time(program.device, lambda count: work(chunk.part(slice(count))), room.rows)
+
         with torch.no_grad():
-            real = second_time(program.device, partial(network, some))
-            quantized = second_time(program.device, partial(network, some, steps.twins, steps.learned()))
-        iterate = max(0.0, second_time(program.device, partial(step, some)) - real)
-        return _Trial(real / rows, quantized / rows, iterate / rows, batch, room)
+            real, quantized = row(network), row(lambda some: network(some, *learned))
+        return _Trial(real, quantized, max(0.0, row(step) - real), batch, room)
 
     def seconds(self, rows: int, judged: int, iterations: int) -> float:
         """Of learning: looks of the float network and of the quantized one, and the iterations."""
