@@ -1,12 +1,14 @@
 """How much arithmetic calibrating takes: a policy of ours, the published recipe, and that recipe with as much as ours.
 
-    python benchmarks/bench_compute.py [--policy w4a6] [--seed 0] [--rates 50]
+    python benchmarks/bench_compute.py [--policy w4a6] [--seed 0]
+    python benchmarks/bench_compute.py --share 0.0127 [--rates 1]
 
 On the bundled emoji model, 16 calibration prompts. Multiply-adds of convolutions and matrix products are counted
 while the passes run (torch's counter; forward and back). The published recipe is too long to run: 6,000 steps for
 scales and 20,000 for codes, 32 rows each, through all planned layers once forward and twice back. The recipe's
-own settings (policy dmq-paper-...) are then run with so few iterations that they take what ours takes. With --rates
-only these are run, with rates so many times the published ones, for steps so few; the others stay in the file.
+own settings (policy dmq-paper-...) are then run with so few iterations that they take what ours takes, looks at rows
+and Grams included. With --share only they are run, with that share of their iterations and learning rates --rates times
+the published ones; what it comes to is added to the file.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 from machine import RESULTS, header, write
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,11 +47,9 @@ def main() -> int:
     options = parser().parse_args()
     warnings.simplefilter("ignore")
     data = emoji_calibration(count=16, steps=20, seed=options.seed)
-    measure = compared if options.rates == 1 else hastened
-    write(
-        "compute_emoji",
-        {"what": __doc__.splitlines()[0], **measure(capture(emoji.load_unet()), data, options)},
-    )
+    measure = compared if options.share is None else shared
+    found = measure(capture(emoji.load_unet()), data, options)
+    write("compute_emoji", {"what": __doc__.splitlines()[0], **found})
     return 0
 
 
@@ -68,17 +67,17 @@ def compared(program: Program, data: Calibration, options: argparse.Namespace) -
         options.policy: ours,
         "published": {"macs": published, "over_ours": round(published / ours["macs"], 1)},
         f"{paper}, as much arithmetic": {**theirs, "share_of_iterations": round(share, 5)},
+        f"{paper}, macs by share": {"0.001": few, "0.002": more},
     }
 
 
-def hastened(program: Program, data: Calibration, options: argparse.Namespace) -> dict[str, object]:
-    """What the file holds, and the same share of the recipe with other rates."""
-    kept: dict[str, Any] = json.loads((RESULTS / "compute_emoji.json").read_text())
-    name = f"dmq-paper-{options.policy}, as much arithmetic"
-    share = kept[name]["share_of_iterations"]
-    recipe = shortened(f"dmq-paper-{options.policy}", share, options.rates)
-    found = {**header(), **run(program, data, recipe, options), "share_of_iterations": share}
-    return {**kept, f"{name}, rates times {options.rates:g}": found}
+def shared(program: Program, data: Calibration, options: argparse.Namespace) -> dict[str, object]:
+    """What the file holds, and a share of the recipe beside it."""
+    kept: dict[str, object] = json.loads((RESULTS / "compute_emoji.json").read_text())
+    paper = f"dmq-paper-{options.policy}"
+    found = run(program, data, shortened(paper, options.share, options.rates), options)
+    name = f"{paper}, share {options.share:g}, rates times {options.rates:g}, seed {options.seed}"
+    return {**kept, name: {**header(), **found}}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,7 +86,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--policy", default="w4a6", choices=["w4a6", "w4a8"])
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--prompts", type=int, default=24, help="to draw")
-    made.add_argument("--rates", type=float, default=1.0, help="of learning, times the published ones")
+    made.add_argument("--share", type=float, help="of the recipe's iterations, to run nothing else")
+    made.add_argument(
+        "--rates", type=float, default=1.0, help="with --share: of learning, times the published ones"
+    )
     return made
 
 
@@ -99,7 +101,7 @@ def shortened(name: str, share: float, rates: float = 1.0) -> Policy:
             own = {key: float(str(step.options[key])) for key in ("iterations", "rate")}
             changed += [
                 f"pipeline.{step.name}.iterations={max(1, round(own['iterations'] * share))}",
-                f"pipeline.{step.name}.rate={own['rate'] * rates}",
+                f"pipeline.{step.name}.rate={own['rate'] * rates:f}",
             ]
     return Policy.load(name, changed, check_step=registry.problems_with)
 
