@@ -97,11 +97,12 @@ def shortened(name: str, share: float, rates: float = 1.0) -> Policy:
     """The published recipe with a share of its iterations, at least one, and rates of learning so many times its own."""
     changed = []
     for step in Policy.load(name).pipeline:
-        if "iterations" in step.options:
-            own = {key: float(str(step.options[key])) for key in ("iterations", "rate")}
+        own = dict(step.options)
+        if "iterations" in own:
+            iterations, rate = (float(str(own[key])) for key in ("iterations", "rate"))
             changed += [
-                f"pipeline.{step.name}.iterations={max(1, round(own['iterations'] * share))}",
-                f"pipeline.{step.name}.rate={own['rate'] * rates:f}",
+                f"pipeline.{step.name}.iterations={max(1, round(iterations * share))}",
+                f"pipeline.{step.name}.rate={rate * rates:f}",
             ]
     return Policy.load(name, changed, check_step=registry.problems_with)
 
