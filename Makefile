@@ -1,6 +1,6 @@
 # Every target sets itself up: the first run makes .venv and installs dmqfx and its tools into it.
-# The versions are those of constraints-dev.txt; Python compiles the modules that are used, pip all of them, in most of a minute.
-# PYTHON picks the interpreter (3.10 or newer).
+# The versions are those of constraints-dev.txt. pip would compile every module, which takes most of a minute (--no-compile): Python
+# compiles those that are used. PYTHON picks the interpreter (3.10 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -67,6 +67,7 @@ RARE = (
     "audio",
 )
 COMMON = tuple(name for name in MODELS if name not in RARE)
+LONG = ("stable-diffusion-xl", "fir-sampling")  # of COMMON: at all sizes among the slow ones
 
 # Units of the program's multiple_of; none of them is a size that was exported.
 SIZES = (
@@ -115,9 +116,6 @@ def assert_equals_eager_at_all_sizes(name: str) -> None:
     unet, program = captured(name)
     for sizes in SIZES:
         assert_equals_eager(unet, program, sizes)
-
-
-LONG = ("stable-diffusion-xl", "fir-sampling")
 
 
 @pytest.mark.parametrize("name", [*(name for name in COMMON if name not in LONG), *map(slowly, LONG)])

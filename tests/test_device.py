@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["not slow", "slow"])
 def test_everything_stays_on_the_device_of_the_model(which: str) -> None:
-    """What on_device.py holds; every test of it runs, here or among the slow ones."""
+    """What on_device.py holds; every test of it runs, in two processes."""
     there = Path(__file__).with_name("on_device.py")
     command = [
         sys.executable,

@@ -113,8 +113,8 @@ def _warn_of_few(step: StepLearner, rows: int) -> None:
 class _Trial:
     """What a batch costs.
 
-    Units: look and iterate in seconds for one row, of the float network, of the quantized one, and of a step of
-    learning.
+    Units: seconds of one row, `real` of a look of the float network, `quantized` of one of the quantized network,
+    `iterate` of a step of learning.
     """
 
     real: float
@@ -125,7 +125,9 @@ class _Trial:
 
     @staticmethod
     def of(program: Program, chunk: Chunk, batch: int, memory: int) -> _Trial:
-        """Try the parts of a batch that fit the memory; two rows of it for all, where they take long."""
+        """Try the parts of a batch that fit the memory; where they take long, two rows stand for all, with their share of
+        what a step does once, however many there are: too much is told then rather than too little.
+        """
         network = Network(program)
         steps = Steps(program, program.table, network.nodes)
         step = partial(practise, network, steps)
