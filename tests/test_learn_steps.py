@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,13 +28,14 @@ from dmqfx.graph.pipeline import PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
 from dmqfx.graph.table import Bias, Codes, Shift
+from dmqfx.numbers import speeds
 from dmqfx.numbers.quant import QParams, QuantSpec, params_from_range
 from dmqfx.runtime.operators import timestep_group
-from dmqfx.sweep import stepsweep
+from dmqfx.sweep import stepplan, stepsweep
 from dmqfx.sweep.budget import Budget
 from dmqfx.sweep.chunks import Chunk
 from dmqfx.sweep.deploy import _Input, deployed_input
-from dmqfx.sweep.endtoend import FARTHEST, Descent, Steps, _like_neighbours
+from dmqfx.sweep.endtoend import FARTHEST, Descent, Steps, _like_neighbours, practise
 from dmqfx.sweep.network import Network
 
 QUICK = {"rows": 12, "batch": 4, "iterations": 30, "groups": 4}
@@ -267,6 +269,22 @@ def test_iterations_are_not_made_again_and_the_bits_are_those_of_a_whole_run(
     assert len(made) == left
     assert bits(again.table) == bits(after().table)
     assert again.log[-1].applied == after().log[-1].applied
+
+
+@pytest.mark.parametrize(("long", "most"), [(math.inf, 4), (0.0, 2)])
+def test_a_step_is_tried_on_two_rows_where_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, long: float, most: int
+) -> None:
+    tried: list[int] = []
+
+    def practised(network: Network, steps: Steps, chunk: Chunk) -> None:
+        tried.append(len(chunk.timestep))
+        practise(network, steps, chunk)
+
+    monkeypatch.setattr(stepplan, "practise", practised)
+    monkeypatch.setattr(speeds, "_LONG", long)
+    learned(ready(), iterations=1)
+    assert max(tried) == most
 
 
 def test_time_and_memory_are_told_before_and_the_time_after(caplog: pytest.LogCaptureFixture) -> None:
