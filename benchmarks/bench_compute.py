@@ -44,7 +44,11 @@ UNSEEN = 1000  # the noise of the pictures is of other seeds than that of the ca
 
 def main() -> int:
     """Measure and write results/compute_emoji.json."""
-    options = parser().parse_args()
+    options = (asked := parser()).parse_args()
+    if options.share is None and options.rates != 1:
+        asked.error("--rates is for a share of the recipe: say --share too")
+    if options.share is not None and not (RESULTS / "compute_emoji.json").exists():
+        asked.error("--share adds to results/compute_emoji.json, which is not there: run without it first")
     warnings.simplefilter("ignore")
     data = emoji_calibration(count=16, steps=20, seed=options.seed)
     measure = compared if options.share is None else shared

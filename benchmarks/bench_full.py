@@ -1,7 +1,7 @@
 """A full calibration of SD1.5's configuration: what is told of the whole, and what layers of many shapes take of it.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_full.py [--policy w4a6] [--rows 320] [--budget overnight] [--calls 8]
-        [--part learn-scaling] [--part rounding] [--part learn-steps]
+        [--part learn-scaling] [--part rounding] [--part learn-steps] [--steps 1]
 
 860 M random parameters, 64 x 64 latents. The whole is told for --rows calibration rows, without a budget of time and with
 one for all passes together. What is told of the two sweeps, that of `learn-scaling` and that in which ranges, shifts and

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["Prepare", "Speeds", "clock", "finish", "row_time", "second_time"]
+__all__ = ["Prepare", "Speeds", "clock", "finish", "row_time"]
 
 Prepare: TypeAlias = Callable[[int, torch.device], Callable[[], object]]
 """Makes the operands of an operation of some size; what it returns is what is timed."""
@@ -79,7 +79,7 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def second_time(device: torch.device, work: Callable[[], object]) -> float:
+def _second_time(device: torch.device, work: Callable[[], object]) -> float:
     """Seconds that work takes the second time: the first one builds kernels, which is little of what takes long."""
     took = 0.0
     for _ in range(2):
@@ -95,7 +95,7 @@ def second_time(device: torch.device, work: Callable[[], object]) -> float:
 def row_time(device: torch.device, work: Callable[[int], object], rows: int) -> float:
     """Seconds of one of the rows that work is done on at a time; two stand for all where they take long."""
     few = min(_FEW, rows)
-    took = second_time(device, partial(work, few))
+    took = _second_time(device, partial(work, few))
     if took < _LONG and few < rows:
-        few, took = rows, second_time(device, partial(work, rows))
+        few, took = rows, _second_time(device, partial(work, rows))
     return took / few
