@@ -33,9 +33,10 @@ def held_to_avx2() -> None:
 
 
 def machine() -> dict[str, object]:
-    """Processor, threads and versions."""
+    """Processor, the instructions that torch uses of it (they decide last digits), threads and versions."""
     return {
         "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "dmqfx")},

@@ -12,7 +12,7 @@ from dmqfx.errors import RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Address, Site
 from dmqfx.graph.channelwise import divisor
-from dmqfx.graph.facts import FITTED, PLANNED, QDQ, ROUNDED, SHIFTED, Fact
+from dmqfx.graph.facts import FITTED, LEARNED, PLANNED, QDQ, ROUNDED, SHIFTED, Fact
 from dmqfx.graph.pipeline import Pass, PassContext, Preserves
 from dmqfx.graph.program import Program
 from dmqfx.graph.rewrite import Rewriter
@@ -30,12 +30,13 @@ class InsertQdq(Pass):
     A division by an equivalent scale gamma in front of a quantize joins its step: quantize(x / gamma, s)
     is quantize(x, gamma * s), and the integer product never sees gamma. Shifted channels are quantized in
     their own steps, s / 2^D * 2^e, and the integer product sees the shift e alone. Sites that read one tensor
-    with one set of parameters share the quantize. Activations become QParams entries of the table.
+    with one set of parameters share the quantize. Activations become QParams entries of the table. Scales that
+    were learned have to be in the graph: apply-scaling puts them there.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({PLANNED, ROUNDED})
     provides: ClassVar[frozenset[Fact]] = frozenset({QDQ})
-    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ})
+    forbids: ClassVar[frozenset[Fact]] = frozenset({QDQ, LEARNED})
     preserves: ClassVar[Preserves] = Preserves.LOSSY
 
     def run(self, program: Program, ctx: PassContext) -> Program:

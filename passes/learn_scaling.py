@@ -142,6 +142,7 @@ class LearnScaling(SweepPass):
             gamma, how = closed_form(x.double(), w.double(), self.exponent).to(w.dtype), "the closed form"
         else:
             gamma, how = self._learned(turn, readers, ctx, (x, w))
+        turn.table = turn.table.drop(found, ChannelScale)  # of a step before: this one has the last word
         if bool((gamma == 1).all()):
             ctx.journal.refuse(found, self.method, f"{how} is 1 for every channel")
         elif ctx.journal.apply(found, self.method, f"gamma {gamma.min():.3g} .. {gamma.max():.3g}"):
@@ -233,7 +234,9 @@ def _input(turn: Turn, reader: Reader, rows: Rows) -> Input:
     assert spec is not None  # pair-layers takes planned inputs
     seen, voted = turn.range(spec.boundaries), turn.table.get(reader.site, Shift)
     own = timestep_group(rows.timestep, torch.tensor(spec.boundaries, device=rows.timestep.device))
-    by_row = turn.row_extremes(spec.boundaries) if spec.range == "ema" else None
+    by_row = None
+    if spec.range == "ema":
+        by_row = turn.row_extremes(spec.boundaries).joined(1, turn.generator())
     finer = None if voted is None else voted.factor.expand(len(seen.low), -1)
     return Input(rows.quantized, own, seen.low, seen.high, spec, rows.taps, by_row, finer).in_reach()
 

@@ -74,6 +74,7 @@ class VoteShifts(SweepPass):
         for reader in turn.readers:
             if reader.spec is None or not self._chosen(turn.program, reader.site):
                 continue
+            turn.table = turn.table.drop(reader.site, Shift)  # of a vote before: this one has the last word
             found = self._shift(turn, reader)
             if isinstance(found, Refuse):
                 ctx.journal.refuse(reader.site, self.method, found.reason)

@@ -172,6 +172,13 @@ def test_an_absolute_loss_does_what_a_relative_one_does_with_the_settling_that_i
     assert float((other != absolute).double().mean()) > 0.01
 
 
+def test_an_absolute_loss_does_not_depend_on_the_unit_of_what_the_output_feels() -> None:
+    """measure-sensitivity sums over rows and positions: with more of them the same metric is larger."""
+    how = replace(QUICK, settling=0.01, loss="absolute")
+    few, many = (problem(1, metric=metric(1) * unit) for unit in (1.0, 4096.0))
+    assert torch.equal(annealed(few, few.nearest, how), annealed(many, many.nearest, how))
+
+
 def test_the_grid_is_searched_with_the_norm() -> None:
     each = problem(1)
     other = replace(each, norm=8.0)

@@ -171,7 +171,7 @@ def test_more_rows_take_more_memory_and_what_has_no_room_goes_to_disk() -> None:
 
 def test_a_memory_budget_that_is_too_small_is_said(caplog: pytest.LogCaptureFixture) -> None:
     learned(ready(memory=1000))
-    assert "more than the memory budget of 0 MB: learning a block takes as much" in caplog.text
+    assert "more than the memory budget of 1 kB: learning a block takes as much" in caplog.text
 
 
 # --- what is not finite

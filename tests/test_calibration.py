@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from models import captured, eager, model, relative
@@ -320,6 +323,11 @@ def misfits() -> Mapping[str, tuple[Calibration, str, str]]:
         ),
         "dims": (rows([1], encoder_hidden_states=flat), "conditional", r"is \[16\] and should be \[T, 16\]"),
         "unknown": (unknown, "unconditional", "of an unknown model .* encoder_hidden_states not taken"),
+        "kind of number": (
+            rows([1], sample=torch.ones(1, 4, 8, 8, dtype=torch.int64)),
+            "conditional",
+            "sample is torch.int64 and should be a floating-point tensor",
+        ),
         "size": (odd_picture(), "unconditional", "sample is 10 x 15, not a multiple of 2"),
     }
 
@@ -332,6 +340,49 @@ def test_rows_that_a_model_cannot_take_are_refused_and_both_are_named(name: str)
     if len(calibration):
         assert "\n  recorded: sample [" in str(caught.value)
         assert "\n  expected: sample [" in str(caught.value)
+
+
+def test_a_group_without_rows_is_refused() -> None:
+    fine = rows([3, 2, 1])
+    nothing = replace(fine, groups=(*fine.groups, fine.groups[0].take(torch.tensor([], dtype=torch.int64))))
+    with pytest.raises(CalibrationError, match="group 1 of the calibration's rows has none"):
+        nothing.check(signature(model("conditional")))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"trajectories": 0}, "trajectories must be at least 1, not 0"),
+        ({"size": (8, 0)}, "size must be at least 1, not 0"),
+        ({"guidance_scale": 0.0}, "guidance needs unconditional="),
+    ],
+)
+def test_a_recording_of_nothing_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(CalibrationError, match=told):
+        Calibration.record(model("unconditional"), scheduler=DDIMScheduler(), **{"steps": 2, **options})
+    synthetic = {name: value for name, value in options.items() if name in ("steps", "trajectories")}
+    for each in [synthetic] if synthetic else [{"seconds": math.nan}, {"seconds": -1.0}]:
+        with pytest.raises(CalibrationError, match=r"must be at least 1|a finite number of at least 0"):
+            Calibration.synthesize(model("unconditional"), **each)
+
+
+def test_guidance_of_0_is_not_that_of_1() -> None:
+    """u + 0 (c - u) is u: the trajectory is that of the unconditional half."""
+    unet, contexts = (
+        model("conditional"),
+        torch.randn(2, 1, 5, 16, generator=torch.Generator().manual_seed(0)),
+    )
+    made = {"scheduler": DDIMScheduler(), "steps": 3, "size": (8, 8)}
+    given, other = ({"encoder_hidden_states": each} for each in contexts)
+    zero, one = (
+        Calibration.record(unet, conditioning=given, unconditional=other, guidance_scale=scale, **made)
+        for scale in (0.0, 1.0)
+    )
+    alone = Calibration.record(unet, conditioning=other, **made)
+    last = [list(each.batches(1))[-1]["sample"] for each in (zero, one, alone)]
+    torch.testing.assert_close(last[0], last[2], rtol=0, atol=1e-4)
+    assert float((last[1] - last[2]).abs().max()) > 1e-3
 
 
 def test_labels_beyond_the_classes_are_refused() -> None:

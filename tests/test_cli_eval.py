@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from models import randomize
+from safetensors.torch import save_file
 
-from dmqfx import emoji
+from dmqfx import Calibration, emoji
 from dmqfx.cli import main, terminal
 from dmqfx.compiler import compile
 
@@ -34,6 +36,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "emoji.txt").write_text("ghost\nred apple\n")
     (home / "strange.txt").write_text("a zebroid\n")
     (home / "colours.py").write_text("def mean(pictures):\n    return pictures.mean((2, 3))\n")
+    (home / "broken.py").write_text("def mean(\n")
+    for name in ("no.npz", "no.safetensors"):
+        (home / name).write_text("neither arrays nor tensors")
+    save_file({"other": torch.ones(2)}, home / "other.safetensors")
+    np.save(home / "empty.npy", np.zeros((0, 8, 8, 3), dtype=np.uint8))
+    Calibration.synthesize(tiny.unet, steps=2, trajectories=1).save(home / "made")
     np.save(home / "reference.npy", np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
     return home
 
@@ -118,6 +126,12 @@ def test_a_unet_alone_has_a_run_for_each_seed_and_no_pictures(ask: Ask) -> None:
     assert [origins[0]["settings"]["seed"] for origins in found["protocol"]["recorded"]] == [4, 5]
     assert len(found["runs"]) == 2
     assert found["mean_image_db"] is None
+
+
+def test_nothing_is_told_of_what_was_not_measured(ask: Ask) -> None:
+    """No distance of one picture, no guidance of calls without pairs."""
+    assert "Fréchet" not in ask("emoji-q", "emoji", "--pictures", "1", "--steps", "2")[1]
+    assert "guided" not in ask("q", "pipe/unet", "--calibration", "made", "--guidance", "7")[1]
 
 
 def test_recordings_are_runs(ask: Ask) -> None:
@@ -217,7 +231,17 @@ def test_a_gate_of_ssim_is_met_or_missed_by_pictures_that_are_large_enough(ask: 
         ("emoji-q emoji --prompts strange.txt", 1, "the emoji model does not know the word 'zebroid'"),
         ("emoji-q emoji --calibration nowhere", 1, "nowhere"),
         ("q pipe --out pipe", 1, "pipe is a folder; say the file to write"),
-        ("q pipe --min-ssim high", 2, "argument --min-ssim: invalid float value: 'high'"),
+        ("q pipe --min-ssim high", 2, "argument --min-ssim: must be a number, not 'high'"),
+        ("q pipe --min-sqnr nan", 2, "argument --min-sqnr: must be a number, not 'nan'"),
+        ("emoji-q emoji --guidance inf", 2, "argument --guidance: must be a finite number, not 'inf'"),
+        ("q pipe --seed 18446744073709551616", 2, "argument --seed: must be less than 2^62"),
+        ("q pipe/unet --calibration made --seed 2", 1, "--seed is of the noise that calls are made from"),
+        ("emoji-q emoji --pictures 1 --reference reference.npy", 1, "takes at least 2 pictures; 1 is drawn"),
+        ("emoji-q emoji --reference no.npz", 1, "no.npz holds no reference pictures: "),
+        ("emoji-q emoji --reference no.safetensors", 1, "no.safetensors holds no reference pictures: "),
+        ("emoji-q emoji --reference other.safetensors", 1, "other.safetensors holds no reference pictures: "),
+        ("emoji-q emoji --reference empty.npy", 1, "empty.npy holds no pictures"),
+        ("emoji-q emoji --features broken:mean", 1, "cannot import broken for broken:mean: SyntaxError"),
         ("q pipe --seed -1", 2, "argument --seed: must be a whole number of at least 0"),
         ("q emoji --pictures 1 --steps 2", 1, "was made from another model than this float one: it has"),
     ],

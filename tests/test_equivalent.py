@@ -142,6 +142,22 @@ def test_the_loss_is_the_error_of_the_deployed_layers(
     assert float((found - deployed(of, gamma)).norm() / found.norm()) < 2e-2
 
 
+def test_a_range_that_is_cut_off_above_zero_still_contains_it() -> None:
+    """All values but one are far above 0: what percentile leaves of the range would not contain what padding is."""
+    values = torch.rand(4096, 8, generator=torch.Generator().manual_seed(0)) * 2 + 3
+    values[7, 3] = -0.5
+    spec = QuantSpec(6, "affine", range="percentile")
+    given = Input(
+        values, torch.zeros(len(values), dtype=torch.int64), values.amin(0)[None], values.amax(0)[None], spec
+    )
+    gamma, felt = torch.ones(8), torch.ones(8)
+    found = params_from_range(*fitted(given, gamma, felt), spec, None)
+    assert float(found.scale) == pytest.approx(5 / 63, rel=1e-2)  # of 0 to 5
+    scale, zero = given.grid(gamma, given.covered(gamma, felt))
+    torch.testing.assert_close(scale, found.scale, rtol=1e-5, atol=0)
+    assert float(zero) == float(found.zero_point)
+
+
 def errors(of: Scaling, gamma: Tensor) -> Tensor:
     """The error in each row, by no weight."""
     (view,) = of.views

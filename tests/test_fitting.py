@@ -168,7 +168,7 @@ def test_batches_are_of_one_group_and_every_row_is_in_one(seed: int, size: int) 
             assert float(batches.low[ends].min()) == -float(number[own].max())
             assert float(batches.low[ends].max()) <= -float(number[own].min())
     if size == 1:
-        assert batches.high.flatten().tolist() == number.flatten().tolist()
+        assert sorted(batches.high.flatten().tolist()) == number.flatten().tolist()
 
 
 def test_a_batch_of_all_rows_of_a_group_has_its_extremes() -> None:
@@ -179,10 +179,24 @@ def test_a_batch_of_all_rows_of_a_group_has_its_extremes() -> None:
     assert found[1].tolist() == [4.0, 8.0, 1.0]
 
 
+def test_an_average_of_rows_that_come_by_timestep_is_not_that_of_the_last_timestep() -> None:
+    """Rows are recorded from the noisiest to the cleanest, whose extremes would be all that is left."""
+    falling = torch.linspace(4, 1, 160)[:, None]
+    rows = RowExtremes(-falling, falling, torch.zeros(160, dtype=torch.int64))
+    for seed in range(8):
+        joined = rows.joined(1, torch.Generator().manual_seed(seed))
+        (low,), (high,) = joined.average((torch.tensor([-4.0]), torch.tensor([4.0])))
+        assert 1.9 < float(high) < 3.1
+        assert float(low) == -float(high)
+
+
 def test_batches_are_drawn_at_random_and_the_same_by_the_same_seed() -> None:
     number, group = torch.arange(64.0)[:, None], torch.arange(64) % 2
     rows = RowExtremes(-number, number, group)
     one, same, other = (rows.joined(4, torch.Generator().manual_seed(seed)).high for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+    assert (
+        rows.joined(1, torch.Generator().manual_seed(1)).high.flatten().tolist() != number.flatten().tolist()
+    )
     assert one.flatten().tolist() != sorted(one.flatten().tolist())

@@ -187,7 +187,9 @@ def test_a_function_that_does_not_exist_is_refused(name: str, words: str) -> Non
 
 
 def test_features_must_give_a_row_for_each_picture() -> None:
-    with pytest.raises(DmqfxError, match=r"wrong must give \[2, D\] for 2 pictures, and gives \[3\]"):
+    with pytest.raises(
+        DmqfxError, match=r"wrong must give a tensor \[2, D\] for 2 pictures, and gives \[3\]"
+    ):
         Features("wrong", lambda pictures: pictures.mean((0, 2, 3))).gaussian([torch.zeros(2, 3, 4, 4)])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import os
 import random
 import shutil
@@ -18,8 +20,10 @@ from models import one_level, randomize
 
 from dmqfx import Calibration, compile
 from dmqfx.calibration.calibration import CalibrationWarning
-from dmqfx.cli import main
+from dmqfx.cli import files, main
 from dmqfx.errors import StoreError
+from dmqfx.sweep.budget import bytes_of
+from dmqfx.sweep.run import until_done
 
 POLICY = """
 schema: dmqfx.policy/1
@@ -204,6 +208,60 @@ def test_memory_and_run_dir_are_looked_at_before_anything_is_computed(home: Path
             unet, str(home / "short.yaml"), calibration=Calibration.load(home / "cal"),
             run_dir=tmp_path / "file", report_rows=0,
         )  # fmt: skip
+
+
+def test_what_somebody_else_put_into_the_run_folder_stays(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = home / "shared.run"
+    run.mkdir()
+    (run / "diary.txt").write_text("mine")
+    assert main(command(home, "shared")) == 0
+    assert content(home / "shared") == content(home / "whole")
+    assert [each.name for each in run.iterdir() if each.name != "lock"] == ["diary.txt"]
+    assert "shared.run stays: it holds what no run keeps (diary.txt)" in capsys.readouterr().err
+
+
+def test_two_compilations_do_not_write_the_same_model_at_once(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with until_done(home / "busy.run"):
+        assert main(command(home, "busy", "--set", "default.weight.bits=3")) == 1
+        assert "another process is at work in" in capsys.readouterr().err
+        assert (home / "busy.run").exists()
+
+
+@pytest.mark.parametrize("run", ["nested", "nested/run"])
+def test_a_run_folder_that_saving_would_take_away_is_refused_at_once(
+    home: Path, capsys: pytest.CaptureFixture[str], run: str
+) -> None:
+    assert main(command(home, "nested", "--run-dir", str(home / run))) == 1
+    assert "which is replaced as a whole; say a folder elsewhere" in capsys.readouterr().err
+    assert not (home / "nested").exists()
+
+
+def test_a_folder_that_cannot_be_replaced_or_takes_no_files_is_refused_at_once(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "there").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "there")
+    assert main(command(home, "there")) == 1
+    assert "is where a file system begins, which no other folder can replace" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    def full(dir: Path) -> io.BytesIO:
+        if Path(dir).name == "there":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return io.BytesIO()
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
+    assert main(command(home, "there")) == 1
+    assert "there takes no files (Read-only file system)" in capsys.readouterr().err
+
+
+def test_a_size_of_many_digits_is_none() -> None:
+    with pytest.raises(ValueError, match="a memory budget is a size such as"):
+        bytes_of("9" * 310 + "GB")
 
 
 def test_the_command_line_says_what_a_size_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -121,6 +121,27 @@ def test_shifts_that_were_voted_on_and_ranges_of_weights_count_in_the_loss() -> 
     assert any(not torch.equal(plain[s].gamma, extremes[s].gamma) for s in plain.keys() & extremes.keys())
 
 
+def test_the_last_step_counts_even_where_it_finds_no_scale() -> None:
+    """The scales of the step before do not stay beside a refusal; one that makes no steps makes none."""
+    data = context(recorded(paired(), 16))
+    none = {"method": "les", **QUICK, "start": "identity", "iterations": 0}
+    once = swept(paired(), data, [("learn-scaling", {"method": "surrogate", "rows": 256})])
+    assert once.table.of(ChannelScale)
+    again = swept(once, data, [("fit-ranges", {}), ("learn-scaling", none)])
+    assert not again.table.of(ChannelScale)
+    assert len(again.log[-1].refused) >= len(once.table.of(ChannelScale))
+
+
+def test_scales_that_are_not_applied_do_not_get_into_codes_in_silence() -> None:
+    """Codes of W gamma beside steps of x / gamma, and nobody divides x: an error that says what is missing."""
+    program = learned("les")
+    fitted = swept(program, context(recorded(program, 8)), [("fit-ranges", {}), ("round-weights", {})])
+    told = "insert-qdq, comes too late: 'learned'.* put apply-scaling before it"
+    with pytest.raises(PipelineError, match=told):
+        swept(fitted, context(recorded(program, 8)), [("insert-qdq", {})])
+    swept(fitted, context(recorded(program, 8)), [("apply-scaling", {}), ("insert-qdq", {})])
+
+
 def test_what_was_decided_before_a_layer_was_scaled_is_forgotten() -> None:
     """Its codes are those of W and its steps those of x, not of W gamma and x / gamma."""
     rounding = [

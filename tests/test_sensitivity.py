@@ -13,6 +13,7 @@ import pytest
 import torch
 from planting import context, program_before
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 import dmqfx
 from dmqfx.errors import CalibrationError, PassNotFoundError, VerifyError
@@ -27,7 +28,7 @@ from dmqfx.sweep import sensitivitysweep
 from dmqfx.sweep.budget import Budget
 from dmqfx.sweep.chunks import Chunk, chunked
 from dmqfx.sweep.network import Network
-from dmqfx.sweep.sensitivity import Measurement
+from dmqfx.sweep.sensitivity import Measurement, _energy, _Layer
 
 AT = Address.parse("up.0.conv1/conv2d")
 
@@ -229,6 +230,28 @@ def test_scales_are_absorbed_before_what_the_output_feels_is_measured() -> None:
     assert "absorb-scaling, comes too late: 'measured'" in told
     assert told.endswith("move it before measure-sensitivity")
     assert not list(pipeline(order[::-1]).problems(program))
+
+
+def test_what_a_convolution_in_groups_reads_is_counted_by_group() -> None:
+    """The noise of weights that are rounded at random, simulated, is what is expected."""
+    program = program_before("round-weights", "shifts")
+    node = next(node for node in program.calls("conv2d") if ops.args(node)["groups"] == 2)
+    shape, named = ops.tensor(node, "weight").meta["val"].shape, ops.args(node)
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2 * shape[1], 8, 8, generator=drawn)
+    x[:, : shape[1]] *= 8  # so that a group that gets the energy of another one shows
+    step = torch.linspace(0.05, 0.2, shape[0])
+    seen = torch.zeros(())
+    slope: Tensor | None = None
+    for _ in range(200):
+        change = (torch.rand(shape, generator=drawn) - 0.5) * step.view(-1, 1, 1, 1)
+        out = F.conv2d(x, change, None, named["stride"], named["padding"], named["dilation"], 2)  # type: ignore[arg-type]  # canonical
+        slope = torch.randn(out.shape, generator=drawn) if slope is None else slope
+        seen = seen + (out * slope).square().sum() / 200
+    assert slope is not None
+    layer = _Layer(node, step, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    layer.add_noise(slope.movedim(1, -1), _energy(node, x), torch.zeros(2, dtype=torch.int64))
+    assert float(layer.noise) == pytest.approx(float(seen), rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["gptq", "adaround"])

@@ -21,7 +21,7 @@ from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned, Shift
-from dmqfx.sweep.run import running
+from dmqfx.sweep.run import running, until_done
 from dmqfx.sweep.walk import Walk
 
 SITES = [f"conv{k}/conv2d:input" for k in range(4)] + ["conv4/conv2d:input", "time/linear:input"]
@@ -256,6 +256,49 @@ def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(StoreError, match="cannot keep a run in"):
         again(tmp_path)
+
+
+def test_a_lock_or_a_leftover_that_cannot_be_handled_is_an_error_in_words(tmp_path: Path) -> None:
+    again(tmp_path)
+    (kept,) = (each for each in (tmp_path / "run").iterdir() if each.is_dir())
+    (kept / "turn-99999").write_text("somebody else's")
+    with pytest.raises(StoreError, match=r"cannot keep a run in .*turn-99999"):
+        again(tmp_path)
+    (kept / "turn-99999").unlink()
+    (kept / "lock").unlink()
+    (kept / "lock").mkdir()
+    with pytest.raises(StoreError, match="cannot be held for one process"):
+        again(tmp_path)
+
+
+def test_a_directory_until_all_is_done_loses_what_runs_kept_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "out.run"
+    key = f"02-round-weights-{'0' * 12}"
+    with until_done(directory):
+        (directory / key).mkdir()
+        with pytest.raises(StoreError, match="another process is at work"), until_done(directory):
+            pass
+    assert not directory.exists()
+    with suppress(KeyboardInterrupt), until_done(directory):
+        (directory / key).mkdir()
+        raise KeyboardInterrupt
+    assert (directory / key).exists()
+    (directory / "diary.txt").write_text("mine")
+    (directory / "lock").write_text("mine, too")
+    with until_done(directory):
+        pass
+    assert not (directory / key).exists()
+    assert (directory / "diary.txt").read_text() == "mine"
+    assert (directory / "lock").read_text() == "mine, too"
+    assert "out.run stays: it holds what no run keeps (diary.txt)" in caplog.text
+
+
+def test_a_directory_in_which_nothing_was_kept_goes_with_an_error_too(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="early"), until_done(tmp_path / "out.run"):
+        raise ValueError("early")
+    assert not (tmp_path / "out.run").exists()
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ def check(groups: Sequence[Rows], inputs: InputSpec, models: Sequence[str]) -> N
     """
     if not any(map(len, groups)):
         raise CalibrationError("the calibration is empty: record at least one UNet call")
-    for group in groups:
+    for k, group in enumerate(groups):
+        if not len(group):
+            raise CalibrationError(f"group {k} of the calibration's rows has none: leave it out")
         problem = _another_model(models, inputs) or _misfit(group, inputs)
         if problem:
             recorded = " and ".join(dict.fromkeys(models)) or "an unknown model"
@@ -55,6 +57,8 @@ def _misfit(group: Rows, inputs: InputSpec) -> str | None:
     for i, shape in taken:
         if len(shape) != len(i.dims) or not _serves(i, shape, i.shape(sizes)):
             return f"{i.name} is {list(shape[1:])} and should be {_dims(i)}"
+    if not group.columns["sample"].values.is_floating_point():
+        return f"sample is {group.columns['sample'].values.dtype} and should be a floating-point tensor"
     if sizes["H"] % inputs.multiple_of or sizes["W"] % inputs.multiple_of:
         return f"sample is {sizes['H']} x {sizes['W']}, not a multiple of {inputs.multiple_of}"
     return next((wrong for i in inputs.inputs if (wrong := _wrong_labels(group, i))), None)

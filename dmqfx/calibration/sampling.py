@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -61,6 +62,7 @@ def from_pipeline(
     Raises: CalibrationError for an option that the pipeline does not take; whatever the pipeline raises.
     """
     unet = _unet_of(pipe) if module is None else module
+    _refuse_none(trajectories=trajectories, steps=steps)
     wanted = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **options}
     given = {name: value for name, value in wanted.items() if value is not None}
     refuse_options(pipe, prompts, given)
@@ -95,6 +97,7 @@ def from_sampler(
     Raises: CalibrationError if the conditioning does not fit the UNet.
     """
     refuse_others(unet)
+    _refuse_none(trajectories=trajectories, steps=steps, size=None if size is None else min(size))
     given = {**(conditioning or {}), **({} if concat is None else {CONCAT: concat})}
     if unconditional and guidance_scale is None:
         raise CalibrationError(
@@ -103,7 +106,8 @@ def from_sampler(
     count = trajectories or max((len(rows) for rows in given.values()), default=MOST_TRAJECTORIES)
     halves = (given,) if guidance_scale is None else ({**given, **(unconditional or {})}, given)
     _refuse_conditioning(unet, halves, count)
-    found = Denoising(unet, scheduler, size or _size(unet), count, steps, halves, guidance_scale or 1.0, seed)
+    scale = 1.0 if guidance_scale is None else guidance_scale
+    found = Denoising(unet, scheduler, size or _size(unet), count, steps, halves, scale, seed)
     with _naming_overflow(unet), _watched(unet, progress, found.calls) as tape:
         found.run(tape)
     settings = {"seed": seed, "steps": steps, "trajectories": count, "guidance_scale": guidance_scale}
@@ -125,6 +129,11 @@ def synthetic(
     Raises: CalibrationError if the UNet gives values that are not finite.
     """
     refuse_others(unet)
+    _refuse_none(trajectories=trajectories, steps=steps)
+    if not 0 <= seconds < math.inf:
+        raise CalibrationError(
+            f"seconds={seconds}: how long calls may be made, a finite number of at least 0"
+        )
     drawn = _drawn(unet, trajectories or MOST_TRAJECTORIES, seed)
     chosen, notes = scheduler or _usual_scheduler(unet), list[str]()
     plan = Denoising(
@@ -198,6 +207,12 @@ def _warning(unet: UNet, names: str) -> str:
         "        calibration=Calibration.record(unet, scheduler=..., conditioning={...}), or\n"
         "        dmqfx calibrate PIPELINE --prompts FILE --out cal/, then --calibration cal/"
     )
+
+
+def _refuse_none(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise CalibrationError(f"{name} must be at least 1, not {number}")
 
 
 def _size(unet: UNet) -> tuple[int, int]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dmqfx.judging.features import Features
     from dmqfx.judging.samplers import Sampler
 
-__all__ = ["features", "load_sampler", "reference"]
+__all__ = ["features", "load_sampler", "reference", "refuse_idle"]
 
 _FOR_PICTURES = ("steps", "scheduler", "features", "reference")
 _STEPS = 20  # unless --steps says
@@ -43,6 +43,22 @@ def load_sampler(options: argparse.Namespace) -> tuple[UNet, Sampler | None]:
     if idle:
         raise DmqfxError(f"{', '.join(idle)}: for pictures, and none are drawn; say --prompts or --pictures")
     return sources.load_unet(options.model), None
+
+
+def refuse_idle(options: argparse.Namespace, sampler: Sampler | None) -> None:
+    """Refuse options that would change nothing of what is drawn or compared.
+
+    Raises: DmqfxError that names them.
+    """
+    if sampler is None and options.calibration and options.seed:
+        raise DmqfxError(
+            "--seed is of the noise that calls are made from: those of --calibration are made already"
+        )
+    asked = [f"--{name}" for name in ("features", "reference") if getattr(options, name) is not None]
+    if asked and sampler is not None and (len(sampler.prompts) or options.pictures or 1) < 2:
+        raise DmqfxError(
+            f"{', '.join(asked)}: for the Fréchet distance, which takes at least 2 pictures; 1 is drawn"
+        )
 
 
 def features(options: argparse.Namespace) -> Features:

@@ -33,14 +33,17 @@ def to_be_folder(name: str) -> Path:
 
 
 def _writable(path: Path) -> Path:
-    """The path, if the nearest folder above it takes files."""
+    """The path, if the nearest folder above it takes files, and the folder that is there as well."""
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not nearest.is_dir():
         raise DmqfxError(f"{path} cannot be written: {nearest} is a file, not a folder")
-    try:
-        tempfile.TemporaryFile(dir=nearest).close()
-    except OSError as error:
-        raise DmqfxError(f"{path} cannot be written: {nearest} takes no files ({error.strerror})") from error
+    for folder in (nearest, path) if path.is_dir() else (nearest,):
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise DmqfxError(
+                f"{path} cannot be written: {folder} takes no files ({error.strerror})"
+            ) from error
     return path
 
 

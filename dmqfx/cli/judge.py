@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dmqfx.cli import files, sources, terminal
-from dmqfx.cli.terminal import Commands, bars, command, whole
+from dmqfx.cli.terminal import Commands, bars, command, finite, number, whole
 
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -45,13 +45,13 @@ def _eval(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--out", metavar="JSON", help="write everything that was found, and the protocol")
     parser.add_argument(
-        "--min-sqnr", type=float, metavar="DB", help="exit with 3 if the output's SQNR is lower"
+        "--min-sqnr", type=number, metavar="DB", help="exit with 3 if the output's SQNR is lower"
     )
     parser.add_argument(
-        "--min-psnr", type=float, metavar="DB", help="exit with 3 if the pictures' PSNR is lower"
+        "--min-psnr", type=number, metavar="DB", help="exit with 3 if the pictures' PSNR is lower"
     )
     parser.add_argument(
-        "--min-ssim", type=float, metavar="SSIM", help="exit with 3 if the pictures' SSIM is lower"
+        "--min-ssim", type=number, metavar="SSIM", help="exit with 3 if the pictures' SSIM is lower"
     )
 
 
@@ -77,7 +77,7 @@ def _add_pictures(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=whole(1), help="of the schedule [emoji: 20; the pipeline's own]")
     parser.add_argument(
-        "--guidance", type=float, help="scale of guidance [emoji: 3; the pipeline's or recording's own]"
+        "--guidance", type=finite, help="scale of guidance [emoji: 3; the pipeline's or recording's own]"
     )
     parser.add_argument("--scheduler", metavar="CLASS", help="of diffusers, e.g. EulerDiscreteScheduler")
     parser.add_argument(
@@ -103,6 +103,7 @@ def eval_(options: argparse.Namespace) -> int:
     compiled = sources.load_compiled(options.compiled, options.target)
     recorded = [Calibration.load(folder) for folder in options.calibration]
     unet, sampler = drawing.load_sampler(options)
+    drawing.refuse_idle(options, sampler)
     if sampler is None and not recorded:
         recorded = [Calibration.synthesize(unet, seed=seed, progress=bars()) for seed in seeds]
     found = evaluate(

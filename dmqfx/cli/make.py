@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmqfx.cli import files, sources, terminal
-from dmqfx.cli.terminal import Commands, bars, command, whole
+from dmqfx.cli.terminal import Commands, bars, command, finite, number, whole
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -84,7 +84,7 @@ def _calibrate(commands: Commands[argparse.ArgumentParser]) -> None:
         "--trajectories", type=whole(1), help="how many, without --prompts [emoji: 8; else by measured cost]"
     )
     parser.add_argument(
-        "--guidance", type=float, help="scale of classifier-free guidance [the pipeline's own]"
+        "--guidance", type=finite, help="scale of classifier-free guidance [the pipeline's own]"
     )
     parser.add_argument("--seed", type=whole(0), default=0, help="of the noise [0]")
 
@@ -179,7 +179,7 @@ def _compile(commands: Commands[argparse.ArgumentParser]) -> None:
         "--rows", type=whole(0), default=16, help="calibration rows the report is measured on; 0: none [16]"
     )
     parser.add_argument(
-        "--min-sqnr", type=float, metavar="DB", help="exit with 3 if the output's SQNR is lower"
+        "--min-sqnr", type=number, metavar="DB", help="exit with 3 if the output's SQNR is lower"
     )
 
 
@@ -235,11 +235,11 @@ def compile_(options: argparse.Namespace) -> int:
 
 def _compiled(options: argparse.Namespace) -> int:
     from dmqfx import processes
-    from dmqfx.compiler import QualityWarning, check_pipeline, needs_calibration
-    from dmqfx.compiler import compile as compile_unet
+    from dmqfx.compiler import check_pipeline
     from dmqfx.graph import registry
     from dmqfx.policy.policy import Policy
     from dmqfx.storage.store import refuse_foreign
+    from dmqfx.sweep.run import until_done
 
     if not processes.is_first():
         logging.getLogger("dmqfx").setLevel(logging.ERROR)
@@ -247,17 +247,30 @@ def _compiled(options: argparse.Namespace) -> int:
     check_pipeline(policy)
     out = files.to_be_folder(options.out)
     refuse_foreign(out)
-    run = files.to_be_folder(options.run_dir or f"{out}.run")
+    run = _run_directory(options, out)
     floors = _floors(options, policy)
+    with nullcontext() if options.run_dir else until_done(run):
+        q = _quantized(options, policy, run)
+        if processes.is_first():
+            q.save_pretrained(out)
+    return _told(options, q, out, floors) if processes.is_first() else terminal.OK
+
+
+def _quantized(options: argparse.Namespace, policy: Policy, run: Path) -> CompiledUNet:
+    """The compiled model, which is to be saved and not to be run."""
+    from dmqfx import processes
+    from dmqfx.compiler import QualityWarning, needs_calibration
+    from dmqfx.compiler import compile as compile_unet
+
     calibration = _given(options, run, wanted=options.rows > 0 or needs_calibration(policy))
     unet = sources.load_unet(options.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", QualityWarning)  # the gate says it
-        q = compile_unet(
+        return compile_unet(
             unet,
             policy,
             calibration=calibration,
-            target=sources.unlowered(),  # it is saved and not run, so its weights need not be unpacked
+            target=sources.unlowered(),  # its weights need not be unpacked
             verify=options.verify,
             seed=options.seed,
             progress=bars() and processes.is_first(),
@@ -266,12 +279,21 @@ def _compiled(options: argparse.Namespace) -> int:
             memory=options.memory,
             run_dir=run,
         )
-    if not processes.is_first():
-        return terminal.OK
-    q.save_pretrained(out)
-    if not options.run_dir:
-        shutil.rmtree(run, ignore_errors=True)
-    return _told(options, q, out, floors)
+
+
+def _run_directory(options: argparse.Namespace, out: Path) -> Path:
+    """Where finished layers are kept.
+
+    Raises: DmqfxError if saving the model would take it away.
+    """
+    from dmqfx.errors import DmqfxError
+
+    run = files.to_be_folder(options.run_dir or f"{out}.run")
+    if out.resolve() in (run.resolve(), *run.resolve().parents):
+        raise DmqfxError(
+            f"--run-dir {run} lies in --out {out}, which is replaced as a whole; say a folder elsewhere"
+        )
+    return run
 
 
 def _floors(options: argparse.Namespace, policy: Policy) -> list[float]:

@@ -147,7 +147,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number of at least this."""
+    """The type of an option that takes a whole number of at least this, and of less than 2^62."""
 
     def read(text: str) -> int:
         try:
@@ -156,9 +156,29 @@ def whole(least: int) -> Callable[[str], int]:
             number = least - 1
         if number < least:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
+        if number >= 2**62:  # seeds are added to, and generators take 64 bits
+            raise argparse.ArgumentTypeError(f"must be less than 2^62, not {text}")
         return number
 
     return read
+
+
+def number(text: str) -> float:
+    """The type of an option that takes a number, which may be infinite."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if math.isnan(found):
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}")
+    return found
+
+
+def finite(text: str) -> float:
+    """The type of an option that takes a finite number."""
+    if not math.isfinite(found := number(text)):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
+    return found
 
 
 def _glob(text: str) -> str:

@@ -40,6 +40,8 @@ def _always(program: Program) -> str | None:
 class Fact:
     """A named property of a program; `broken` returns what contradicts it, or None while it holds.
 
+    What waits to be done has a pass `ended_by`, which does it.
+
     Example:
         >>> str(CANONICAL), CANONICAL == Fact("canonical", "other words")
         ('canonical', True)
@@ -48,6 +50,7 @@ class Fact:
     name: str
     meaning: str = field(compare=False)
     broken: Callable[[Program], str | None] = field(default=_always, compare=False, repr=False)
+    ended_by: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name
@@ -104,7 +107,7 @@ OBSERVED = Fact("observed", "identity observers stand at the planned activation 
 CALIBRATED = Fact("calibrated", "planned activation sites have their ranges in the table", _no_range)
 FITTED = Fact("fitted", "planned activation sites have their scale and zero point in the table")
 PAIRED = Fact("paired", "layers that share an input share one equivalent scale")
-LEARNED = Fact("learned", "pairs have their equivalent scale in the table")
+LEARNED = Fact("learned", "pairs have their equivalent scale in the table", ended_by="apply-scaling")
 MEASURED = Fact(
     "measured", "layers have in the table what the output feels of theirs, as large as they are now"
 )

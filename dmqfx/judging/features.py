@@ -37,10 +37,10 @@ class Features:
         with torch.no_grad():
             for batch in batches:
                 found = self.function(batch)
-                if found.dim() != 2 or len(found) != len(batch):
+                shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(batch):
                     raise DmqfxError(
-                        f"{self.name} must give [{len(batch)}, D] for {len(batch)} pictures, "
-                        f"and gives {list(found.shape)}"
+                        f"{self.name} must give a tensor [{len(batch)}, D] for {len(batch)} pictures, and gives {shape}"
                     )
                 rows.append(found.detach().cpu())
         return Gaussian.of(torch.cat(rows), self.name, digest)
@@ -84,8 +84,8 @@ def load_features(name: str) -> Features:
     sys.path.insert(0, here)
     try:
         found = getattr(import_module(module), function, None)
-    except ImportError as error:
-        raise DmqfxError(f"cannot import {module} for {name}: {error}") from error
+    except Exception as error:  # whatever a module of the user's raises when it is imported
+        raise DmqfxError(f"cannot import {module} for {name}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
     if not callable(found):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dmqfx.errors import DmqfxError
+from dmqfx.storage.atomic import replacing_file
 
 __all__ = ["Gaussian", "frechet_distance"]
 
@@ -42,13 +43,21 @@ class Gaussian:
         return cls(rows.mean(0), torch.cov(rows.T).reshape(rows.shape[1], -1), len(rows), name, digest)
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file.
+
+        Raises: OSError if it cannot be written.
+        """
         about = {"count": str(self.count), "features": self.features, "digest": self.digest}
-        save_file({"mean": self.mean, "covariance": self.covariance}, path, metadata=about)
+        text = save({"mean": self.mean, "covariance": self.covariance}, metadata=about)
+        with replacing_file(path) as file:
+            file.write_bytes(text)
 
     @classmethod
     def load(cls, path: Path) -> Gaussian:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises: OSError, or SafetensorError, KeyError, TypeError or ValueError for a file that is another's.
+        """
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
             mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")

@@ -15,7 +15,7 @@ from dmqfx.judging.features import Features
 from dmqfx.judging.findings import Run
 from dmqfx.judging.frechet import Gaussian, frechet_distance
 from dmqfx.judging.pictures import SSIM_WINDOW, find_lpips, psnr_db, ssim
-from dmqfx.judging.reference import RESIZE, load_reference
+from dmqfx.judging.reference import RESIZE, check_reference, load_reference
 from dmqfx.judging.samplers import Drawn, drift
 
 __all__ = ["PictureJudge"]
@@ -26,12 +26,14 @@ _BATCH = 32
 class PictureJudge:
     """Measures pictures and trajectories; what that takes is loaded once.
 
-    Raises: DmqfxError if there is no such reference.
+    Raises: DmqfxError if there is no such reference, or it cannot be read.
     """
 
     def __init__(self, features: Features, reference: Path | None) -> None:
-        if reference is not None and not reference.exists():
-            raise DmqfxError(f"there is no {reference} to take reference pictures from")
+        if reference is not None:
+            if not reference.exists():
+                raise DmqfxError(f"there is no {reference} to take reference pictures from")
+            check_reference(reference, features)
         self.features = features
         self._lpips, self._lpips_words = find_lpips()
         self._source, self._reference = reference, dict[tuple[int, int], Gaussian]()

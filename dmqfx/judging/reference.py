@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dmqfx.errors import DmqfxError
 from dmqfx.judging.features import Features
 from dmqfx.judging.frechet import Gaussian
 
-__all__ = ["RESIZE", "load_reference"]
+__all__ = ["RESIZE", "check_reference", "load_reference"]
 
 RESIZE = "pillow, bicubic, antialiased; transparent pictures on white"
 _KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _BATCH = 32
+_DAMAGE = (BadZipFile, EOFError, KeyError, SafetensorError, TypeError, ValueError)
+"""What readers of arrays and tensors make of files that are not theirs."""
+
+
+def check_reference(source: Path, features: Features) -> None:
+    """Refuse, before anything long is done, what `load_reference` would refuse; pictures of a folder by their heads.
+
+    Raises: as `load_reference`.
+    """
+    with _naming(source):
+        if source.suffix == ".safetensors":
+            _known(source, features)
+        elif source.suffix in (".npz", ".npy"):
+            _array(source)
+        else:
+            for file in _files(source):
+                Image.open(file).close()
 
 
 def load_reference(source: Path, size: tuple[int, int], features: Features) -> Gaussian:
@@ -30,28 +50,45 @@ def load_reference(source: Path, size: tuple[int, int], features: Features) -> G
 
     Raises: DmqfxError if it is none of these, or of other features; OSError if it cannot be read.
     """
-    if source.suffix == ".safetensors":
-        known = Gaussian.load(source)
-        if known.features != features.name:
-            raise DmqfxError(f"{source} is of the features {known.features!r}, not {features.name!r}")
-        return known
-    if source.is_dir():
-        files = sorted(file for file in source.iterdir() if file.suffix.lower() in _KINDS)
-        if not files:
-            raise DmqfxError(f"{source} holds no pictures ({', '.join(_KINDS)})")
-        pictures: Iterator[Image.Image] = map(Image.open, files)
-    elif source.suffix in (".npz", ".npy"):
-        files, pictures = [source], map(Image.fromarray, _array(source))
-    else:
+    with _naming(source):
+        if source.suffix == ".safetensors":
+            return _known(source, features)
+        if source.suffix in (".npz", ".npy"):
+            return features.gaussian(_batches(map(Image.fromarray, _array(source)), size), _digest([source]))
+        files = _files(source)
+        return features.gaussian(_batches(map(Image.open, files), size), _digest(files))
+
+
+@contextmanager
+def _naming(source: Path) -> Iterator[None]:
+    """What readers raise for a file that is not theirs, in words."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise DmqfxError(f"{source} holds no reference pictures: {error}") from error
+
+
+def _known(source: Path, features: Features) -> Gaussian:
+    known = Gaussian.load(source)
+    if known.features != features.name:
+        raise DmqfxError(f"{source} is of the features {known.features!r}, not {features.name!r}")
+    return known
+
+
+def _files(source: Path) -> list[Path]:
+    if not source.is_dir():
         raise DmqfxError(f"{source} is neither a folder of pictures nor a .npz, .npy or .safetensors file")
-    return features.gaussian(_batches(pictures, size), _digest(files))
+    files = sorted(file for file in source.iterdir() if file.suffix.lower() in _KINDS)
+    if not files:
+        raise DmqfxError(f"{source} holds no pictures ({', '.join(_KINDS)})")
+    return files
 
 
 def _array(source: Path) -> np.ndarray:
     loaded = np.load(source, allow_pickle=False)
     arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[key] for key in loaded.files]
     for array in arrays:
-        if array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3:
+        if array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3 and len(array):
             return array
     raise DmqfxError(f"{source} holds no pictures: they would be uint8 [N, height, width, 3]")
 

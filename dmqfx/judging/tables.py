@@ -76,8 +76,11 @@ def _remarks(evaluation: Evaluation) -> Iterator[str]:
     about, lines = [f"{len(evaluation.runs)} run{'s' * many}"], list[str]()
     if "scheduler" in told:
         about += [f"{told['pictures_per_run']} pictures each", f"{told['scheduler']}, {_length(evaluation)}"]
-        lines += [f"Fréchet distances in the features {told['features']}", f"LPIPS: {told['lpips']}"]
-    about += [f"guided at {scale:g}" for scale in {run.guidance_scale for run in evaluation.runs} - {None}]
+        if any(run.frechet for run in evaluation.runs):
+            lines.append(f"Fréchet distances in the features {told['features']}")
+        lines.append(f"LPIPS: {told['lpips']}")
+    guided = {run.guidance_scale for run in evaluation.runs if "guided_db" in run.numbers()}
+    about += [f"guided at {scale:g}" for scale in guided - {None}]
     yield "\n".join([", ".join(about), *lines])
 
 

@@ -124,6 +124,8 @@ def unsettled(h: Tensor, beta: float) -> Tensor:
 class _Pull:
     """The slope of the loss in every h; a relative one's unit is the loss, by weight, of independent uniform errors.
 
+    An absolute one is in units of the output, whatever that feels: a metric is brought to a mean diagonal of 1.
+
     In single precision: what Adam makes of a slope does not depend on its last digits.
     """
 
@@ -131,7 +133,8 @@ class _Pull:
         grid, gram, felt = problem.grid, problem.gram, problem.felt
         each = grid.scale.square() / 12 * (1.0 if felt is None else felt.diagonal())
         expected = float(each.sum() * gram.diagonal().sum()) / cells.lower.numel()
-        unit = expected if loss == "relative" else 1.0
+        felt_alone = 1.0 if felt is None else float(felt.diagonal().mean()) or 1.0
+        unit = expected if loss == "relative" else felt_alone
         self._off = (grid.real(cells.lower) - problem.target).float()
         self._scale, self._gram = grid.scale.float()[:, None], gram.float()
         left = grid.scale[:, None] if felt is None else grid.scale[:, None] * felt

@@ -109,7 +109,7 @@ def percentile(ends: Ends, sample: Sample, percent: float) -> Ends:
 
 @dataclass(frozen=True, eq=False)
 class RowExtremes:
-    """The extremes of single calibration rows, in their order, or of batches of them.
+    """The extremes of single calibration rows, or of batches of them, in the order in which they are averaged.
 
     Shapes: low, high [N, C]; group int64 [N].
     Units: `momentum` of the average stays when a row, or a batch, comes.
@@ -123,10 +123,8 @@ class RowExtremes:
     def joined(self, size: int, generator: torch.Generator) -> RowExtremes:
         """Those of batches of so many rows of one group, drawn at random; the last of a group may have fewer.
 
-        Of 1 they are the rows, in their order.
+        Random they are of 1, too: in the order of the timesteps an average would be that of the last ones.
         """
-        if size == 1:
-            return self
         order = torch.randperm(len(self.group), generator=generator).to(self.group.device)
         batches = [
             rows

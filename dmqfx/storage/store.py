@@ -195,6 +195,10 @@ def refuse_foreign(path: Path) -> None:
     """Raise if saving would delete what is not a saved model."""
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file; save into a directory")
+    if path.is_mount():
+        raise StoreError(
+            f"{path} is where a file system begins, which no other folder can replace; say one inside it"
+        )
     there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if there and MANIFEST not in there:
         raise StoreError(

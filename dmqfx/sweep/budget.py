@@ -46,8 +46,8 @@ def bytes_of(memory: str | int) -> int:
         (True, True, 4096)
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(MB|GB)", str(memory).replace(" ", ""))
-    size = int(float(found[1]) * _SIZES[found[2]]) if found else memory
-    if not isinstance(size, int) or size < 1:
+    size = int(min(float(found[1]) * _SIZES[found[2]], 2.0**63)) if found else memory
+    if not isinstance(size, int) or not 1 <= size < 2**63:
         raise ValueError(f"a memory budget is a size such as 800MB or 6GB, not {memory!r}")
     return size
 
@@ -101,7 +101,8 @@ def scaled(step: _Step, factor: float) -> _Step:
     """
     factors = {"iterations": min(factor, getattr(step, "longest", factor)), "rows": min(1.0, factor)}
     own = _numbers(step)
-    changed = {name: max(1, round(getattr(step, name) * by)) for name, by in factors.items() if name in own}
+    numbers = {name: (getattr(step, name), by) for name, by in factors.items() if name in own}
+    changed = {name: max(min(1, number), round(number * by)) for name, (number, by) in numbers.items()}
     return replace(step, **changed) if changed else step  # type: ignore[type-var]  # what has fields is a dataclass
 
 

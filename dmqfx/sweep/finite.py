@@ -66,8 +66,9 @@ def refuse_overflow(program: Program, data: Calibration) -> None:
 def refuse_overflow_of(program: Program, batch: Mapping[str, Tensor], where: str) -> None:
     """The same of one batch, which is called so.
 
-    Raises: CalibrationError naming the operation.
+    Raises: CalibrationError naming the operation, or the weight that is not finite itself.
     """
+    refuse_broken_weights(program)
     _Watched(program, where).run(*(batch[i.name].to(program.device) for i in program.inputs.inputs))
 
 

@@ -192,7 +192,7 @@ def _tried(program: Program, schedule: Schedule, data: Calibration, steps: Steps
     if ctx.memory < costs.working:
         raise CalibrationError(
             f"a memory budget of {megabytes(ctx.memory)} has no room for {costs.trial.rows} calibration rows at a time,"
-            f" which take {megabytes(costs.working)}\n  mend: memory= of at least that"
+            f" which take {-(-costs.working // 2**20)} MB\n  mend: memory= of at least that"
         )
     return size, costs
 

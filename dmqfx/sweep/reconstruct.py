@@ -172,9 +172,14 @@ class _Problem:
 
     @property
     def energy_of_a_position(self) -> float:
-        """What a loss of 1 is, summed over channels, in the mean over output positions of all rows."""
+        """What a loss of 1 is, summed over channels, in the mean over output positions of all rows.
+
+        In units of the output, whatever that feels: a metric is brought to a mean diagonal of 1.
+        """
         positions = sum(wanted.numel() // wanted.shape[self._axis] for wanted in self._wanted)
-        return self._energy * sum(map(len, self._wanted)) / positions
+        metric = None if self._felt is None else self._felt.metric
+        felt = 1.0 if metric is None else float(metric.diagonal().mean()) or 1.0
+        return self._energy * sum(map(len, self._wanted)) / positions / felt
 
     def weigh(self, by: Weigh) -> None:
         """Let rows weigh what is said of their losses with constants as they are in the table."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,15 @@ from dmqfx.graph.journal import Application, Refusal
 from dmqfx.graph.table import Entry
 from dmqfx.storage.atomic import TORN, replacing
 from dmqfx.storage.codec import Json, decode, dump, encode, parse
-from dmqfx.storage.lock import locked
+from dmqfx.storage.lock import LOCK, locked
 from dmqfx.storage.manifest import read_manifest, write_manifest
 
-__all__ = ["NoRun", "OtherRun", "Run", "Written", "made", "packed", "running", "unpacked"]
+__all__ = ["NoRun", "OtherRun", "Run", "Written", "made", "packed", "running", "unpacked", "until_done"]
 
 _RECORD, _TENSORS, _PLAN, _STATE = "record.json", "tensors.safetensors", "plan", "state"
 _DAMAGED = "%s\n  it is computed again, and so is what came after it"
+_KEPT = re.compile(r".+-[0-9a-f]{12}|\..+\.dmqfx-.+")
+"""The names of what a run directory holds: runs and calibrations by their keys, and such as are half written."""
 _log = logging.getLogger(__name__)
 
 
@@ -103,7 +106,7 @@ class Run(NoRun):
             found.append(_written(record))
         for later in self._folder.glob("turn-*"):
             if later.name >= _name(len(found)):
-                shutil.rmtree(later)
+                self._remove(later)
         return found
 
     def write(self, number: int, site: Site, written: Written) -> None:
@@ -123,7 +126,18 @@ class Run(NoRun):
         self._write(name, *_parts({"number": number, "tensors": dict(tensors)}))
         for folder in self._folder.glob(f"{_STATE}-*"):
             if folder.name != name:
-                shutil.rmtree(folder)
+                self._remove(folder)
+
+    def clear(self) -> None:
+        """Remove what a process that was killed had half written."""
+        for torn in self._folder.glob(TORN):
+            self._remove(torn)
+
+    def _remove(self, folder: Path) -> None:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise StoreError(f"cannot keep a run in {self._folder}: {error}") from error
 
     def _write(self, name: str, record: Mapping[str, Json], tensors: dict[str, Tensor]) -> None:
         try:
@@ -176,8 +190,9 @@ class OtherRun(Run):
         """A folder beside what the first process keeps, for this one alone."""
         folder = self._folder / f"process-{processes.rank()}"
         made(folder, self._folder)
-        _clear(folder)
-        return Run(folder, self._key, self._device)
+        own = Run(folder, self._key, self._device)
+        own.clear()
+        return own
 
 
 @contextmanager
@@ -198,8 +213,9 @@ def running(directory: Path, title: str, key: Mapping[str, str], device: torch.d
         if other != folder:
             _log.warning("the run in %s %s; it is not used", other, _difference(other, whole))
     with locked(folder):
-        _clear(folder)
-        yield Run(folder, whole, device)
+        run = Run(folder, whole, device)
+        run.clear()
+        yield run
 
 
 def made(folder: Path, directory: Path) -> None:
@@ -213,10 +229,30 @@ def made(folder: Path, directory: Path) -> None:
         raise StoreError(f"cannot keep a run in {directory}: {error}") from error
 
 
-def _clear(folder: Path) -> None:
-    """Remove what a process that was killed had half written."""
-    for torn in folder.glob(TORN):
-        shutil.rmtree(torn)
+@contextmanager
+def until_done(directory: Path) -> Iterator[None]:
+    """A run directory for this command alone, which is removed when the block has come to its end.
+
+    Only what runs keep goes. Where anything else is in the directory, both stay, which is said.
+
+    Raises: StoreError if the directory cannot be used, or another process is at work in it.
+    """
+    if not processes.is_first():
+        yield
+        return
+    made(directory, directory)
+    with locked(directory):
+        try:
+            yield
+            for each in directory.iterdir():
+                if _KEPT.fullmatch(each.name) and not each.is_symlink():
+                    shutil.rmtree(each, ignore_errors=True)
+        finally:
+            left = sorted(each.name for each in directory.iterdir() if each.name != LOCK)
+            if not left:
+                shutil.rmtree(directory, ignore_errors=True)
+    if left:
+        _log.warning("%s stays: it holds what no run keeps (%s)", directory, ", ".join(left[:3]))
 
 
 def packed(written: Written) -> bytes:

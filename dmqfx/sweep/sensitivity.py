@@ -46,7 +46,12 @@ class _Layer:
 
     def add_noise(self, gradient: Tensor, energy: Tensor, group: Tensor) -> None:
         """What rounding the weight with its step is expected to make of the rows' outputs."""
-        noise = ((gradient.square() @ (self.step.square() / 12))[..., None] * energy).flatten(1).sum(1)
+        squares, steps = gradient.square(), self.step.square() / 12
+        if (groups := energy.shape[-1]) == 1:
+            moved = (squares @ steps)[..., None]
+        else:
+            moved = (squares.unflatten(-1, (groups, -1)) * steps.view(groups, -1)).sum(-1)
+        noise = (moved * energy).flatten(1).sum(1)
         self.felt.index_add_(0, group, gradient.square().flatten(1).sum(1).double().cpu())
         self.noise.index_add_(0, group, noise.double().cpu())
 
@@ -66,7 +71,7 @@ class _Layer:
 
 
 Take: TypeAlias = Callable[[_Layer, Tensor, Tensor], object]
-"""Gets a layer, the gradient of its output [B, ..., O], and the energy that each output position reads [B, ..., 1]."""
+"""Gets a layer, the gradient of its output [B, ..., O], and the energy that each output position reads [B, ..., groups]."""
 
 
 @dataclass(frozen=True)
@@ -224,15 +229,16 @@ def _weights(felt: Tensor, importance: Tensor, seen: Tensor) -> Tensor:
 
 
 def _energy(node: fx.Node, x: Tensor) -> Tensor:
-    """The sum of squares that each output position reads.
+    """The sum of squares that each output position reads, for each group of channels.
 
-    Shapes: x [B, C, H, W] -> [B, H', W', 1] for a convolution; [B, ..., C] -> [B, ..., 1] for a linear layer.
+    Shapes: x [B, C, H, W] -> [B, H', W', groups] for a convolution; [B, ..., C] -> [B, ..., 1] for a linear layer.
     """
     if ops.is_call(node, "linear"):
         return x.square().sum(-1, keepdim=True)
     named = ops.args(node)
-    kernel = ops.tensor(node, "weight").meta["val"].shape[2:]
-    energy = x.square().sum(1, keepdim=True)
-    window = energy.new_ones(1, 1, *kernel)
-    found = F.conv2d(energy, window, None, named["stride"], named["padding"], named["dilation"])  # type: ignore[arg-type]  # canonical
+    read, *kernel = ops.tensor(node, "weight").meta["val"].shape[1:]
+    groups = x.shape[1] // read
+    energy = x.square().unflatten(1, (groups, read)).sum(2)
+    window = energy.new_ones(groups, 1, *kernel)
+    found = F.conv2d(energy, window, None, named["stride"], named["padding"], named["dilation"], groups)  # type: ignore[arg-type]  # canonical
     return found.movedim(1, -1)

@@ -141,6 +141,8 @@ class Values:
 
 def megabytes(nbytes: int) -> str:
     """A number of bytes in words."""
+    if nbytes < 2**20:
+        return f"{nbytes / 2**10:.0f} kB"
     return f"{nbytes / 2**20:.0f} MB" if nbytes < 2**30 else f"{nbytes / 2**30:.1f} GB"
 
 
