@@ -19,7 +19,9 @@ from dmqfx.errors import CalibrationError
 from dmqfx.frontend.call import bind
 from dmqfx.frontend.signature import UNet, signature
 
-__all__ = ["CONCAT", "MOST_TRAJECTORIES", "Denoising", "NotFiniteError", "latent_channels"]
+__all__ = [
+    "CONCAT", "MOST_TRAJECTORIES", "Denoising", "NotFiniteError", "latent_channels", "refuse_less_than_one",
+]  # fmt: skip
 
 CONCAT = "concat"
 _TOGETHER = 4  # trajectories in one UNet call: fixed, because the last bits of a result depend on it
@@ -35,6 +37,16 @@ class NotFiniteError(CalibrationError):
         self.where = f"at timestep {float(timestep):g}"
         self.call = call
         super().__init__(f"{type(unet).__name__} gives values that are not finite {self.where}")
+
+
+def refuse_less_than_one(**numbers: int | None) -> None:
+    """Refuse numbers of which there would be nothing to denoise, by their names; None is none.
+
+    Raises: CalibrationError.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise CalibrationError(f"{name} must be at least 1, not {number}")
 
 
 @dataclass(frozen=True)

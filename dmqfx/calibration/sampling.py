@@ -15,7 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmqfx.calibration.calibration import Calibration, CalibrationWarning
-from dmqfx.calibration.denoising import CONCAT, MOST_TRAJECTORIES, Denoising, NotFiniteError, latent_channels
+from dmqfx.calibration.denoising import (
+    CONCAT,
+    MOST_TRAJECTORIES,
+    Denoising,
+    NotFiniteError,
+    latent_channels,
+    refuse_less_than_one,
+)  # fmt: skip
 from dmqfx.calibration.recording import Tape, recording, refuse_others
 from dmqfx.errors import CalibrationError, CaptureError
 from dmqfx.frontend.capture import capture
@@ -62,7 +69,7 @@ def from_pipeline(
     Raises: CalibrationError for an option that the pipeline does not take; whatever the pipeline raises.
     """
     unet = _unet_of(pipe) if module is None else module
-    _refuse_none(trajectories=trajectories, steps=steps)
+    refuse_less_than_one(trajectories=trajectories, steps=steps)
     wanted = {"num_inference_steps": steps, "guidance_scale": guidance_scale, **options}
     given = {name: value for name, value in wanted.items() if value is not None}
     refuse_options(pipe, prompts, given)
@@ -97,7 +104,7 @@ def from_sampler(
     Raises: CalibrationError if the conditioning does not fit the UNet.
     """
     refuse_others(unet)
-    _refuse_none(trajectories=trajectories, steps=steps, size=None if size is None else min(size))
+    refuse_less_than_one(trajectories=trajectories, steps=steps, size=None if size is None else min(size))
     given = {**(conditioning or {}), **({} if concat is None else {CONCAT: concat})}
     if unconditional and guidance_scale is None:
         raise CalibrationError(
@@ -129,7 +136,7 @@ def synthetic(
     Raises: CalibrationError if the UNet gives values that are not finite.
     """
     refuse_others(unet)
-    _refuse_none(trajectories=trajectories, steps=steps)
+    refuse_less_than_one(trajectories=trajectories, steps=steps)
     if not 0 <= seconds < math.inf:
         raise CalibrationError(
             f"seconds={seconds}: how long calls may be made, a finite number of at least 0"
@@ -207,12 +214,6 @@ def _warning(unet: UNet, names: str) -> str:
         "        calibration=Calibration.record(unet, scheduler=..., conditioning={...}), or\n"
         "        dmqfx calibrate PIPELINE --prompts FILE --out cal/, then --calibration cal/"
     )
-
-
-def _refuse_none(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise CalibrationError(f"{name} must be at least 1, not {number}")
 
 
 def _size(unet: UNet) -> tuple[int, int]:

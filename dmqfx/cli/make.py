@@ -187,13 +187,13 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     """What a sweep may take, and where it is kept."""
     parser.add_argument(
         "--budget",
-        type=_time,
+        type=terminal.seconds,
         metavar="TIME",
         help="what all passes may take: 90s, 5min, 1h, overnight; fits rows and iterations [as the policy says]",
     )
     parser.add_argument(
         "--memory",
-        type=_size,
+        type=terminal.size,
         default=6 * 2**30,
         metavar="SIZE",
         help="what a sweep may take beside the model, as 800MB; more goes to disk [6GB]",
@@ -203,26 +203,6 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where finished layers are kept: after a kill the same command goes on [OUT.run, removed when all is done]",
     )
-
-
-def _time(text: str) -> float:
-    """The type of --budget, in seconds."""
-    from dmqfx.sweep.budget import seconds_of
-
-    try:
-        return seconds_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _size(text: str) -> int:
-    """The type of --memory, in bytes."""
-    from dmqfx.sweep.budget import bytes_of
-
-    try:
-        return bytes_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def compile_(options: argparse.Namespace) -> int:

@@ -181,6 +181,26 @@ def finite(text: str) -> float:
     return found
 
 
+def seconds(text: str) -> float:
+    """The type of an option that takes a time, in seconds."""
+    from dmqfx.sweep.budget import seconds_of
+
+    try:
+        return seconds_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def size(text: str) -> int:
+    """The type of an option that takes a size, in bytes."""
+    from dmqfx.sweep.budget import bytes_of
+
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _glob(text: str) -> str:
     """The type of --at: a pattern that is legal, whatever it fits."""
     from dmqfx.globs import problem_with_glob

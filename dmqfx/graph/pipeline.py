@@ -203,7 +203,9 @@ class Pipeline:
                 hint = _hint(fact, self.steps, k, providers)
                 yield k - 1, f"{who} requires {fact.name!r} ({fact.meaning}); {hint}"
             for fact in sorted(step.forbids & known, key=str):
-                mend = _way_out(fact, self.steps[: k - 1])
+                before = next((each.name() for each in self.steps[: k - 1] if fact in each.provides), None)
+                mend = f"move it before {before}" if before else "run it on the program as it was before"
+                mend = f"put {fact.ended_by} before it" if fact.ended_by else mend
                 yield k - 1, f"{who} comes too late: {fact.name!r} ({fact.meaning}) holds already; {mend}"
             known = (known - step.clears) | step.provides
 
@@ -304,14 +306,6 @@ def _walk_of(step: Pass) -> object:
 def _versions(program: Program) -> dict[str, int]:
     """How often each tensor of a program has been written into, as far as torch counts it."""
     return {name: each._version for name, each in tensors(program) if not each.is_inference()}
-
-
-def _way_out(fact: Fact, before_it: Sequence[Pass]) -> str:
-    """How a pass that a fact forbids can run all the same."""
-    if fact.ended_by:
-        return f"put {fact.ended_by} before it"
-    before = next((each.name() for each in before_it if fact in each.provides), None)
-    return f"move it before {before}" if before else "run it on the program as it was before"
 
 
 def _hint(fact: Fact, steps: Sequence[Pass], k: int, providers: Sequence[type[Pass]]) -> str:

@@ -50,7 +50,7 @@ class _Layer:
         if (groups := energy.shape[-1]) == 1:
             moved = (squares @ steps)[..., None]
         else:
-            moved = (squares.unflatten(-1, (groups, -1)) * steps.view(groups, -1)).sum(-1)
+            moved = (squares.reshape(*squares.shape[:-1], groups, -1) * steps.view(groups, -1)).sum(-1)
         noise = (moved * energy).flatten(1).sum(1)
         self.felt.index_add_(0, group, gradient.square().flatten(1).sum(1).double().cpu())
         self.noise.index_add_(0, group, noise.double().cpu())
@@ -238,7 +238,7 @@ def _energy(node: fx.Node, x: Tensor) -> Tensor:
     named = ops.args(node)
     read, *kernel = ops.tensor(node, "weight").meta["val"].shape[1:]
     groups = x.shape[1] // read
-    energy = x.square().unflatten(1, (groups, read)).sum(2)
+    energy = x.square().reshape(len(x), groups, read, *x.shape[2:]).sum(2)
     window = energy.new_ones(groups, 1, *kernel)
     found = F.conv2d(energy, window, None, named["stride"], named["padding"], named["dilation"], groups)  # type: ignore[arg-type]  # canonical
     return found.movedim(1, -1)
