@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -85,7 +86,12 @@ class Denoising:
         return rescaled
 
     def sized(self, seconds: float, steps: int | None, trajectories: int | None) -> Denoising:
-        """As much of it as one timed call says will fit, but at least eight steps of one trajectory."""
+        """As much of it as one timed call says will fit, but at least eight steps of one trajectory.
+
+        Raises: CalibrationError for a time that is none.
+        """
+        if not 0 <= seconds < math.inf:
+            raise CalibrationError(f"seconds must be a finite number of at least 0, not {seconds}")
         begun = time.perf_counter()
         self._first()
         one = processes.agreed(time.perf_counter() - begun)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -137,10 +136,6 @@ def synthetic(
     """
     refuse_others(unet)
     refuse_less_than_one(trajectories=trajectories, steps=steps)
-    if not 0 <= seconds < math.inf:
-        raise CalibrationError(
-            f"seconds={seconds}: how long calls may be made, a finite number of at least 0"
-        )
     drawn = _drawn(unet, trajectories or MOST_TRAJECTORIES, seed)
     chosen, notes = scheduler or _usual_scheduler(unet), list[str]()
     plan = Denoising(
