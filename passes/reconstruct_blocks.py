@@ -59,7 +59,7 @@ class ReconstructBlocks(Pass):
     warmup: float = Annealing.warmup
     beta_start: float = Annealing.beta_start
     beta_end: float = Annealing.beta_end
-    settling: float = 1.0
+    settling: float = Annealing.settling
     loss: Loss = Annealing.loss
     asymmetric: float = 0.0
     biases: bool = True
