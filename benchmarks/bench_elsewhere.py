@@ -4,7 +4,8 @@
 
 Each policy of benchmarks/ablation, or a shipped one, is compiled for the bundled model on 16 prompts of DDIM in 20 steps,
 as in bench_ablation.py. The float and the compiled model then draw the same prompts from the same noise under each of
-SETTINGS. A policy and seed that are in the results file are not measured again: delete the file for that.
+SETTINGS. A policy and seed that are in the results file are not measured again: delete the file for that. Each run has
+its command and machine; those of the file are of the last one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import warnings
 
 import diffusers
 from bench_ablation import UNSEEN, digest, source
-from machine import RESULTS, write
+from machine import RESULTS, header, write
 
 from dmqfx import emoji
 from dmqfx.compiler import compile
@@ -74,6 +75,7 @@ def measured(name: str, seed: int, prompts: int) -> dict[str, object]:
         "policy_sha256": digest(name),
         "seed": seed,
         "prompts": prompts,
+        **header(),
         "settings": found,
     }
 

@@ -36,7 +36,7 @@ class FitRanges(SweepPass):
     parameters are those of x / gamma. Shifts that were voted on other steps are dropped.
 
     Units: `rows` output positions are looked at for `mse` and `percentile`; `percent` of the values lie inside;
-    `ema` joins the extremes of `batch` rows of a timestep group, drawn at random if they are more than one;
+    `ema` joins the extremes of `batch` rows of a timestep group, drawn at random;
     `momentum` of the average stays when a batch comes.
     Source: `ema` is the observer of DMQ (arXiv 2507.12933), begun anew in every timestep group.
     """

@@ -21,6 +21,7 @@ from dmqfx.graph.table import Bias, Codes, Planned, Range, Shift, Table
 from dmqfx.graph.timesteps import GroupIndex
 from dmqfx.numbers.quant import QParams, QuantSpec, params_from_range
 from dmqfx.runtime.operators import OPS
+from dmqfx.sweep.deploy import pending_scales
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class InsertQdq(Pass):
     def run(self, program: Program, ctx: PassContext) -> Program:
         """Weights from their Codes, activations from their Range.
 
-        Raises: RewriteError for a planned site without codes or range.
+        Raises: RewriteError for a planned site without codes or range, or with a scale that is not in the graph.
         """
         rw = Rewriter(program, self.name(), ctx.journal)
         table = _current(program)
-        self._check(table)
+        self._check(program, table)
         activations = _Activations(rw)
         for site, planned in table.of(Planned).items():
             if planned.spec is None or not ctx.journal.apply(site, "qdq", str(planned.spec)):
@@ -60,7 +61,10 @@ class InsertQdq(Pass):
                 table = table.put(site, params)
         return rw.finish().with_table(table)
 
-    def _check(self, table: Table) -> None:
+    def _check(self, program: Program, table: Table) -> None:
+        for site in pending_scales(program, table):
+            what = "its equivalent scale is learned, and nobody applied it; run apply-scaling before"
+            raise RewriteError(f"insert-qdq: {site}: {what}")
         for site, planned in table.of(Planned).items():
             if planned.spec is None:
                 continue

@@ -134,7 +134,7 @@ class LearnScaling(SweepPass):
         readers = [reader for reader in turn.readers if reader.site in pair.readers]
         seen = turn.range(_boundaries(readers)) if self.needs_calibration else turn.table.get(found, Range)
         if seen is None:
-            ctx.journal.refuse(found, self.method, "the input has no calibrated range")
+            self._refuse(turn, ctx, found, readers, "the input has no calibrated range")
             return
         x = torch.maximum(seen.low.abs(), seen.high.abs()).amax(0)
         w = torch.stack([_peak_by_input(turn.weight(reader), len(x)) for reader in readers]).amax(0)
@@ -142,13 +142,20 @@ class LearnScaling(SweepPass):
             gamma, how = closed_form(x.double(), w.double(), self.exponent).to(w.dtype), "the closed form"
         else:
             gamma, how = self._learned(turn, readers, ctx, (x, w))
-        turn.table = turn.table.drop(found, ChannelScale)  # of a step before: this one has the last word
         if bool((gamma == 1).all()):
-            ctx.journal.refuse(found, self.method, f"{how} is 1 for every channel")
+            self._refuse(turn, ctx, found, readers, f"{how} is 1 for every channel")
         elif ctx.journal.apply(found, self.method, f"gamma {gamma.min():.3g} .. {gamma.max():.3g}"):
             for reader in readers:
                 turn.table = _forgotten(turn.table, reader)
             yield found, ChannelScale(gamma)
+
+    def _refuse(self, turn: Turn, ctx: PassContext, at: Site, readers: Sequence[Reader], why: str) -> None:
+        """No scale, and none of a step before with what was made for it: this one has the last word."""
+        ctx.journal.refuse(at, self.method, why)
+        if turn.table.get(at, ChannelScale) is not None and not ctx.journal.exhausted:
+            turn.table = turn.table.drop(at, ChannelScale)
+            for reader in readers:
+                turn.table = _forgotten(turn.table, reader)
 
     def _learned(
         self,

@@ -74,10 +74,11 @@ class VoteShifts(SweepPass):
         for reader in turn.readers:
             if reader.spec is None or not self._chosen(turn.program, reader.site):
                 continue
-            turn.table = turn.table.drop(reader.site, Shift)  # of a vote before: this one has the last word
             found = self._shift(turn, reader)
             if isinstance(found, Refuse):
                 ctx.journal.refuse(reader.site, self.method, found.reason)
+                if not ctx.journal.exhausted:  # this vote has the last word over one before
+                    turn.table = turn.table.drop(reader.site, Shift)
             elif ctx.journal.apply(reader.site, self.method, _told(found)):
                 yield reader.site, found
 

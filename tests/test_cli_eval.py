@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / name).write_text("neither arrays nor tensors")
     save_file({"other": torch.ones(2)}, home / "other.safetensors")
     np.save(home / "empty.npy", np.zeros((0, 8, 8, 3), dtype=np.uint8))
+    np.save(home / "one.npy", np.zeros((1, 8, 8, 3), dtype=np.uint8))
     Calibration.synthesize(tiny.unet, steps=2, trajectories=1).save(home / "made")
     np.save(home / "reference.npy", np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
     return home
@@ -241,6 +242,11 @@ def test_a_gate_of_ssim_is_met_or_missed_by_pictures_that_are_large_enough(ask: 
         ("emoji-q emoji --reference no.safetensors", 1, "no.safetensors holds no reference pictures: "),
         ("emoji-q emoji --reference other.safetensors", 1, "other.safetensors holds no reference pictures: "),
         ("emoji-q emoji --reference empty.npy", 1, "empty.npy holds no pictures"),
+        (
+            "emoji-q emoji --reference one.npy",
+            1,
+            "one.npy holds 1 picture; a Fréchet distance needs at least 2",
+        ),
         ("emoji-q emoji --features broken:mean", 1, "cannot import broken for broken:mean: SyntaxError"),
         ("q pipe --seed -1", 2, "argument --seed: must be a whole number of at least 0"),
         ("q emoji --pictures 1 --steps 2", 1, "was made from another model than this float one: it has"),

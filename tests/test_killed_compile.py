@@ -219,7 +219,7 @@ def test_what_somebody_else_put_into_the_run_folder_stays(
     assert main(command(home, "shared")) == 0
     assert content(home / "shared") == content(home / "whole")
     assert [each.name for each in run.iterdir() if each.name != "lock"] == ["diary.txt"]
-    assert "shared.run stays: it holds what no run keeps (diary.txt)" in capsys.readouterr().err
+    assert "shared.run stays: diary.txt is not of a run" in capsys.readouterr().err
 
 
 def test_two_compilations_do_not_write_the_same_model_at_once(
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_replaced_or_takes_no_files_is_refused_at_once(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (home / "there").mkdir()
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "there")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "there")
     assert main(command(home, "there")) == 1
     assert "is where a file system begins, which no other folder can replace" in capsys.readouterr().err
     monkeypatch.undo()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from unittest.mock import patch
 
@@ -13,11 +14,11 @@ from sweeping import context, output_noise, planned, recorded, swept
 
 from dmqfx.checking.tablecheck import broken_claims
 from dmqfx.checking.verify import verify
-from dmqfx.errors import PassNotFoundError, PipelineError
+from dmqfx.errors import PassNotFoundError, PipelineError, RewriteError
 from dmqfx.graph import ops
 from dmqfx.graph.address import Site
 from dmqfx.graph.facts import CORRECTED, FITTED, ROUNDED, SHIFTED, STEPPED
-from dmqfx.graph.pipeline import Pipeline
+from dmqfx.graph.pipeline import Pipeline, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create, pipeline
 from dmqfx.graph.rewrite import Journal
@@ -125,11 +126,20 @@ def test_the_last_step_counts_even_where_it_finds_no_scale() -> None:
     """The scales of the step before do not stay beside a refusal; one that makes no steps makes none."""
     data = context(recorded(paired(), 16))
     none = {"method": "les", **QUICK, "start": "identity", "iterations": 0}
-    once = swept(paired(), data, [("learn-scaling", {"method": "surrogate", "rows": 256})])
-    assert once.table.of(ChannelScale)
-    again = swept(once, data, [("fit-ranges", {}), ("learn-scaling", none)])
+    scaled = swept(paired(), data, [("learn-scaling", {"method": "surrogate", "rows": 256})])
+    scales = scaled.table.of(ChannelScale)
+    assert scales
+    once = swept(scaled, data, [("fit-ranges", {}), ("round-weights", {})])
+    again = swept(once, data, [("learn-scaling", none)])
     assert not again.table.of(ChannelScale)
-    assert len(again.log[-1].refused) >= len(once.table.of(ChannelScale))
+    assert len(again.log[-1].refused) >= len(scales)
+    for at in scales:
+        for reader in _pair(once, at).readers:
+            assert once.table.get(reader, QParams) is not None
+            assert again.table.get(reader, QParams) is None
+            assert again.table.get(Site(reader.at, "weight"), Codes) is None
+    idle = replace(data, journal=Journal(fuel=0))
+    assert run_step(create("learn-scaling", none), once, idle).table.of(ChannelScale).keys() == scales.keys()
 
 
 def test_scales_that_are_not_applied_do_not_get_into_codes_in_silence() -> None:
@@ -140,6 +150,9 @@ def test_scales_that_are_not_applied_do_not_get_into_codes_in_silence() -> None:
     with pytest.raises(PipelineError, match=told):
         swept(fitted, context(recorded(program, 8)), [("insert-qdq", {})])
     swept(fitted, context(recorded(program, 8)), [("apply-scaling", {}), ("insert-qdq", {})])
+    around = [("insert-observers", {}), ("freeze-observers", {}), ("fit-ranges", {}), ("round-weights", {})]
+    with pytest.raises(RewriteError, match="nobody applied it; run apply-scaling before"):
+        swept(program, context(recorded(program, 8)), [*around, ("insert-qdq", {})])
 
 
 def test_what_was_decided_before_a_layer_was_scaled_is_forgotten() -> None:

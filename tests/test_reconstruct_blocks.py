@@ -24,7 +24,7 @@ from dmqfx.graph.modules import is_fixed, label
 from dmqfx.graph.pipeline import run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
-from dmqfx.graph.table import Bias, Codes, Planned, Table
+from dmqfx.graph.table import Bias, Codes, Planned, Sensitivity, Table
 from dmqfx.numbers.adaround import Annealing, Cells
 from dmqfx.numbers.packing import unpack
 from dmqfx.numbers.speeds import Speeds
@@ -192,6 +192,22 @@ def test_learning_makes_the_loss_of_blocks_less() -> None:
     assert len(told) >= 3
     assert all(float(each.split()[0]) <= 1 for each in told)
     assert min(float(each.split()[0]) for each in told) < 0.95
+
+
+def test_an_absolute_loss_of_blocks_does_not_depend_on_the_unit_of_what_the_output_feels() -> None:
+    """measure-sensitivity sums over rows and positions: with more of them the same metric is larger."""
+    how, table = {**QUICK, "loss": "absolute", "settling": 0.01}, before().table
+    larger = {
+        site: replace(felt, metric=felt.metric * 4096)
+        for site, felt in table.of(Sensitivity).items()
+        if felt.metric is not None
+    }
+    assert larger
+    step = create("reconstruct-blocks", how)
+    few = run_step(step, before(), context("shifts"))
+    many = run_step(step, before().with_table(table.put_all(larger)), context("shifts"))
+    assert few.log[-1].applied
+    assert all(torch.equal(few.table.of(Codes)[s].packed, e.packed) for s, e in many.table.of(Codes).items())
 
 
 def test_a_block_that_learns_nothing_keeps_its_codes_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

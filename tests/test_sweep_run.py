@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import resource
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from dmqfx.graph.modules import clone
 from dmqfx.graph.pipeline import PassContext
 from dmqfx.graph.program import Program
 from dmqfx.graph.table import Planned, Shift
+from dmqfx.storage.lock import locked
 from dmqfx.sweep.run import running, until_done
 from dmqfx.sweep.walk import Walk
 
@@ -285,14 +289,43 @@ def test_a_directory_until_all_is_done_loses_what_runs_kept_and_nothing_else(
         (directory / key).mkdir()
         raise KeyboardInterrupt
     assert (directory / key).exists()
-    (directory / "diary.txt").write_text("mine")
+    others = ("550e8400-e29b-41d4-a716-446655440000", "results-20261130abcd")
+    for name in others:
+        (directory / name).mkdir()
     (directory / "lock").write_text("mine, too")
     with until_done(directory):
         pass
-    assert not (directory / key).exists()
-    assert (directory / "diary.txt").read_text() == "mine"
+    left = sorted([*others, "lock"])
+    assert sorted(each.name for each in directory.iterdir()) == left
     assert (directory / "lock").read_text() == "mine, too"
-    assert "out.run stays: it holds what no run keeps (diary.txt)" in caplog.text
+    assert f"out.run stays: {', '.join(left)} is not of a run" in caplog.text
+
+
+def test_a_directory_that_is_gone_in_the_end_hides_no_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), until_done(tmp_path / "out.run"):
+        raise removed(tmp_path / "out.run")
+    with until_done(tmp_path / "out.run"):
+        removed(tmp_path / "out.run")
+
+
+def removed(directory: Path) -> KeyboardInterrupt:
+    shutil.rmtree(directory)
+    return KeyboardInterrupt()
+
+
+def test_a_lock_that_was_removed_while_another_waited_for_it_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fcntl.flock
+
+    def late(file: TextIO, how: int) -> None:
+        (tmp_path / "lock").unlink()
+        (tmp_path / "lock").touch()
+        honest(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(StoreError, match="another process is at work"), locked(tmp_path):
+        pass
 
 
 def test_a_directory_in_which_nothing_was_kept_goes_with_an_error_too(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from dmqfx.checking.verify import verify
 from dmqfx.errors import CalibrationError, PassNotFoundError, PipelineError
 from dmqfx.graph import ops, registry
 from dmqfx.graph.address import Site
+from dmqfx.graph.journal import Journal
 from dmqfx.graph.pipeline import PassContext, run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
@@ -197,6 +198,8 @@ def test_the_last_vote_counts_even_where_no_channel_wants_a_finer_step() -> None
     again = run_step(create("vote-shifts", {"where": "all"}), once, alike)
     assert refusals(again).keys() == {str(site.at) for site in (CONV, LINEAR)}
     assert not again.table.of(Shift)
+    idle = run_step(create("vote-shifts", {"where": "all"}), once, replace(alike, journal=Journal(fuel=0)))
+    assert idle.table.of(Shift).keys() == once.table.of(Shift).keys()
 
 
 def test_shifts_that_were_voted_on_other_steps_go_with_them() -> None:

@@ -61,6 +61,8 @@ class Gaussian:
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
             mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
+        if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)}")
         return cls(mean, covariance, int(about["count"]), about["features"], about["digest"])
 
 

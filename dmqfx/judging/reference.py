@@ -22,6 +22,7 @@ __all__ = ["RESIZE", "check_reference", "load_reference"]
 
 RESIZE = "pillow, bicubic, antialiased; transparent pictures on white"
 _KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_ARRAYS = (".npz", ".npy")
 _BATCH = 32
 _DAMAGE = (BadZipFile, EOFError, KeyError, SafetensorError, TypeError, ValueError)
 """What readers of arrays and tensors make of files that are not theirs."""
@@ -32,14 +33,15 @@ def check_reference(source: Path, features: Features) -> None:
 
     Raises: as `load_reference`.
     """
+    if source.suffix == ".safetensors":
+        _known(source, features)
+        return
     with _naming(source):
-        if source.suffix == ".safetensors":
-            _known(source, features)
-        elif source.suffix in (".npz", ".npy"):
-            _array(source)
-        else:
-            for file in _files(source):
-                Image.open(file).close()
+        count = len(_array(source)) if source.suffix in _ARRAYS else len(_files(source))
+        for file in () if source.suffix in _ARRAYS else _files(source):
+            Image.open(file).close()
+    if count < 2:
+        raise DmqfxError(f"{source} holds {count} picture; a Fréchet distance needs at least 2")
 
 
 def load_reference(source: Path, size: tuple[int, int], features: Features) -> Gaussian:
@@ -50,13 +52,19 @@ def load_reference(source: Path, size: tuple[int, int], features: Features) -> G
 
     Raises: DmqfxError if it is none of these, or of other features; OSError if it cannot be read.
     """
+    if source.suffix == ".safetensors":
+        return _known(source, features)
+    files = [source] if source.suffix in _ARRAYS else _files(source)
+    return features.gaussian(_batches(_read(source), size), _digest(files))
+
+
+def _read(source: Path) -> Iterator[Image.Image]:
     with _naming(source):
-        if source.suffix == ".safetensors":
-            return _known(source, features)
-        if source.suffix in (".npz", ".npy"):
-            return features.gaussian(_batches(map(Image.fromarray, _array(source)), size), _digest([source]))
-        files = _files(source)
-        return features.gaussian(_batches(map(Image.open, files), size), _digest(files))
+        yield from (
+            map(Image.fromarray, _array(source))
+            if source.suffix in _ARRAYS
+            else map(Image.open, _files(source))
+        )
 
 
 @contextmanager
@@ -69,7 +77,8 @@ def _naming(source: Path) -> Iterator[None]:
 
 
 def _known(source: Path, features: Features) -> Gaussian:
-    known = Gaussian.load(source)
+    with _naming(source):
+        known = Gaussian.load(source)
     if known.features != features.name:
         raise DmqfxError(f"{source} is of the features {known.features!r}, not {features.name!r}")
     return known

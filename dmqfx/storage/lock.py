@@ -29,6 +29,8 @@ def locked(directory: Path) -> Iterator[None]:
             file = held.enter_context((directory / LOCK).open("a"))  # appending spoils no file of this name
             if os.name == "posix":
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(directory / LOCK)):
+                    raise BlockingIOError  # who had it has removed it, and another may have made a new one
         except BlockingIOError as error:
             raise StoreError(f"another process is at work in {directory}; wait for it, or end it") from error
         except OSError as error:

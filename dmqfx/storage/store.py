@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -195,7 +196,7 @@ def refuse_foreign(path: Path) -> None:
     """Raise if saving would delete what is not a saved model."""
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file; save into a directory")
-    if path.is_mount():
+    if os.path.ismount(path):
         raise StoreError(
             f"{path} is where a file system begins, which no other folder can replace; say one inside it"
         )

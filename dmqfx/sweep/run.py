@@ -31,8 +31,10 @@ __all__ = ["NoRun", "OtherRun", "Run", "Written", "made", "packed", "running", "
 
 _RECORD, _TENSORS, _PLAN, _STATE = "record.json", "tensors.safetensors", "plan", "state"
 _DAMAGED = "%s\n  it is computed again, and so is what came after it"
-_KEPT = re.compile(r".+-[0-9a-f]{12}|\..+\.dmqfx-.+")
-"""The names of what a run directory holds: runs and calibrations by their keys, and such as are half written."""
+_KEPT = re.compile(
+    r"(\d{2,}-[\w+-]+|calibration)-[0-9a-f]{12}|\.calibration-[0-9a-f]{12}\.dmqfx-[a-z0-9_]{8}"
+)
+"""The names of the folders of a run directory: runs and calibrations by their keys, and such as are half written."""
 _log = logging.getLogger(__name__)
 
 
@@ -244,15 +246,20 @@ def until_done(directory: Path) -> Iterator[None]:
     with locked(directory):
         try:
             yield
-            for each in directory.iterdir():
-                if _KEPT.fullmatch(each.name) and not each.is_symlink():
+            for each in _entries(directory):
+                if _KEPT.fullmatch(each.name) and each.is_dir() and not each.is_symlink():
                     shutil.rmtree(each, ignore_errors=True)
         finally:
-            left = sorted(each.name for each in directory.iterdir() if each.name != LOCK)
+            left = [each.name for each in _entries(directory) if each.name != LOCK or each.stat().st_size]
             if not left:
                 shutil.rmtree(directory, ignore_errors=True)
     if left:
-        _log.warning("%s stays: it holds what no run keeps (%s)", directory, ", ".join(left[:3]))
+        _log.warning("%s stays: %s is not of a run, or could not be removed", directory, ", ".join(left[:3]))
+
+
+def _entries(directory: Path) -> list[Path]:
+    """What is in a directory; nothing if it is gone."""
+    return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
 def packed(written: Written) -> bytes:
