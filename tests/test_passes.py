@@ -180,7 +180,7 @@ def test_the_variance_of_an_arm_is_over_its_channels_in_units_of_their_mean() ->
 
 def test_nan_that_a_skip_carries_is_told_by_the_name_of_what_made_it() -> None:
     program = peaked(deep=[1.0, math.nan], skip=[2.0, 2.0])
-    told = r"deep\.bias: the float network's value is not finite for calibration row of trajectory 0, step 1"
+    told = r"deep\.bias, read by block/conv2d#1, holds nan at \[1\]"
     with pytest.raises(CalibrationError, match=told):
         create("flag-skips").run(program, PassContext(calibration=rows(spec=program.inputs)))
 
