@@ -21,7 +21,7 @@ from dmqfx.calibration.denoising import (
     NotFiniteError,
     latent_channels,
     refuse_less_than_one,
-)  # fmt: skip
+)
 from dmqfx.calibration.recording import Tape, recording, refuse_others
 from dmqfx.errors import CalibrationError, CaptureError
 from dmqfx.frontend.capture import capture

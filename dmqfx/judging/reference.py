@@ -37,11 +37,11 @@ def check_reference(source: Path, features: Features) -> None:
         _known(source, features)
         return
     with _naming(source):
-        count = len(_array(source)) if source.suffix in _ARRAYS else len(_files(source))
-        for file in () if source.suffix in _ARRAYS else _files(source):
+        found = _array(source) if source.suffix in _ARRAYS else _files(source)
+        for file in found if isinstance(found, list) else ():
             Image.open(file).close()
-    if count < 2:
-        raise DmqfxError(f"{source} holds {count} picture; a Fréchet distance needs at least 2")
+    if len(found) < 2:
+        raise DmqfxError(f"{source} holds 1 picture; a Fréchet distance needs at least 2")
 
 
 def load_reference(source: Path, size: tuple[int, int], features: Features) -> Gaussian:
@@ -60,11 +60,10 @@ def load_reference(source: Path, size: tuple[int, int], features: Features) -> G
 
 def _read(source: Path) -> Iterator[Image.Image]:
     with _naming(source):
-        yield from (
-            map(Image.fromarray, _array(source))
-            if source.suffix in _ARRAYS
-            else map(Image.open, _files(source))
-        )
+        if source.suffix in _ARRAYS:
+            yield from map(Image.fromarray, _array(source))
+        else:
+            yield from map(Image.open, _files(source))
 
 
 @contextmanager

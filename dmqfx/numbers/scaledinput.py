@@ -80,10 +80,8 @@ class Input:
         """Scale [G, C or 1] and zero point of x / gamma, with gradients; `shares` of the ends are covered."""
         low, high = self.ends(gamma)
         if shares is not None:
-            low, high = (
-                (low * shares[0]).clamp(max=0),
-                (high * shares[1]).clamp(min=0),
-            )  # as params_from_range
+            # 0 stays inside, as in params_from_range
+            low, high = (low * shares[0]).clamp(max=0), (high * shares[1]).clamp(min=0)
         scale, zero = grid_between(low, high, self.spec)
         return scale if self.finer is None else scale * self.finer.to(scale), zero
 
