@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -103,7 +104,7 @@ def test_the_memory_layout_comes_back_too() -> None:
         assert same(scratch.read(scratch.write(tensor)), tensor)
 
 
-def test_what_is_read_never_changes_when_its_room_is_used_again() -> None:
+def test_what_is_read_never_changes_when_its_room_is_freed() -> None:
     scratch = Scratch()
     stored = scratch.write(first := numbers(0))
     read = scratch.read(stored)
@@ -112,11 +113,53 @@ def test_what_is_read_never_changes_when_its_room_is_used_again() -> None:
     assert same(read, first)
 
 
-def test_freed_room_is_used_again() -> None:
+def test_freed_room_is_used_again_when_nobody_looks_at_it() -> None:
     scratch = Scratch()
     for k in range(10):
         scratch.free(scratch.write(numbers(k)))
-    assert scratch.size == BYTES
+    assert scratch.size == mmap.PAGESIZE
+    stored = scratch.write(numbers(0))
+    part = scratch.read(stored).view(16, -1)[3:]  # of the memory, which is all of it
+    scratch.free(stored)
+    assert scratch.write(numbers(1)).offset != stored.offset
+    del part
+    assert scratch.write(numbers(2)).offset == stored.offset
+    assert same(scratch.read(stored), numbers(2))
+
+
+def test_who_writes_into_what_was_read_changes_nothing_on_disk() -> None:
+    scratch = Scratch()
+    stored = scratch.write(numbers(0))
+    scratch.read(stored).zero_()
+    assert same(scratch.read(stored), numbers(0))
+
+
+def test_what_was_read_before_the_file_grew_stays() -> None:
+    scratch = Scratch()
+    kept = [numbers(k, 100 * 2**k) for k in range(10)]
+    read = [scratch.read(scratch.write(tensor)) for tensor in kept]
+    scratch.close()
+    assert all(map(same, read, kept))
+
+
+def in_memory(scratch: Scratch) -> int:
+    """How many kB of its file are in this process's memory."""
+    inode, found = os.fstat(scratch._file.fileno()).st_ino, 0
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if len(line.split()) > 5 and line.split()[4] == str(inode):
+            found += next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))
+    return found
+
+
+def test_what_nobody_looks_at_any_more_is_in_no_memory() -> None:
+    scratch = Scratch()
+    stored = [scratch.write(numbers(k, 2**16)) for k in range(4)]
+    read = [scratch.read(one) for one in stored]
+    assert float(torch.stack(read).sum()) != 0
+    assert in_memory(scratch) == 4 * 256
+    del read[:3]
+    assert in_memory(scratch) == 256
 
 
 def test_memory_that_values_share_is_counted_once() -> None:
@@ -215,4 +258,13 @@ def test_a_full_disk_is_an_error_with_words() -> None:
     scratch._file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115  # closed by the scratch
     with pytest.raises(StoreError, match="No space left on device"):
         scratch.write(numbers(0))
+    scratch.close()
+
+
+def test_a_file_that_cannot_be_mapped_is_an_error_with_words() -> None:
+    scratch = Scratch()
+    stored = scratch.write(numbers(0))
+    scratch._file = open("/dev/null", "r+b", buffering=0)  # noqa: SIM115  # closed by the scratch
+    with pytest.raises(StoreError, match=r"cannot be mapped: .*\n  mend: give more memory"):
+        scratch.read(stored)
     scratch.close()
