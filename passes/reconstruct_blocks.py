@@ -1,16 +1,16 @@
-"""reconstruct-blocks: the codes of residual blocks, learned together."""
+"""reconstruct-blocks: the codes of residual blocks, learned together, and of layers between them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dmqfx.graph.address import Site
-from dmqfx.graph.blocks import Block, units
+from dmqfx.graph.blocks import Block, single, units
 from dmqfx.graph.facts import CORRECTED, QDQ, ROUNDED, Fact
 from dmqfx.graph.modules import label
 from dmqfx.graph.options import above, at_least, between
@@ -29,8 +29,8 @@ from dmqfx.sweep.reconstruct import Reconstructed, Weigh, layers_with_codes, rec
 class ReconstructBlocks(Pass):
     """Let the weights of each residual block move to the other code beside them, for the block's output's sake.
 
-    Residual blocks of one module in a row are one: the attentions and the feed-forward layer of a transformer block,
-    but for cross-attention's to_k and to_v, which read the prompt alone and are in none.
+    Residual blocks of one module in a row are one: the attentions and the feed-forward layer of a transformer block.
+    With `where` all, layers in no block learn too, each by itself, when the network comes to it.
     A code is the one that round-weights chose, or its neighbour on the side of the weight. What comes into a block is
     the network as quantized so far, what should come out the float block's output: of the same inputs, or with
     `asymmetric` 1 of the float ones. Where measure-sensitivity has run, an error counts by what the UNet's output
@@ -39,8 +39,8 @@ class ReconstructBlocks(Pass):
 
     Units: `rows` of calibration, timesteps in equal shares; `batch` of them at a time; `iterations`, `rate`,
     `warmup`, the `beta`s, `settling` and `loss` are those of Annealing, a relative loss counting as 1 per weight at
-    the start. `groups` are parts of equal width of the training timesteps, for the weighting, whose exponent is
-    `strength`.
+    the start, an absolute one in sequences as published: summed over tokens, in the mean over channels. `groups` are
+    parts of equal width of the training timesteps, for the weighting, whose exponent is `strength`.
     Source: BRECQ (arXiv 2102.05426).
     """
 
@@ -52,6 +52,7 @@ class ReconstructBlocks(Pass):
     only_with: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = dict.fromkeys(
         ("strength", "groups"), ("weighting", UNEVEN)
     )
+    where: Literal["blocks", "all"] = "blocks"
     rows: int = 64
     batch: int = 8
     iterations: int = 150
@@ -93,21 +94,25 @@ class ReconstructBlocks(Pass):
         return learn_blocks(program, self._wanted(program, ctx), self, ctx)
 
     def _wanted(self, program: Program, ctx: PassContext) -> list[Block]:
-        """The blocks to learn; the others are refused with the reason."""
-        found = units(program)
-        inside = {node for block in found for node in block.inside}
-        for node in program.calls("conv2d", "linear"):
-            if node not in inside:
-                ctx.journal.refuse(node.meta["address"], "block", "the layer is in no residual block")
-        wanted = []
+        """The blocks to learn, in execution order; the others are refused with the reason."""
+        found, wanted = units(program), dict[fx.Node, Block]()
         for block in found:
             if (outside := block.read_outside) is not None:
                 ctx.journal.refuse(block.at, "block", f"{label(outside)} is also read outside")
             elif not layers_with_codes(program, program.table, block):
                 ctx.journal.refuse(block.at, "block", "no layer of the block has codes")
             else:
-                wanted.append(block)
-        return wanted
+                wanted[block.out] = block
+        learned = {node for block in wanted.values() for node in block.inside}
+        inside = {node for block in found for node in block.inside}
+        for node in program.calls("conv2d", "linear"):
+            alone = single(node)
+            if self.where == "all":
+                if node not in learned and layers_with_codes(program, program.table, alone):
+                    wanted[node] = alone
+            elif node not in inside:
+                ctx.journal.refuse(node.meta["address"], "block", "the layer is in no residual block")
+        return [wanted[node] for node in program.graph.nodes if node in wanted]
 
     def learn(
         self,
@@ -123,7 +128,7 @@ class ReconstructBlocks(Pass):
         how = Annealing(
             self.iterations, self.warmup, self.beta_start, self.beta_end, self.settling, self.rate, self.loss
         )
-        seeded = torch.Generator().manual_seed(ctx.seed)
+        kind, seeded = "block" if block.arms else "layer", torch.Generator().manual_seed(ctx.seed)
         found = reconstructed(
             program,
             table,
@@ -141,11 +146,9 @@ class ReconstructBlocks(Pass):
                 if found.before
                 else "no loss"
             )
-            ctx.journal.refuse(block.at, "block", f"{told}; the codes are kept")
+            ctx.journal.refuse(block.at, kind, f"{told}; the codes are kept")
             return {}, found.before
-        ctx.journal.apply(
-            block.at, "block", f"{found.after / found.before:.2g} of the loss of the codes before"
-        )
+        ctx.journal.apply(block.at, kind, f"{found.after / found.before:.2g} of the loss of the codes before")
         return found.entries, found.after
 
     def _weigh(self, ctx: PassContext) -> Weigh:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dmqfx.errors import CalibrationError
 from dmqfx.graph.address import Site
-from dmqfx.graph.blocks import in_units
 from dmqfx.graph.facts import CORRECTED, PLANNED, ROUNDED, Fact
 from dmqfx.graph.options import above, at_least, between
 from dmqfx.graph.pipeline import PassContext
@@ -47,8 +46,7 @@ class RoundWeights(SweepPass):
     `settling`, `loss` and `rate` are those of Annealing; `norm` is that of search_range. With `biases`, what codes
     lack in the mean of a layer's output is put in its bias. `weighting` is what rows
     weigh by their timestep group, with what the output feels: `adaptive` goes by the error that the nearest codes
-    make there, see TimestepWeights. With `where` outside-blocks layers that reconstruct-blocks will learn are rounded
-    to nearest.
+    make there, see TimestepWeights.
 
     Units: `rows` output positions make up a layer's local problem; `groups` are parts of equal width of the
     training timesteps, for the weighting, whose exponent is `strength`.
@@ -65,7 +63,6 @@ class RoundWeights(SweepPass):
         **dict.fromkeys(("strength", "groups"), ("weighting", UNEVEN)),
     }
     method: Literal["nearest", "gptq", "adaround"] = "gptq"
-    where: Literal["all", "outside-blocks"] = "all"
     rows: int = 8192
     norm: float = 2.0
     damping: float = 0.1
@@ -102,7 +99,7 @@ class RoundWeights(SweepPass):
 
     def cost(self, program: Program, reader: Reader, values: float, speeds: Speeds) -> float:
         """Seconds of a solution and of the steps of learning, or of the search of a range alone."""
-        if not self.problem_rows(reader) or self._left(program, reader):
+        if not self.problem_rows(reader):
             return effort.weight_range(speeds, math.prod(reader.shape)) if reader.weight_spec else 0.0
         steps = self.iterations if self.method == "adaround" else 0
         columns, out, taps = math.prod(reader.shape[1:]), reader.shape[0], reader.geometry.taps
@@ -137,7 +134,7 @@ class RoundWeights(SweepPass):
                 if self.method != "nearest" and reader.groups > 1:
                     why = f"a convolution in {reader.groups} groups has no local problem in common; rounded to nearest"
                     ctx.journal.refuse(reader.weight, self.method, why)
-                if self.method == "nearest" or reader.groups > 1 or self._left(turn.program, reader):
+                if self.method == "nearest" or reader.groups > 1:
                     ctx.journal.apply(reader.weight, "nearest", str(reader.weight_spec))
                     yield reader.weight, nearest(turn.scaled_weight(reader), reader.weight_spec, self.norm)
                     yield from _own_bias(turn, reader)
@@ -145,10 +142,6 @@ class RoundWeights(SweepPass):
                     yield from self._reconstructed(turn, reader, reader.weight, ctx)
             except CalibrationError as error:
                 raise CalibrationError(f"{reader.weight}: {error}") from error
-
-    def _left(self, program: Program, reader: Reader) -> bool:
-        """Whether a layer is left to reconstruct-blocks."""
-        return self.where == "outside-blocks" and in_units(program, program.node(reader.site.at))
 
     def _reconstructed(
         self, turn: Turn, reader: Reader, at: Site, ctx: PassContext

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planting import context, program_before
-from sweeping import bits, chain
+from sweeping import bits, chain, recorded, swept
+from sweeping import context as sweep_context
 from torch import Tensor
 
 import dmqfx
@@ -27,13 +29,11 @@ from dmqfx.graph.registry import create
 from dmqfx.graph.table import Bias, Codes, Planned, Sensitivity, Table
 from dmqfx.numbers.adaround import Annealing, Cells
 from dmqfx.numbers.packing import unpack
-from dmqfx.numbers.speeds import Speeds
 from dmqfx.numbers.weighting import TimestepWeights
 from dmqfx.passes.reconstruct_blocks import ReconstructBlocks
 from dmqfx.sweep.blockwalk import Arrival, walk
 from dmqfx.sweep.chunks import chunked
 from dmqfx.sweep.reconstruct import Weigh, reconstructed
-from dmqfx.sweep.turn import turns
 
 QUICK = {"rows": 12, "batch": 4, "iterations": 30, "rate": 0.1}
 
@@ -97,41 +97,25 @@ def test_a_transformer_block_is_one_unit_and_a_resnet_block_another() -> None:
     assert not any(
         each.endswith(("transformer_blocks.0/add", "transformer_blocks.0/add#1")) for each in found
     )
-    layers = {label(node) for each in units(program) for node in each.inside}
-    assert layers == {label(node) for each in blocks(program) for node in each.inside}
-
-
-def test_layers_of_blocks_can_be_left_to_it() -> None:
-    ctx, options = context("shifts"), {"method": "adaround", "rows": 64, "iterations": 20, "rate": 0.1}
-    start = program_before("round-weights", "shifts")
-    whole, outside, nearest = (
-        codes(run_step(create("round-weights", own), start, ctx))
-        for own in (options, {**options, "where": "outside-blocks"}, {"method": "nearest"})
+    layers, own = (
+        {label(node) for each in of(program) for node in each.inside if node in set(program.calls("linear"))}
+        for of in (units, blocks)
     )
-    inside = {f"{label(node)}:weight" for block in blocks(start) for node in block.inside} & whole.keys()
-    assert 0 < len(inside) < len(whole)
-    for name, found in outside.items():
-        like = nearest if name in inside else whole
-        assert torch.equal(found, like[name]) or name not in inside, name
-    assert any(not torch.equal(outside[name], nearest[name]) for name in whole.keys() - inside)
+    projections = {name.split(".")[-1] for name in layers - own}
+    assert own < layers
+    assert projections == {"to_k/linear", "to_v/linear", "time_emb_proj/linear"}
 
 
-def test_layers_that_are_left_to_it_are_not_told_to_learn_before() -> None:
-    program, speeds = before(), Speeds(torch.device("cpu"))
-    whole, outside = (
-        create("round-weights", {"method": "adaround", "where": w}) for w in ("all", "outside-blocks")
-    )
-    inside = {label(node) for block in blocks(program) for node in block.inside}
-    seen = set[bool]()
-    for readers in turns(program).values():
-        for reader in (reader for _, each in readers for reader in each if reader.weight_spec is not None):
-            costs = [step.cost(program, reader, 0.0, speeds) for step in (whole, outside)]  # type: ignore[attr-defined]
-            left = (
-                str(reader.site.at) in inside and reader.groups == 1
-            )  # others are rounded to nearest anyway
-            seen.add(left)
-            assert costs[1] < costs[0] if left else costs[1] == costs[0]
-    assert seen == {False, True}
+def test_a_unit_has_what_it_alone_reads_of_the_timestep_and_the_prompt() -> None:
+    for unit in units(before()):
+        inside = set(unit.inside)
+        assert unit.read_outside is None
+        assert [node for node in before().graph.nodes if node in inside] == list(unit.inside)
+        reads = {read for node in unit.inside for read in node.all_input_nodes if not is_fixed(read)}
+        assert set(unit.inputs) == reads - inside
+    inside = {label(node) for unit in units(before()) for node in unit.inside}
+    assert {"down.time_emb_proj/linear", "up.0.time_emb_proj/linear"} <= inside
+    assert not {"time_embedding.linear_2/linear", "downsample/conv2d"} & inside
 
 
 def test_a_chain_has_no_block() -> None:
@@ -142,6 +126,47 @@ def test_layers_in_no_block_are_refused_with_the_reason() -> None:
     refused = {str(r.at): r.reason for r in after().log[-1].refused}
     assert refused["downsample/conv2d"] == "the layer is in no residual block"
     assert "up.0.conv1/conv2d" not in refused
+
+
+@cache
+def everywhere() -> Program:
+    return run_step(create("reconstruct-blocks", {**QUICK, "where": "all"}), before(), context("shifts"))
+
+
+def wanted(program: Program, where: Literal["blocks", "all"]) -> list[Block]:
+    return ReconstructBlocks(where=where)._wanted(program, context("shifts"))
+
+
+def alone(program: Program) -> list[str]:
+    """The layers with codes that are in no unit."""
+    inside = {label(node) for unit in units(program) for node in unit.inside}
+    return [at for site in codes(program) if (at := site.split(":")[0]) not in inside]
+
+
+def test_layers_in_no_block_learn_by_themselves_when_they_are_asked_to() -> None:
+    old, new, record = codes(before()), codes(everywhere()), everywhere().log[-1]
+    assert "downsample/conv2d" in alone(before())
+    assert any(not torch.equal(old[f"{at}:weight"], new[f"{at}:weight"]) for at in alone(before()))
+    told = {str(each.at) for each in (*record.applied, *record.refused)}
+    assert told == {*alone(before()), *(str(unit.at) for unit in units(before()))}
+
+
+def test_blocks_and_layers_learn_in_the_order_of_the_network() -> None:
+    """So that a layer behind a block reads what the block has learned, as published."""
+    found = wanted(before(), "all")
+    place = {node: k for k, node in enumerate(before().graph.nodes)}
+    assert found == sorted(found, key=lambda block: place[block.out])
+    assert [str(each.at) for each in found if not each.arms] == alone(before())
+    assert [str(each.at) for each in found if each.arms] == [str(each.at) for each in units(before())]
+    assert [each.at for each in wanted(before(), "blocks")] == [each.at for each in found if each.arms]
+
+
+def test_layers_of_a_block_that_cannot_be_learned_as_one_learn_by_themselves() -> None:
+    plain = chain(4, residual=True, peeked=True)
+    program = swept(plain, sweep_context(recorded(plain, 4)))
+    found = {where: [str(each.at) for each in wanted(program, where)] for where in ("blocks", "all")}
+    assert found["blocks"] == ["block2/add", "block3/add"]
+    assert found["all"] == ["conv0/conv2d", "conv1/conv2d", "block2/add", "block3/add"]
 
 
 def test_codes_move_by_at_most_one_and_towards_the_weight() -> None:

@@ -135,13 +135,15 @@ def test_a_block_is_wanted_to_give_what_the_float_one_gives_of_the_float_inputs(
     assert max(gaps) > 0
 
 
-def test_an_absolute_loss_of_blocks_is_the_squared_error_of_an_output_position() -> None:
-    """It does what a relative one does with the settling that it comes to, by hand, and not with the same one."""
+def test_an_absolute_loss_of_blocks_is_the_squared_error_summed_over_dimension_1() -> None:
+    """Channels of maps, tokens of sequences: as a relative loss with the settling that it comes to, by hand, and not
+    with the same one.
+    """
     shares = list[Tensor]()
 
     def look(table: Table, block: Block, arrivals: Sequence[Arrival]) -> None:
         target = out(table, block, arrivals, quantized=True, twins=False)
-        position = float(target.square().sum(1 if target.dim() == 4 else -1).mean())
+        position = float(target.square().sum(1).mean())
         layers = [
             reconstruct._Layer(before(), table, node, False)
             for node in layers_with_codes(before(), table, block)

@@ -1,10 +1,9 @@
-"""Residual blocks: what stands between a tensor and the addition that takes it back, found by the graph's shape."""
+"""What is learned together: residual blocks, found by the graph's shape, and layers that are in none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch import SymInt, fx
@@ -14,26 +13,24 @@ from dmqfx.graph.address import Address
 from dmqfx.graph.modules import is_fixed, label
 from dmqfx.graph.program import Program
 
-__all__ = ["Block", "blocks", "in_units", "units"]
-
-_INSIDE: MutableMapping[fx.Graph, frozenset[str]] = WeakKeyDictionary()
+__all__ = ["Block", "blocks", "single", "units"]
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """out = x + f(x, ...), or with 1x1 convolutions of what makes up x instead of x.
+    """out = x + f(x, ...), or with 1x1 convolutions of what makes up x instead of x; or a single layer.
 
-    `inside` is in execution order and ends with the addition; `inputs` are the values that come in, constants
-    left out; `arms` are the two that are added.
+    `inside` is in execution order and ends with the addition, or is the layer; `inputs` are the values that come in,
+    constants left out; `arms` are the two that are added, or none.
     """
 
     inside: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
-    arms: tuple[fx.Node, fx.Node]
+    arms: tuple[fx.Node, ...]
 
     @property
     def out(self) -> fx.Node:
-        """The addition."""
+        """The addition, or the layer."""
         return self.inside[-1]
 
     @property
@@ -64,14 +61,22 @@ def blocks(program: Program) -> list[Block]:
 def units(program: Program) -> list[Block]:
     """Residual blocks of one module in a row, joined: a resnet block, the attentions and the feed-forward of a transformer.
 
-    A unit begins where its first block does, and ends with the addition of its last.
+    A unit begins where its first block does, and ends with the addition of its last. What it alone reads of the
+    timestep and the prompt is inside: a time projection, cross-attention's keys and values.
     """
     found = list[Block]()
     for block in blocks(program):
         if found and _goes_on(found[-1], block):
             block = _joined(found.pop(), block)
         found.append(block)
-    return found
+    search = _Search(program)
+    return [search.with_own(unit) for unit in found]
+
+
+def single(layer: fx.Node) -> Block:
+    """A layer by itself."""
+    reads = dict.fromkeys(read for read in layer.all_input_nodes if not is_fixed(read))
+    return Block((layer,), tuple(reads), ())
 
 
 def _goes_on(one: Block, two: Block) -> bool:
@@ -83,17 +88,6 @@ def _joined(one: Block, two: Block) -> Block:
     inside = (*one.inside, *two.inside)
     inputs = dict.fromkeys(each for each in (*one.inputs, *two.inputs) if each not in inside)
     return Block(inside, tuple(inputs), two.arms)
-
-
-def in_units(program: Program, node: fx.Node) -> bool:
-    """Whether an operation is inside of a unit that can be learned as one: nothing outside reads its inside.
-
-    The units of a graph are searched for once.
-    """
-    if program.graph not in _INSIDE:
-        inside = (unit.inside for unit in units(program) if unit.read_outside is None)
-        _INSIDE[program.graph] = frozenset(each.name for nodes in inside for each in nodes)
-    return node.name in _INSIDE[program.graph]
 
 
 class _Search:
@@ -121,11 +115,24 @@ class _Search:
                 if (branched := self._between(sources, branch)) is None:
                     continue
                 inside = branched | {*shortcut, out}
-                ordered = tuple(node for node in self._order if node in inside)
-                reads = dict.fromkeys(read for node in ordered for read in node.all_input_nodes)
-                inputs = tuple(read for read in reads if read not in inside and not is_fixed(read))
-                return Block(ordered, inputs, (one, two))
+                return Block(*self._parts(inside), (one, two))
         return None
+
+    def with_own(self, block: Block) -> Block:
+        """The block and what it alone reads, as far as that does not come from the sample."""
+        inside = set(block.inside)
+        for node in reversed(self._order):
+            known = is_fixed(node) or label(node) in self._moving | self._sizes
+            if node.op == "call_function" and not known and node.users and inside.issuperset(node.users):
+                inside.add(node)
+        ordered, inputs = self._parts(inside)
+        return replace(block, inside=ordered, inputs=inputs)
+
+    def _parts(self, inside: set[fx.Node]) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+        """The operations in their order, and what they read of others."""
+        ordered = tuple(node for node in self._order if node in inside)
+        reads = dict.fromkeys(read for node in ordered for read in node.all_input_nodes)
+        return ordered, tuple(read for read in reads if read not in inside and not is_fixed(read))
 
     def _between(self, sources: tuple[fx.Node, ...], branch: fx.Node) -> set[fx.Node] | None:
         """What makes the branch of the sources, or None if there is a way round them."""

@@ -1,4 +1,4 @@
-"""The codes of a residual block's layers, learned together: what the block's output lacks decides, not each layer's."""
+"""The codes of a block's layers, learned together: what the block's output lacks decides, not each layer's."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def reconstructed(
     before = problem.loss()
     movable = max(1.0, sum(float(layer.cells.movable.sum()) for layer in layers))
     relative = movable / before if before > 0 else 0.0
-    unit = relative if how.loss == "relative" else problem.energy_of_a_position
+    unit = relative if how.loss == "relative" else problem.energy_as_published
     adam = torch.optim.Adam(
         [each for layer in layers for each in layer.parameters], lr=how.rate, foreach=False
     )
@@ -171,15 +171,15 @@ class _Problem:
         self._energy = max(sum(float(each) for each in energies) / rows, torch.finfo(torch.float32).tiny)
 
     @property
-    def energy_of_a_position(self) -> float:
-        """What a loss of 1 is, summed over channels, in the mean over output positions of all rows.
+    def energy_as_published(self) -> float:
+        """What a loss of 1 is, summed over dimension 1, in the mean over the others: channels of maps, tokens of sequences.
 
         In units of the output, whatever that feels: a metric is brought to a mean diagonal of 1.
         """
-        positions = sum(wanted.numel() // wanted.shape[self._axis] for wanted in self._wanted)
+        means = sum(wanted.numel() // wanted.shape[1] for wanted in self._wanted)
         metric = None if self._felt is None else self._felt.metric
         felt = 1.0 if metric is None else float(metric.diagonal().mean()) or 1.0
-        return self._energy * sum(map(len, self._wanted)) / positions / felt
+        return self._energy * sum(map(len, self._wanted)) / means / felt
 
     def weigh(self, by: Weigh) -> None:
         """Let rows weigh what is said of their losses with constants as they are in the table."""
@@ -224,7 +224,8 @@ class _Problem:
 
     def _felt_by_row(self, error: Tensor, timestep: Tensor) -> Tensor:
         """The sum of e' metric e over positions, for each row by what the output feels at its timestep [B]."""
-        rows = error.movedim(self._axis, -1).flatten(1, -2)
+        last = error.movedim(self._axis, -1)
+        rows = last.reshape(len(last), -1, last.shape[-1])
         felt = self._felt
         seen = rows if felt is None or felt.metric is None else rows @ felt.metric.to(rows)
         each = (seen * rows).sum((1, 2))
@@ -234,10 +235,11 @@ class _Problem:
 def _felt(program: Program, table: Table, block: Block) -> tuple[Sensitivity | None, int]:
     """What the UNet's output feels of the block's, and the axis of its channels.
 
-    An addition hands its slope on as it is: what is known of a layer that it adds is known of the sum.
+    An addition hands its slope on as it is: what is known of a layer that it adds is known of the sum. Of a single
+    layer it is what is known of itself.
     """
     axis = 1 if len(block.out.meta["val"].shape) == 4 else -1
-    for arm in reversed(block.arms):
+    for arm in (*reversed(block.arms), block.out):
         site = Site(arm.meta["address"], "out") if "address" in arm.meta else None
         felt = table.get(site, Sensitivity) if site is not None and ops.name(arm) in CHANNEL_AXIS else None
         if felt is not None:
