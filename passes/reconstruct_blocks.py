@@ -106,12 +106,14 @@ class ReconstructBlocks(Pass):
         learned = {node for block in wanted.values() for node in block.inside}
         inside = {node for block in found for node in block.inside}
         for node in program.calls("conv2d", "linear"):
-            alone = single(node)
-            if self.where == "all":
-                if node not in learned and layers_with_codes(program, program.table, alone):
-                    wanted[node] = alone
-            elif node not in inside:
-                ctx.journal.refuse(node.meta["address"], "block", "the layer is in no residual block")
+            if node in learned or (node in inside and self.where == "blocks"):
+                continue
+            if not layers_with_codes(program, program.table, alone := single(node)):
+                ctx.journal.refuse(alone.at, "layer", "it has no codes")
+            elif self.where == "all":
+                wanted[node] = alone
+            else:
+                ctx.journal.refuse(alone.at, "layer", "it is in no residual block; where: all learns it too")
         return [wanted[node] for node in program.graph.nodes if node in wanted]
 
     def learn(

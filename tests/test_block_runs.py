@@ -66,17 +66,29 @@ def watched(stop: str = "") -> Iterator[list[str]]:
         yield seen
 
 
-@pytest.mark.parametrize("at", [pytest.param(ORDER[0], marks=pytest.mark.slow), ORDER[2]])
+@pytest.mark.parametrize(
+    ("at", "where"),
+    [
+        pytest.param(ORDER[0], "blocks", marks=pytest.mark.slow),
+        (ORDER[2], "blocks"),
+        ("downsample/conv2d", "all"),
+    ],
+)
 def test_a_finished_block_is_not_learned_again_and_the_bits_are_those_of_a_whole_run(
-    tmp_path: Path, at: str
+    tmp_path: Path, at: str, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = learned(ready())
+    with watched() as order, caplog.at_level(logging.INFO, "dmqfx"):
+        whole = learned(ready(), where=where)
+    assert [each for each in order if each in ORDER] == ORDER
+    assert (order == ORDER) == (where == "blocks")
+    what = "blocks" if where == "blocks" else "blocks and layers"
+    assert f"reconstruct-blocks over {len(order)} {what}, 8 calibration rows" in caplog.text
     with watched(stop=at) as seen, pytest.raises(KeyboardInterrupt):
-        learned(ready(tmp_path))
-    assert seen == ORDER[: ORDER.index(at)]
+        learned(ready(tmp_path), where=where)
+    assert seen == order[: order.index(at)]
     with watched() as seen:
-        after = learned(ready(tmp_path))
-    assert seen == ORDER[ORDER.index(at) :]
+        after = learned(ready(tmp_path), where=where)
+    assert seen == order[order.index(at) :]
     assert bits(after.table) == bits(whole.table)
     assert (after.log[-1].applied, after.log[-1].refused) == (whole.log[-1].applied, whole.log[-1].refused)
 

@@ -13,7 +13,7 @@ from sweeping import context as sweep_context
 from torch import Tensor
 
 from dmqfx.graph.address import Site
-from dmqfx.graph.blocks import Block, blocks
+from dmqfx.graph.blocks import Block, blocks, single
 from dmqfx.graph.pipeline import run_step
 from dmqfx.graph.program import Program
 from dmqfx.graph.registry import create
@@ -115,6 +115,40 @@ def out(table: Table, block: Block, arrivals: Sequence[Arrival], *, quantized: b
             assert isinstance(value, Tensor)
             found.append(value)
     return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ["downsample/conv2d", "mid.to_q/linear", "time_embedding.linear_1/linear"])
+def test_of_a_single_layer_what_the_output_feels_of_it_is_minded(name: str) -> None:
+    """The loss before, by hand: e' metric e of the layer's own output, rows by their timestep."""
+    alone, data = single(before().node(name)), context("shifts").calibration
+    assert data is not None
+    width, drawn = alone.out.meta["val"].shape, torch.Generator().manual_seed(0)
+    channels = width[1] if len(width) == 4 else width[-1]
+    metric = torch.diag(torch.rand(channels, generator=drawn) ** 4)
+    felt = Sensitivity(torch.tensor([0.5, 1.5]), metric, (400.0,))
+    seen = list[float]()
+
+    def visit(table: Table, block: Block, arrivals: Sequence[Arrival]) -> Table:
+        y = out(table, block, arrivals, quantized=True, twins=False)
+        error = out(table, block, arrivals, quantized=True, twins=True) - y
+        rows = felt.of(torch.cat([arrival.timestep for arrival in arrivals]))
+
+        def energy(x: Tensor) -> float:
+            last = x.movedim(1, -1) if x.dim() == 4 else x
+            each = (last.square() * metric.diagonal()).flatten(1).sum(1)
+            return float((each * rows).sum())
+
+        known = table.put(Site(block.at, "out"), felt)
+        for each, wanted in (
+            (known, energy(error) / energy(y)),
+            (table, float(error.square().sum() / y.square().sum())),
+        ):
+            seen.append(learn(each, block, arrivals, Annealing(1)).before)
+            assert seen[-1] == pytest.approx(wanted, rel=1e-3)
+        return table
+
+    walk(before(), list(chunked(data, before(), 4)), [alone], visit, memory=2**30)
+    assert seen[0] != pytest.approx(seen[1], rel=1e-2)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

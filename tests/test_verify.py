@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 from models import MODELS
 from mutants import MUTANTS
 from planting import ORDER, POLICIES, bare, context, program_before
-from torch import fx
+from torch import Tensor, fx
 from toys import SPEC, toy
 
 import dmqfx
 from dmqfx.checking import faked
 from dmqfx.checking.culprit import find_culprit
+from dmqfx.checking.headroom import _change
 from dmqfx.checking.judges import CLOSE, TIE, Close, Equal, SameCodes, distance
 from dmqfx.checking.probes import at_edges, draw, outputs, sizes, strong
+from dmqfx.checking.seen import Seen
 from dmqfx.checking.shrink import shrunk
 from dmqfx.checking.verify import checking, error_after, verify
 from dmqfx.errors import NotAProgramError, PipelineError, RewriteError, VerifyError
@@ -670,3 +672,41 @@ def test_a_shrunk_model_has_the_addresses_and_inputs_of_the_whole() -> None:
     whole, small = capture(model), capture(shrunk(model))
     assert [n.meta["address"] for n in small.calls()] == [n.meta["address"] for n in whole.calls()]
     assert [i.name for i in small.inputs.inputs] == [i.name for i in whole.inputs.inputs]
+
+
+# --- ranges
+
+
+@given(
+    st.integers(0, 99), st.sampled_from([1e-9, 1e-7, 1e-3, 1.0]), st.sampled_from(["", "low", "high", "mean"])
+)
+def test_a_range_that_follows_its_tensor_has_the_room_it_had_however_narrow_a_channel_is(
+    seed: int, width: float, damaged: str
+) -> None:
+    """The first channel has hardly any width: its digits are lost in its ends, and what is told of it must be of these."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 5, generator=generator, dtype=torch.float64)
+    x[:32, 0] = 0.7 + width * torch.rand(
+        32, generator=generator, dtype=torch.float64
+    )  # the others are far off
+    gamma = 0.5 + torch.rand(5, generator=generator, dtype=torch.float64)
+    group = torch.zeros(64, dtype=torch.int64)
+
+    def range_of(x: Tensor) -> Range:
+        part = x[:32]
+        mean, variance = part.mean(0)[None], part.var(0, correction=0)[None]
+        return Range(part.amin(0)[None], part.amax(0)[None], mean, variance, torch.tensor([32]), 1)
+
+    was = range_of(x)
+    now = replace(
+        was,
+        low=was.low / gamma,
+        high=was.high / gamma,
+        mean=was.mean / gamma,
+        variance=was.variance / gamma**2,
+    )
+    if damaged:
+        now = replace(now, **{damaged: getattr(now, damaged) + 0.01})
+    seen = [Seen.of(each, group, 1, 1) for each in (x, x / gamma)]
+    room = _change(was, seen[0], now, seen[1])
+    assert room > 1e-3 if damaged else room < 1e-10

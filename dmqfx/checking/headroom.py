@@ -57,8 +57,12 @@ def _change(was: Range, seen_before: Seen, now: Range, seen: Seen) -> float:
     now_low, now_high, now_mean, now_variance = (
         end[rows].double() for end in (now.low, now.high, now.mean, now.variance)
     )
-    width, other = high - low, now_high - now_low
-    measure, others = width.where(width > 0, high), other.where(width > 0, now_high)
+    width, above = high - low, high.abs() >= low.abs()
+    wide = (
+        width > torch.where(above, high, low).abs() / 10
+    )  # a narrower width has lost its digits to its ends
+    measure = width.where(wide, torch.where(above, high, low))
+    others = (now_high - now_low).where(wide, torch.where(above, now_high, now_low))
     told = measure != 0  # a range of nothing but 0 has no measure
     scale = (measure / others).where(told, 0.0)
     pairs = (

@@ -48,28 +48,20 @@ class Block:
 
 def blocks(program: Program) -> list[Block]:
     """The smallest residual blocks, none of which shares an operation with another, in execution order."""
-    search = _Search(program)
-    found = [block for node in program.calls("add") if (block := search.block(node)) is not None]
-    taken, smallest = set[fx.Node](), set[Block]()
-    for block in sorted(found, key=lambda each: len(each.inside)):  # what contains another is larger
-        if taken.isdisjoint(block.inside):
-            taken.update(block.inside)
-            smallest.add(block)
-    return [block for block in found if block in smallest]
+    return _Search(program).blocks()
 
 
 def units(program: Program) -> list[Block]:
     """Residual blocks of one module in a row, joined: a resnet block, the attentions and the feed-forward of a transformer.
 
-    A unit begins where its first block does, and ends with the addition of its last. What it alone reads of the
-    timestep and the prompt is inside: a time projection, cross-attention's keys and values.
+    A unit begins where its first block does, and ends with the addition of its last. What its module alone computes
+    of the timestep and the prompt is inside: a time projection, cross-attention's keys and values.
     """
-    found = list[Block]()
-    for block in blocks(program):
+    search, found = _Search(program), list[Block]()
+    for block in search.blocks():
         if found and _goes_on(found[-1], block):
             block = _joined(found.pop(), block)
         found.append(block)
-    search = _Search(program)
     return [search.with_own(unit) for unit in found]
 
 
@@ -97,12 +89,22 @@ class _Search:
     """
 
     def __init__(self, program: Program) -> None:
-        self._order = list(program.graph.nodes)
+        self._order, self._adds = list(program.graph.nodes), list(program.calls("add"))
         self._graph = program.digraph()
         self._sample = program.inputs.inputs[0].name
         self._sizes = {label(node) for node in self._order if isinstance(node.meta.get("val"), int | SymInt)}
         tensors = nx.restricted_view(self._graph, self._sizes, [])
         self._moving = nx.descendants(tensors, self._sample)
+
+    def blocks(self) -> list[Block]:
+        """The smallest residual blocks, in execution order."""
+        found = [block for node in self._adds if (block := self.block(node)) is not None]
+        taken, smallest = set[fx.Node](), set[Block]()
+        for block in sorted(found, key=lambda each: len(each.inside)):  # what contains another is larger
+            if taken.isdisjoint(block.inside):
+                taken.update(block.inside)
+                smallest.add(block)
+        return [block for block in found if block in smallest]
 
     def block(self, out: fx.Node) -> Block | None:
         """The block that ends with an addition of two tensors of one shape, or None."""
@@ -119,11 +121,12 @@ class _Search:
         return None
 
     def with_own(self, block: Block) -> Block:
-        """The block and what it alone reads, as far as that does not come from the sample."""
-        inside = set(block.inside)
+        """The block and what its module computes for it alone, as far as that does not come from the sample."""
+        inside, path = set(block.inside), block.at.path
         for node in reversed(self._order):
-            known = is_fixed(node) or label(node) in self._moving | self._sizes
-            if node.op == "call_function" and not known and node.users and inside.issuperset(node.users):
+            if not node.users or not inside.issuperset(node.users) or not _within(node, path):
+                continue
+            if label(node) not in self._moving and label(node) not in self._sizes and not is_fixed(node):
                 inside.add(node)
         ordered, inputs = self._parts(inside)
         return replace(block, inside=ordered, inputs=inputs)
@@ -148,6 +151,12 @@ class _Search:
             each for each in nx.ancestors(whole, end) & self._sizes if nx.ancestors(whole, each) & inside
         }
         return {self._graph.nodes[each]["node"] for each in inside | sizes}
+
+
+def _within(node: fx.Node, path: str) -> bool:
+    """Whether an operation is of a module, or of one inside of it."""
+    at = node.meta.get("address")
+    return at is not None and f"{at.path}.".startswith(f"{path}.")
 
 
 def _shortcuts(trunk: fx.Node) -> Iterator[tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]]:

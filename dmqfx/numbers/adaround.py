@@ -25,7 +25,8 @@ class Annealing:
     Units: `rate` is Adam's; `settling` weighs the regulariser, 1 - |2h - 1|^beta of each weight, against the
     loss, which counts as 1 per weight where rounding errors are independent and uniform. It is off for the
     share `warmup` of the iterations; then beta goes linearly from the first to the last. With an `absolute` loss it is
-    weighed against the squared error itself, summed over a position's channels in the mean over positions.
+    weighed against the squared error itself, summed over channels in the mean over positions (in blocks, which know
+    their tokens, over tokens in the mean over channels where there are tokens), as published.
     Example:
         >>> how = Annealing(iterations=10, warmup=0.5, beta_start=20, beta_end=2)
         >>> [how.beta(k) for k in (0, 4, 5, 9)]

@@ -74,7 +74,7 @@ def _learned(
     sites = [Site(block.at, "out") for block in order]
     with kept(program, data, [(step, ctx)]) as run:
         done = run.finished(sites)
-        visits = Visits(run, sites, done, what="blocks", told=_tell_others)
+        visits = Visits(run, sites, done, what=_named(order), told=_tell_others)
         plan = None if visits.complete else _planned(program, order, step, ctx, data, run.factor, len(done))
         factor = processes.agreed(plan.factor if plan is not None else run.factor or 1.0)
         if plan is None:
@@ -113,6 +113,10 @@ def _visited(
     after = visits.visit(table, [ctx.journal], work)
     bar.end(loss)
     return after
+
+
+def _named(order: Sequence[Block]) -> str:
+    return "blocks" if all(block.arms for block in order) else "blocks and layers"
 
 
 def _tell_others(written: Written) -> None:
@@ -163,7 +167,7 @@ def _planned(
     rows, iterations = of(factor)
     estimate = trial.estimate(rows, iterations, ctx.memory, finished)
     whole = sum(trial.seconds(rows, iterations))
-    tell_plan(f"{step.name()} over {len(order)} blocks", estimate, [(step, ctx)], factor, whole)
+    tell_plan(f"{step.name()} over {len(order)} {_named(order)}", estimate, [(step, ctx)], factor, whole)
     if trial.beside(rows) > ctx.memory:
         _log.warning(
             "that is more than the memory budget of %s: learning a block takes as much\n"

@@ -137,7 +137,7 @@ class _Trial:
         (arrival,) = arrivals
         given = {node: pair.real for node, pair in arrival.values.items()}
         values = forward(self._program, block.inside, given, arrival.timestep)
-        kind = tuple(_kind(table, node, values[node]) for node in block.inside)
+        kind = (_shapes(given), *(_kind(table, node, values[node]) for node in block.inside))
         if kind not in self._known:
             target = sum(leaf.nbytes for leaf in tree_leaves(values[block.out]) if isinstance(leaf, Tensor))
             del values
@@ -167,8 +167,11 @@ class _Trial:
 
 def _kind(table: Table, node: fx.Node, value: object) -> object:
     """What the time of an operation depends on."""
-    shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
     sites = [Site(node.meta["address"], arg) for arg in ops.args(node)]
     rounded = tuple(site.arg for site in sites if table.get(site, QParams) is not None)
     codes = next((codes.shape for site in sites if (codes := table.get(site, Codes)) is not None), ())
-    return str(node.target), shapes, rounded, codes
+    return str(node.target), _shapes(value), rounded, codes
+
+
+def _shapes(value: object) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))

@@ -69,7 +69,7 @@ def reconstructed(
     before = problem.loss()
     movable = max(1.0, sum(float(layer.cells.movable.sum()) for layer in layers))
     relative = movable / before if before > 0 else 0.0
-    unit = relative if how.loss == "relative" else problem.energy_as_published
+    unit = relative if how.loss == "relative" else problem.energy_over_dimension_1
     adam = torch.optim.Adam(
         [each for layer in layers for each in layer.parameters], lr=how.rate, foreach=False
     )
@@ -171,15 +171,15 @@ class _Problem:
         self._energy = max(sum(float(each) for each in energies) / rows, torch.finfo(torch.float32).tiny)
 
     @property
-    def energy_as_published(self) -> float:
+    def energy_over_dimension_1(self) -> float:
         """What a loss of 1 is, summed over dimension 1, in the mean over the others: channels of maps, tokens of sequences.
 
         In units of the output, whatever that feels: a metric is brought to a mean diagonal of 1.
         """
-        means = sum(wanted.numel() // wanted.shape[1] for wanted in self._wanted)
+        positions = sum(wanted.numel() // wanted.shape[1] for wanted in self._wanted)
         metric = None if self._felt is None else self._felt.metric
         felt = 1.0 if metric is None else float(metric.diagonal().mean()) or 1.0
-        return self._energy * sum(map(len, self._wanted)) / means / felt
+        return self._energy * sum(map(len, self._wanted)) / positions / felt
 
     def weigh(self, by: Weigh) -> None:
         """Let rows weigh what is said of their losses with constants as they are in the table."""

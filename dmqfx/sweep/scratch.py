@@ -38,11 +38,11 @@ class Scratch:
     """A file that tensors are written to and mapped from, bit for bit and in their memory layout.
 
     What is read is a view of the file: its pages come as they are looked at and are given back with the last tensor
-    on them. Room that was freed is used again when nobody has a view of it, so that what is read never changes.
-    Who writes into a view changes no file.
+    on them. Room that was freed is used again when nobody has a view of it, so that what is read does not change as
+    long as nobody writes into it: as values in memory, it is for all who read it.
 
     Units: size in bytes, of the room that was ever used.
-    Raises: StoreError if the disk is full or broken, or cannot be mapped.
+    Raises: StoreError if the disk is full, or cannot be mapped.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -89,9 +89,10 @@ class Scratch:
 
     def close(self) -> None:
         """Give the room back to the disk; views that somebody has stay what they are."""
-        if self._file is not None:
-            self._file.close()
-        self._file = self._map = None
+        file, self._file, self._map = self._file, None, None
+        if file is not None:
+            with suppress(OSError):  # of what a full disk did not take, which nobody wants any more
+                file.close()
 
     def _spare(self, room: int) -> int:
         """An offset where so many bytes are free and nobody looks, or that of the end."""
@@ -111,16 +112,19 @@ class Scratch:
         return view
 
     def _mapped(self, end: int) -> mmap.mmap:
-        """The file in memory, up to `end` at least; twice as far each time, so that there are few maps of it."""
+        """The file in memory, up to `end` at least; twice as far each time, so that there are few maps of it.
+
+        A map that is shared with the file takes no memory of its own, however long the file is.
+        """
         if self._map is None or len(self._map) < end:
             try:
                 file = self._opened()
                 file.truncate(1 << (self.size - 1).bit_length())
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
             except OSError as error:
                 raise StoreError(
                     f"activations that were set aside in {self._where()} cannot be mapped: {error}\n"
-                    "  mend: give more memory, or a run directory on another disk"
+                    "  mend: give more memory (--memory), or a run directory on a disk that can be mapped"
                 ) from error
         return self._map
 

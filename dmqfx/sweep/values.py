@@ -64,7 +64,7 @@ class Values:
 
     @property
     def on_disk(self) -> int:
-        """The most bytes that were set aside at a time."""
+        """The bytes of disk that were ever needed."""
         return self._scratch.size
 
     def put(self, node: fx.Node, chunk: int, pair: Pair) -> None:
@@ -79,7 +79,7 @@ class Values:
         self._make_room()
 
     def get(self, node: fx.Node, chunk: int) -> Pair:
-        """The pair of a node on a chunk; one that was set aside is read into new memory.
+        """The pair of a node on a chunk; one that was set aside is a view of its file.
 
         Raises: KeyError if it was never put, or dropped.
         """
