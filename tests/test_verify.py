@@ -683,12 +683,10 @@ def test_a_shrunk_model_has_the_addresses_and_inputs_of_the_whole() -> None:
 def test_a_range_that_follows_its_tensor_has_the_room_it_had_however_narrow_a_channel_is(
     seed: int, width: float, damaged: str
 ) -> None:
-    """The first channel has hardly any width: its digits are lost in its ends, and what is told of it must be of these."""
+    """The first channel has hardly any width, whose digits are lost in its ends; values that come later are far off."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(64, 5, generator=generator, dtype=torch.float64)
-    x[:32, 0] = 0.7 + width * torch.rand(
-        32, generator=generator, dtype=torch.float64
-    )  # the others are far off
+    x[:32, 0] = 0.7 + width * torch.rand(32, generator=generator, dtype=torch.float64)
     gamma = 0.5 + torch.rand(5, generator=generator, dtype=torch.float64)
     group = torch.zeros(64, dtype=torch.int64)
 

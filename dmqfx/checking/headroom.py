@@ -58,11 +58,9 @@ def _change(was: Range, seen_before: Seen, now: Range, seen: Seen) -> float:
         end[rows].double() for end in (now.low, now.high, now.mean, now.variance)
     )
     width, above = high - low, high.abs() >= low.abs()
-    wide = (
-        width > torch.where(above, high, low).abs() / 10
-    )  # a narrower width has lost its digits to its ends
-    measure = width.where(wide, torch.where(above, high, low))
-    others = (now_high - now_low).where(wide, torch.where(above, now_high, now_low))
+    end, now_end = torch.where(above, high, low), torch.where(above, now_high, now_low)
+    wide = width > end.abs() / 10  # the width of others has lost its digits to their ends
+    measure, others = width.where(wide, end), (now_high - now_low).where(wide, now_end)
     told = measure != 0  # a range of nothing but 0 has no measure
     scale = (measure / others).where(told, 0.0)
     pairs = (
